@@ -1,0 +1,48 @@
+# Two commands, both for a fresh machine with Python 3.11 or newer and nothing else set up:
+#   make demo   environment, then raw text -> tokenizer -> pretraining -> SFT -> DPO -> chat answers in out/demo
+#   make test   environment with the test extras, then the tests
+# Also: make test-slow (everything, minutes), make lint, make format, make clean.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The stamps are what makes a second run install nothing; they age when the requirements change.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "nanophi needs Python 3.11 or newer; '$(PYTHON)' is older or missing. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "environment: creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing (Debian and Ubuntu: apt-get install python3-venv)"; exit 2; }
+
+$(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
+	@echo "environment: installing nanophi and what it needs (once; torch is the large part)"
+	@$(PIP) -e '.[plot]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "environment: installing the test extras (once)"
+	@$(PIP) -e '.[test]'
+	@touch $@

@@ -1,0 +1,84 @@
+"""Direct Preference Optimization: teach a fine-tuned model which of two answers is better.
+
+    python dpo.py --init-from out/sft --data dpo.jsonl --out out/dpo --epochs 3 --lr 1e-4
+
+Rows: {"prompt", "chosen", "rejected"}, in the template of SFT. The reference is the model at the start; being frozen,
+its log-probabilities are computed once and no second model is kept. Falling rewards of both answers are normal: what
+counts is the margin between them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from nanophi.cli import Progress, UserError, flag, run
+from nanophi.model.checkpoint import load
+from nanophi.model.phi import Phi
+from nanophi.text.chat import encode_chat
+from nanophi.text.corpus import preference_of, read_rows
+from nanophi.text.tokenizer import Tokenizer
+from nanophi.train.loop import TrainConfig, claim, device_of, total_steps, train
+from nanophi.train.losses import answer_logps, make_dpo_loss_fn
+from nanophi.train.packing import Pair, Pairs
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    init_from: str = flag(help="run directory of sft.py")
+    data: list[str] = flag(help="preference pairs: files, directories or globs")
+    batch_pairs: int = flag(16, help="pairs of one optimizer step over all devices")
+    beta: float = flag(0.1, help="how strongly the policy is held to the reference")
+    lr: float = flag(2e-4, help="peak learning rate; with muon that of the matrices, the rest has half of it")
+    warmup: int = flag(5, help="steps until the peak learning rate")
+
+
+def read_pairs(rows: Iterable[dict], tok: Tokenizer, context: int, bos: bool) -> list[Pair]:
+    """Preference rows -> pairs; one whose longer answer does not fit in the context is dropped and counted."""
+    pairs, too_long = [], 0
+    for number, row in enumerate(rows, start=1):
+        preference = preference_of(row)
+        if preference is None:
+            raise UserError(f"row {number} has the keys {', '.join(row)}; expected prompt, chosen and rejected")
+        prompt, *answers = preference
+        sides = [
+            encode_chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tok, bos)
+            for answer in answers
+        ]
+        if max(len(ids) for ids, _ in sides) - 1 > context:
+            too_long += 1
+        else:
+            pairs.append(Pair(*sides))
+    print(f"dpo: {len(pairs):,} pairs; {too_long:,} longer than {context} tokens dropped")
+    return pairs
+
+
+@torch.no_grad()
+def reference_logps(model: Phi, data: Pairs, micro_batch: int, device: str) -> torch.Tensor:
+    """log p(answer | prompt) of both answers of every pair under the frozen reference: (pairs, 2), on the CPU."""
+    model.to(device)
+    found = []
+    with Progress("reference", len(data)) as bar:
+        for first in range(0, len(data), micro_batch):
+            batch = data.batch(range(first, min(first + micro_batch, len(data))))
+            found.append(answer_logps(model, batch.to(device)).view(-1, 2).cpu())
+            bar.update(len(batch))
+    return torch.cat(found)
+
+
+def main(cfg: Config) -> Phi:
+    claim(cfg)
+    model, tok = load(cfg.init_from)
+    if tok is None:
+        raise UserError(f"{cfg.init_from} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory")
+    context = cfg.context or model.cfg.max_position_embeddings
+    data = Pairs(read_pairs(read_rows(cfg.data), tok, context, cfg.bos), cfg.batch_pairs, cfg.seed)
+    data.reference = reference_logps(model, data, cfg.micro_batch, device_of(cfg))
+    steps = total_steps(cfg, data.steps_per_epoch)
+    print(f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}")
+    loss_fn = make_dpo_loss_fn(cfg.beta)
+    return train(model, loss_fn, data.batch_at, cfg, resume=cfg.resume, steps=steps, tok=tok, data_id=data.data_id)
+
+
+if __name__ == "__main__":
+    run(Config, main)

@@ -1,0 +1,139 @@
+"""The command line, once for every script: flags from a dataclass, users' mistakes as one line, progress with an ETA.
+
+Standard library only, and below all rooms, so that each of them may use it:
+
+    @dataclass
+    class Config:
+        data: str = flag(help="token shards, as written by python -m nanophi.text.shards")
+        steps: int = flag(1000, help="optimizer steps")
+
+    if __name__ == "__main__":
+        run(Config, main)          # parses, calls main(cfg); a UserError ends in one line and exit code 2
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+import types
+import typing
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard. The message says what is wrong, where, and how to fix it."""
+
+
+def flag(default=dataclasses.MISSING, **metadata):
+    """A dataclass field that becomes `--name`; without a default the flag is required.
+
+    help: what it does; const: the value where the flag stands alone.
+    """
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
+    """An argument parser with one flag per field of the dataclass `cls`; abbreviations are errors."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, options = hints[field.name], {"dest": field.name}
+        if isinstance(kind, types.UnionType):  # `int | None`: the flag takes an int, its absence says None
+            kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        default = field.default
+        options["required"] = default is dataclasses.MISSING
+        options["default"] = None if default is dataclasses.MISSING else default
+        shown = "" if default in (dataclasses.MISSING, None) else f" (default: {default})"
+        options["help"] = (field.metadata.get("help", "") + shown).replace("%", "%%")
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is list:
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+        else:
+            options |= {"type": kind, "metavar": "N" if kind in (int, float) else "X"}
+            if "const" in field.metadata:  # the flag may stand alone
+                options |= {"nargs": "?", "const": field.metadata["const"]}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return parser
+
+
+def run(cls: type, main, argv: list[str] | None = None) -> None:
+    """Parse the flags of `cls`, call `main(cfg)`, and end with an exit code that scripts can chain on.
+
+    0 success; 2 a user's mistake (one line on stderr; NANOPHI_TRACEBACK=1 shows where); 130 / 143 interrupted.
+    """
+    description = sys.modules[main.__module__].__doc__ or ""
+    cfg = cls(**vars(parser_for(cls, description).parse_args(argv)))
+    try:
+        main(cfg)
+        sys.stdout.flush()  # a reader that has gone away is noticed here, not in the interpreter's shutdown
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:
+        if os.environ.get("NANOPHI_TRACEBACK"):
+            raise
+        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def duration(seconds: float) -> str:
+    """7 -> '7s', 738 -> '12.3m', 9000 -> '2.5h'."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.1f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
+
+
+class Progress:
+    """Progress of a long job on stderr: a tqdm bar on a terminal, else a plain line every `every_s` seconds.
+
+    `with Progress("merges", 8000) as bar: bar.update(1, "count 17")`
+    """
+
+    def __init__(self, what: str, total: int | None, done: int = 0, every_s: float = 15.0):
+        self.what, self.total, self.first, self.done, self.every_s = what, total, done, done, every_s
+        self.started = self.shown = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:  # training runs where only torch, numpy and safetensors are installed
+                return
+            self.bar = tqdm(total=total, initial=done, desc=what, dynamic_ncols=True, leave=False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, n: int = 1, text: str = "") -> None:
+        self.done += n
+        if self.bar is not None:
+            if text:
+                self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(n)
+            return
+        now = time.monotonic()
+        if now - self.shown >= self.every_s:
+            self.shown = now
+            line = f"{self.what} {self.done:,}"
+            if self.total is not None:
+                left_s = (now - self.started) / max(self.done - self.first, 1) * (self.total - self.done)
+                line += f"/{self.total:,}  eta {duration(left_s)}"
+            print(f"{line}  {text}".rstrip(), file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, without tearing the bar."""
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)

@@ -1,0 +1,203 @@
+"""Phi, by hand: the network and nothing else, in the order one needs to read it.
+
+Parallel blocks as in GPT-J and Phi-1.5 / Phi-2: attention and MLP read the same normalised input and add up.
+
+        x ─┬─ LayerNorm ─┬─ attention ─┐
+           │             └─ MLP ───────┤
+           └───────────────────────────┴─ + ─> x
+
+Parameter names are those of transformers' PhiForCausalLM, so `state_dict()` of either loads into the other. The same
+weights give the same logits (tests/test_parity.py); what differs is that packed documents are isolated and that the KV
+cache is preallocated.
+
+Initialisation: every Linear and Embedding weight Normal(0, initializer_range), every bias 0, LayerNorm 1 and 0; no
+scaling with depth. The first loss is therefore close to ln(vocab_size).
+
+    B batch, T time, D width, H heads, K head_dim, R rotated dims, F width of the MLP, V vocabulary
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanophi.model.attention import BACKENDS, attend, document_positions
+from nanophi.model.config import PhiConfig
+
+MASKED_BIAS = -1e4  # lm_head.bias of ids that no tokenizer uses: a probability of exactly 0 in every dtype, and finite
+
+
+def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle position * theta^(-2i/R). positions (B or 1, T) -> two (B or 1, 1, T, R/2), fp32.
+
+    Su et al. 2021 (RoFormer), eq. 15. Computed in fp32 each time: a buffer would be rounded by `model.bfloat16()`.
+    """
+    frequencies = theta ** (-torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim)  # (R/2,)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R dimensions of every head, paired (i, i + R/2); the rest passes through. x (B, H, T, K)."""
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated; what makes decoding cost one token at a time.
+
+    Prompts of unequal length are left-padded: `left_pad` (B,) says by how much, padded keys are seen by nobody but
+    themselves, and positions start at each prompt's first real token.
+    """
+
+    def __init__(self, cfg: PhiConfig, batch: int, max_len: int, like: Tensor, left_pad: Tensor | None = None):
+        shape = (cfg.num_hidden_layers, 2, batch, cfg.num_key_value_heads, max_len, cfg.head_dim)
+        self.store = like.new_empty(shape)  # device and dtype of `like`
+        self.length = 0  # tokens held by every layer; advanced by Phi.hidden once all layers have written
+        self.left_pad = left_pad
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, Hkv, T, K) of one layer; return all of that layer's: two (B, Hkv, S, K)."""
+        end = self.length + k.shape[2]
+        assert end <= self.store.shape[4], f"KV cache holds {self.store.shape[4]} tokens, {end} needed"
+        for which, new in enumerate((k, v)):
+            self.store[layer, which, :, :, self.length : end] = new
+        keys, values = self.store[layer, :, :, :, :end]
+        return keys, values
+
+    def positions(self, time: int) -> Tensor:
+        """Positions of the next `time` tokens: (B or 1, T)."""
+        index = torch.arange(self.length, self.length + time, device=self.store.device)[None]
+        return index if self.left_pad is None else (index - self.left_pad[:, None]).clamp(min=0)
+
+    def visible(self, time: int) -> Tensor | None:
+        """Which key each of the next `time` queries sees: bool (B or 1, 1, T, S), or None for plain causal."""
+        if self.left_pad is None and self.length == 0:
+            return None
+        keys = torch.arange(self.length + time, device=self.store.device)
+        queries = keys[self.length :, None]
+        causal = keys <= queries  # (T, S)
+        if self.left_pad is None:
+            return causal[None, None]
+        real = keys >= self.left_pad[:, None, None]  # (B, 1, S); a padded query sees itself, to keep softmax finite
+        return ((causal & real) | (keys == queries))[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: PhiConfig):
+        super().__init__()
+        self.cfg = cfg
+        kv_dim = cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_dim)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_dim)
+        self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        if cfg.qk_layernorm:
+            self.q_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
+            self.k_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None, **mask) -> Tensor:
+        split = (*x.shape[:2], -1, self.cfg.head_dim)
+        q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.cfg.qk_layernorm:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, K)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        out = attend(q, k, v, dropout=self.cfg.attention_dropout if self.training else 0.0, **mask)
+        return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: PhiConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (B, T, F) inside; HF calls it gelu_new
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: PhiConfig):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.mlp = MLP(cfg)
+        self.dropout = nn.Dropout(cfg.resid_pdrop)
+
+    def forward(self, x: Tensor, *args, **mask) -> Tensor:
+        h = self.input_layernorm(x)  # one norm feeds both branches
+        return self.dropout(self.self_attn(h, *args, **mask)) + self.dropout(self.mlp(h)) + x
+
+
+class Trunk(nn.Module):
+    """Everything but the head: token ids -> hidden states."""
+
+    def __init__(self, cfg: PhiConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_dropout = nn.Dropout(cfg.embd_pdrop)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+
+
+class Phi(nn.Module):
+    """The causal language model.
+
+    `attention` chooses the backend: "auto" (fastest for the device), "manual" (to read), "sdpa" (one call with a mask)
+    or "documents" (one call per document).
+    """
+
+    def __init__(self, cfg: PhiConfig, attention: str = "auto"):
+        super().__init__()
+        assert attention in BACKENDS, f"attention {attention!r} is none of {BACKENDS}"
+        self.cfg, self.attention = cfg, attention
+        self.model = Trunk(cfg)
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.cfg.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def set_vocabulary(self, tokens: int) -> None:
+        """Forbid every id from `tokens` on, and allow those below it that were forbidden.
+
+        vocab_size is rounded up to a multiple of 64; the spare rows get a bias of -1e4, so that no engine ever
+        produces an id that the tokenizer cannot decode. After `tok.add_tokens`, call this with the new `len(tok)`.
+        """
+        assert tokens <= self.cfg.vocab_size, f"{tokens} tokens do not fit in vocab_size {self.cfg.vocab_size}"
+        bias = self.lm_head.bias
+        bias[:tokens][bias[:tokens] <= MASKED_BIAS / 2] = 0.0
+        bias[tokens:] = MASKED_BIAS
+
+    def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> the states before the head (B, T, D): what the chunked loss reads. Arguments as `forward`."""
+        time = ids.shape[1]
+        if cache is not None:
+            assert cu_seqlens is None, "a KV cache holds one document per row"
+            positions, visible = cache.positions(time), cache.visible(time)
+        elif cu_seqlens is not None:
+            positions, visible = document_positions(cu_seqlens).view(ids.shape), None
+        else:
+            positions, visible = torch.arange(time, device=ids.device)[None], None
+        rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
+        x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, rotary, i, cache, cu_seqlens=cu_seqlens, visible=visible, backend=self.attention)
+        if cache is not None:
+            cache.length += time
+        return self.model.final_layernorm(x)
+
+    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) int64 -> logits (B, T, V) for the token after each.
+
+        cu_seqlens: (documents + 1,) int32 boundaries in the flattened batch, 0 and every multiple of T among them;
+        each document then sees only itself and its positions start at 0. cache: what came before, one document a row.
+        """
+        return self.lm_head(self.hidden(ids, cu_seqlens, cache))

@@ -1,0 +1,187 @@
+"""Token shards: clean documents as token ids on disk, memory-mapped when read.
+
+    python -m nanophi.text.shards --input clean.jsonl --tokenizer out/tokenizer --out out/tokens
+
+A shard is one file, little-endian:
+
+    64 bytes    header: magic "nanophi\\0", version, bytes per token (2 or 4), tokens, documents, CRC-32 of the tokens,
+                fingerprint of the tokenizer
+    tokens      uint16 or uint32; every document ends in [EOS]
+    offsets     uint64, documents + 1: document i is tokens[offsets[i] : offsets[i + 1]]
+
+`train-00000.bin ...` and `val-00000.bin ...`: which of the two a document goes to depends on nothing but its text, so
+that it stays out of training however the corpus is ordered or grows.
+"""
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanophi.cli import Progress, UserError, flag, run
+from nanophi.files import replacing
+from nanophi.text.corpus import read_texts
+from nanophi.text.tokenizer import Tokenizer
+
+MAGIC, VERSION = b"nanophi\0", 1
+HEADER = struct.Struct("<8sIIQQI16s12x")  # 64 bytes
+
+
+def is_validation(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the validation split: a pure function of its text."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+class ShardWriter:
+    """Collects documents and writes `{split}-{number}.bin` whenever `shard_tokens` are together."""
+
+    def __init__(self, directory: Path, split: str, tok: Tokenizer, shard_tokens: int):
+        self.directory, self.split, self.tok, self.shard_tokens = directory, split, tok, shard_tokens
+        self.dtype = np.dtype("<u2" if len(tok) <= 1 << 16 else "<u4")
+        self.number, self.tokens, self.documents = 0, 0, 0
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+
+    def add(self, ids: list[int]) -> None:
+        self._pending.append(np.array([*ids, self.tok.eos_id], dtype=self.dtype))
+        self._pending_tokens += len(ids) + 1
+        if self._pending_tokens >= self.shard_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        tokens = np.concatenate(self._pending)
+        offsets = np.cumsum([0, *map(len, self._pending)], dtype="<u8")
+        documents = len(self._pending)
+        with replacing(self.directory / f"{self.split}-{self.number:05d}.bin") as beside, open(beside, "wb") as file:
+            fingerprint = self.tok.fingerprint.encode()
+            sizes = (self.dtype.itemsize, len(tokens), documents, zlib.crc32(tokens))
+            file.write(HEADER.pack(MAGIC, VERSION, *sizes, fingerprint))
+            file.write(tokens.tobytes() + offsets.tobytes())
+        self.number, self.tokens, self.documents = (
+            self.number + 1,
+            self.tokens + len(tokens),
+            self.documents + documents,
+        )
+        self._pending, self._pending_tokens = [], 0
+
+
+class Shard:
+    """One file, memory-mapped: `shard[i]` is document i, a view of its ids."""
+
+    def __init__(self, path: Path):
+        size = path.stat().st_size
+        header = path.open("rb").read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise UserError(f"{path} is no token shard; python -m nanophi.text.shards --out {path.parent} writes them")
+        _, version, itemsize, tokens, documents, self.crc, fingerprint = HEADER.unpack(header)
+        if version != VERSION:
+            raise UserError(f"{path} is a shard of version {version}, this code reads {VERSION}: write it again")
+        if size != HEADER.size + tokens * itemsize + (documents + 1) * 8:
+            raise UserError(f"{path} is cut short or damaged: {size:,} bytes; write it again")
+        self.fingerprint = fingerprint.decode()
+        self.tokens = np.memmap(path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(tokens,))
+        end = HEADER.size + tokens * itemsize
+        self.offsets = np.memmap(path, dtype="<u8", mode="r", offset=end, shape=(documents + 1,))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class TokenSet:
+    """All documents of one split of a shard directory: `len(set)`, `set[i]`, `set.lengths`."""
+
+    def __init__(self, directory: str | Path, split: str, tok: Tokenizer | None = None):
+        self.shards = [Shard(path) for path in sorted(Path(directory).glob(f"{split}-*.bin"))]
+        if not self.shards and split == "train":
+            raise UserError(
+                f"no token shards in {directory}; python -m nanophi.text.shards --out {directory} writes them"
+            )
+        for shard in self.shards:
+            if tok is not None and shard.fingerprint != tok.fingerprint:
+                raise UserError(
+                    f"the shards in {directory} were made with another tokenizer ({shard.fingerprint}, this one is "
+                    f"{tok.fingerprint}); python -m nanophi.text.shards --out {directory} makes them again"
+                )
+        counts = [len(shard) for shard in self.shards]
+        self.starts = np.cumsum([0, *counts])
+        lengths = [np.diff(shard.offsets.astype(np.int64)) for shard in self.shards]
+        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        which = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.shards[which][index - int(self.starts[which])]
+
+    @property
+    def data_id(self) -> str:
+        """Names the tokens: changes when any of them does."""
+        return "-".join(f"{len(shard.tokens)}.{shard.crc:08x}" for shard in self.shards)
+
+
+def write_shards(
+    texts: Iterable[str], tok: Tokenizer, directory: str | Path, val_fraction: float, shard_tokens: int = 100_000_000
+) -> dict[str, ShardWriter]:
+    """Encode documents into a shard directory; returns the writers of "train" and "val", with their counts.
+
+    Shards already there are replaced as a set: old ones go first.
+    """
+    directory = Path(directory)
+    for old in directory.glob("*-*.bin"):
+        old.unlink()
+    writers = {split: ShardWriter(directory, split, tok, shard_tokens) for split in ("train", "val")}
+    for text in texts:
+        writers["val" if is_validation(text, val_fraction) else "train"].add(tok.encode(text))
+    for writer in writers.values():
+        writer.flush()
+    return writers
+
+
+@dataclass(kw_only=True)
+class Config:
+    input: list[str] = flag(help="clean documents: files, directories or globs")
+    tokenizer: str = flag(help="directory of train_tokenizer.py")
+    out: str = flag(help="directory for the shards")
+    val_fraction: float = flag(0.01, help="share of documents kept for validation")
+    sample_by: str = flag("line", help="a document of a .txt file is a line, a paragraph or the document")
+
+
+def main(cfg: Config) -> dict:
+    """Encode; returns the counts it prints."""
+    tok = Tokenizer.load(cfg.tokenizer)
+    read = {"characters": 0, "bytes": 0}
+
+    def counted() -> Iterator[str]:
+        with Progress("documents", None) as bar:
+            for text in read_texts(cfg.input, cfg.sample_by):
+                read["characters"] += len(text)
+                read["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+                yield text
+                bar.update()
+
+    writers = write_shards(counted(), tok, cfg.out, cfg.val_fraction)
+    train, val = writers["train"], writers["val"]
+    if not train.documents:
+        raise UserError(f"{', '.join(cfg.input)}: no document to train on")
+    documents, tokens = train.documents + val.documents, train.tokens + val.tokens
+    print(
+        f"shards: {documents:,} documents, {read['characters']:,} characters -> {tokens:,} tokens "
+        f"({read['characters'] / tokens:.2f} characters, {read['bytes'] / tokens:.2f} bytes each); "
+        f"{train.tokens:,} to train on, {val.tokens:,} for validation, in {cfg.out}"
+    )
+    return read | {"tokens": tokens, "train_tokens": train.tokens, "val_tokens": val.tokens}
+
+
+if __name__ == "__main__":
+    run(Config, main)

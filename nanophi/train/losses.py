@@ -1,0 +1,127 @@
+"""Losses: pure functions of tensors, and the loss_fn(model, batch) -> (loss sum, count, metric sums) built from them.
+
+A loss_fn returns sums, not means: the loop divides by the count of the whole step, over all micro-steps and devices,
+so that a short batch does not weigh as much as a long one.
+
+    N learned tokens, B rows, D width, V vocabulary
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanophi.model.phi import Phi
+from nanophi.train.packing import IGNORE, Batch
+
+CHUNK = 512  # tokens whose logits exist at once: 512 x V fp32 stays in a CPU's cache at V = 8192 (16 MB)
+
+LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """sum of -log softmax(hidden W^T + b)[target], never holding more than CHUNK rows of logits.
+
+    The gradient of cross entropy is softmax - onehot, known as soon as the logits are, so forward computes it too and
+    backward only scales: the logits exist once, and are not recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        compute = weight.to(hidden.dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK):
+            rows = hidden[start : start + CHUNK]
+            target = targets[start : start + CHUNK, None]
+            logits = torch.addmm(bias.to(rows.dtype), rows, compute.t()).float()  # (chunk, V)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            loss += (log_sum - logits.gather(1, target)).sum()
+            d_logits = logits.sub_(log_sum).exp_()  # softmax, in place
+            d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
+            d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(rows.dtype)
+            d_hidden[start : start + CHUNK] = d_logits @ compute
+            d_weight += d_logits.t() @ rows
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):
+        return *(grad * d_loss for grad in ctx.saved_tensors), None
+
+
+def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy of the head's logits. hidden (N, D), weight (V, D), bias (V,), targets (N,) -> ()."""
+    return _HeadCrossEntropy.apply(hidden, weight, bias, targets)
+
+
+def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """Pretraining and SFT alike: cross entropy in nats over the positions that have a target."""
+    learned = batch.targets != IGNORE
+    hidden = model.hidden(batch.ids, batch.cu_seqlens)[learned]  # (N, D): the rest never reaches the head
+    loss = head_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, batch.targets[learned])
+    return loss, len(hidden), {}
+
+
+def answer_logps(model: Phi, batch: Batch) -> Tensor:
+    """log p(answer | prompt) of each row, summed over its learned tokens: (B,)."""
+    learned = batch.targets != IGNORE
+    hidden = model.hidden(batch.ids, batch.cu_seqlens)[learned]
+    logps = -F.cross_entropy(model.lm_head(hidden).float(), batch.targets[learned], reduction="none")  # (N,)
+    row = learned.nonzero()[:, 0]
+    return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
+
+
+def dpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
+) -> Tensor:
+    """Direct Preference Optimization (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * margin), unreduced.
+
+    Each argument: log-probabilities of an answer, summed over its tokens, in nats, shape (B,) -> losses (B,). It is
+    ln 2 where the policy equals the reference, and falls as chosen gains on rejected relative to it.
+    """
+    margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    return -F.logsigmoid(beta * margin)
+
+
+def make_dpo_loss_fn(beta: float) -> LossFn:
+    """The loop's loss for preference pairs; `batch.reference` holds the frozen reference's log-probabilities."""
+
+    def loss_fn(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+        chosen, rejected = answer_logps(model, batch).view(-1, 2).unbind(1)
+        ref_chosen, ref_rejected = batch.reference.view(-1, 2).unbind(1)
+        losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+        reward_chosen = beta * (chosen - ref_chosen).detach()  # implicit reward, eq. 5 without the partition term
+        reward_rejected = beta * (rejected - ref_rejected).detach()
+        sums = {
+            "rewards_chosen": reward_chosen.sum(),
+            "rewards_rejected": reward_rejected.sum(),
+            "margin": (reward_chosen - reward_rejected).sum(),
+            "accuracy": (reward_chosen > reward_rejected).float().sum(),
+        }
+        return losses.sum(), len(losses), sums
+
+    return loss_fn
+
+
+@torch.no_grad()
+def validation_loss(model: Phi, batches: Iterable[Batch], byte_lengths: list[int]) -> dict[str, float]:
+    """Mean loss in nats per token, and bits per byte of the text that the targets spell ([EOS] is no text).
+
+    Bits per byte do not depend on the tokenizer, so runs of different vocabularies can be compared.
+    """
+    lengths = torch.tensor(byte_lengths)
+    device = model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for batch in batches:
+        loss, count, _ = next_token_loss(model, batch.to(device))
+        nats, tokens = nats + loss.item(), tokens + count
+        text_bytes += int(lengths[batch.targets[batch.targets != IGNORE]].sum())
+    model.train(was_training)
+    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / max(text_bytes, 1)}

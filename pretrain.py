@@ -1,0 +1,79 @@
+"""Pretrain a Phi model from scratch on token shards.
+
+    python pretrain.py --data out/tokens --tokenizer out/tokenizer --out out/pretrain --preset demo --epochs 4
+
+Documents are packed into rows and isolated from each other. Ctrl-C saves; --resume goes on exactly.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanophi.cli import flag, run
+from nanophi.model.config import PRESETS, PhiConfig
+from nanophi.model.phi import Phi
+from nanophi.text.shards import TokenSet
+from nanophi.text.tokenizer import Tokenizer
+from nanophi.train.loop import TrainConfig, claim, total_steps, train
+from nanophi.train.losses import next_token_loss, validation_loss
+from nanophi.train.packing import Packed
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    data: str = flag(help="token shards, a directory of python -m nanophi.text.shards")
+    tokenizer: str = flag(help="the tokenizer they were made with")
+    preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
+    layers: int | None = flag(None, help="instead of the preset's")
+    width: int | None = flag(None, help="hidden_size, instead of the preset's")
+    heads: int | None = flag(None, help="attention heads, instead of the preset's")
+    mlp: int | None = flag(None, help="width of the MLP, instead of the preset's")
+
+
+def model_config(cfg: Config, tok: Tokenizer) -> PhiConfig:
+    """The preset with the flags' changes; the vocabulary is the tokenizer's, rounded up to a multiple of 64."""
+    changes = {
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "intermediate_size": cfg.mlp,
+        "max_position_embeddings": cfg.context,
+        "vocab_size": -(-len(tok) // 64) * 64,
+    }
+    return PhiConfig.preset(cfg.preset, **{name: value for name, value in changes.items() if value is not None})
+
+
+def main(cfg: Config) -> Phi:
+    claim(cfg)
+    tok = Tokenizer.load(cfg.tokenizer)
+    shape = model_config(cfg, tok)
+    context = shape.max_position_embeddings
+    bos = tok.bos_id if cfg.bos else None
+    rows = max(cfg.batch_tokens // context, 1)
+    data = Packed(TokenSet(cfg.data, "train", tok), context, rows, cfg.seed, bos_id=bos)
+    held_out = TokenSet(cfg.data, "val", tok)
+    evaluate = None
+    if len(held_out) and held_out.lengths.max() > 1:
+        validation = Packed(held_out, context, cfg.micro_batch, cfg.seed, bos_id=bos)
+        byte_lengths = tok.byte_lengths()
+
+        def evaluate(model):
+            return validation_loss(model, validation.in_order(), byte_lengths)
+
+    steps = total_steps(cfg, data.steps_per_epoch)
+    torch.manual_seed(cfg.seed)
+    model = Phi(shape)
+    model.set_vocabulary(len(tok))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"pretrain: {parameters:,} parameters, {data.documents.lengths.sum():,} tokens in "
+        f"{len(data):,} rows of {context} ({data.padding:.1%} padding), {steps:,} steps of {rows} rows = "
+        f"{steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
+    )
+    return train(
+        model, next_token_loss, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
+    )
+
+
+if __name__ == "__main__":
+    run(Config, main)

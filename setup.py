@@ -1,0 +1,26 @@
+"""Package metadata. pyproject.toml holds tool settings only."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+plot = ["matplotlib>=3.8"]
+oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0"]
+
+setup(
+    name="nanophi",
+    version="0.1.0",
+    description="Phi2-mini-Chinese rebuilt from scratch: raw Chinese text to a chat model in code one person can read",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["nanophi", "nanophi.*"]),
+    install_requires=["torch>=2.9", "numpy>=2.0", "regex", "safetensors", "opencc", "sentencepiece", "tqdm"],
+    extras_require={
+        "plot": plot,
+        "test": ["pytest>=8", "hypothesis>=6", "ruff", *oracles, *plot],
+    },
+)

@@ -1,0 +1,73 @@
+"""Supervised fine-tuning: teach a pretrained model to answer.
+
+    python sft.py --init-from out/pretrain --data sft.jsonl --out out/sft --epochs 3
+
+Rows: {"instruction", "input"?, "output"}, {"prompt", "response"}, {"messages": [...]} or {"conversations": [...]}. The
+loss is on the answers and their [EOS] alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nanophi.cli import UserError, flag, run
+from nanophi.model.checkpoint import load
+from nanophi.model.phi import Phi
+from nanophi.text.chat import encode_chat
+from nanophi.text.corpus import messages_of, read_rows
+from nanophi.text.tokenizer import Tokenizer
+from nanophi.train.loop import TrainConfig, claim, total_steps, train
+from nanophi.train.losses import next_token_loss, validation_loss
+from nanophi.train.packing import Packed
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    init_from: str = flag(help="run directory of pretrain.py, or any Phi checkpoint with a tokenizer")
+    data: list[str] = flag(help="conversations: files, directories or globs")
+    val_data: str | None = flag(None, help="conversations to validate on")
+
+
+def pack(rows: Iterable[dict], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool) -> Packed:
+    """Conversations -> packed rows; one that does not fit in the context is dropped and counted."""
+    samples, too_long = [], 0
+    for row in rows:
+        ids, mask = encode_chat(messages_of(row), tok, bos)
+        if len(ids) - 1 > context:
+            too_long += 1
+        else:
+            samples.append((ids, mask))
+    learned = sum(sum(mask) for _, mask in samples)
+    print(
+        f"sft: {len(samples):,} conversations, {learned:,} tokens to learn; {too_long:,} longer than {context} dropped"
+    )
+    if not samples:
+        raise UserError(f"no conversation fits in a context of {context} tokens: raise --context or shorten the data")
+    documents, masks = zip(*samples, strict=True)
+    return Packed(documents, context, batch_rows, seed, masks)
+
+
+def main(cfg: Config) -> Phi:
+    claim(cfg)
+    model, tok = load(cfg.init_from)
+    if tok is None:
+        raise UserError(f"{cfg.init_from} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory")
+    context = cfg.context or model.cfg.max_position_embeddings
+    rows = max(cfg.batch_tokens // context, 1)
+    data = pack(read_rows(cfg.data), tok, context, rows, cfg.seed, cfg.bos)
+    evaluate = None
+    if cfg.val_data:
+        validation = pack(read_rows([cfg.val_data]), tok, context, cfg.micro_batch, cfg.seed, cfg.bos)
+        byte_lengths = tok.byte_lengths()
+
+        def evaluate(model):
+            return validation_loss(model, validation.in_order(), byte_lengths)
+
+    steps = total_steps(cfg, data.steps_per_epoch)
+    print(f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}")
+    return train(
+        model, next_token_loss, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
+    )
+
+
+if __name__ == "__main__":
+    run(Config, main)

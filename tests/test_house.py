@@ -1,0 +1,121 @@
+"""The house keeps its floors: who may import whom, how long a file may be, what an import may do."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanophi
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "nanophi"
+GROUND = {"nanophi", "nanophi.cli", "nanophi.files"}
+MAY_IMPORT = {
+    "text": {"text"},
+    "model": {"model"},
+    "train": {"text", "model", "train"},
+    "infer": {"text", "model", "infer"},
+}
+EXCEPTIONS = {
+    ("model/checkpoint.py", "nanophi.text.tokenizer"),  # a checkpoint carries its tokenizer
+    ("infer/evaluate.py", "nanophi.train.losses"),
+}
+SCRIPTS = {"train_tokenizer", "pretrain", "sft", "dpo", "generate"}
+
+
+def imports_of(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that a reader sees the floor"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {s for s in submodules if (ROOT / (s.replace(".", "/") + ".py")).exists()} or {node.module}
+    return found
+
+
+def upward(path: str, source: str) -> set[str]:
+    """The imports of a package file that climb to a higher floor, or to a script."""
+    room = path.split("/")[0]
+    bad = set()
+    for name in imports_of(source):
+        parts = name.split(".")
+        if parts[0] in SCRIPTS:
+            bad.add(name)
+        elif parts[0] == "nanophi" and name not in GROUND and (path, name) not in EXCEPTIONS:
+            allowed = MAY_IMPORT.get(room, set())  # files on the ground import nothing of ours above them
+            if len(parts) < 2 or parts[1] not in allowed:
+                bad.add(name)
+    return bad
+
+
+@pytest.mark.parametrize("path", [str(p.relative_to(PACKAGE)) for p in sorted(PACKAGE.rglob("*.py"))])
+def test_imports_go_down(path):
+    assert upward(path, (PACKAGE / path).read_text(encoding="utf-8")) == set()
+
+
+def test_the_floor_test_can_fail():
+    assert upward("text/x.py", "from nanophi.model.phi import Phi") == {"nanophi.model.phi"}
+    assert upward("model/phi.py", "import nanophi.text.tokenizer") == {"nanophi.text.tokenizer"}
+    assert upward("train/x.py", "def f():\n    from nanophi.infer import generate") == {"nanophi.infer.generate"}
+    assert upward("infer/x.py", "import pretrain") == {"pretrain"}
+    assert upward("cli.py", "from nanophi.text.clean import clean") == {"nanophi.text.clean"}
+
+
+def test_files_stay_small():
+    lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert {name: n for name, n in lines.items() if n > 350} == {}
+    assert lines["nanophi/model/phi.py"] <= 260
+    scripts = {name: len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in SCRIPTS}
+    assert {name: n for name, n in scripts.items() if n > 120} == {}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.strip()
+
+
+def test_import_nanophi_is_light():
+    code = "import sys, nanophi; print([m for m in ('torch', 'numpy', 'opencc', 'regex') if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_model_and_loop_need_only_torch_numpy_safetensors():
+    """A GPU image often has nothing else; opencc, sentencepiece, regex and tqdm are imported where they are used."""
+    code = (
+        "import sys\n"
+        "for name in ('opencc', 'sentencepiece', 'regex', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
+        "import nanophi.train.loop, nanophi.infer.generate, nanophi.text.clean, nanophi.text.bpe\n"
+        "print('imported')"
+    )
+    assert run_python(code) == "imported"
+
+
+def test_public_names_exist_and_unknown_ones_are_errors():
+    for name in nanophi.__all__:
+        assert getattr(nanophi, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Pih'"):
+        _ = nanophi.Pih
+
+
+def test_every_room_is_installed():
+    """find_packages once missed a room without __init__.py: the checkout worked, an installed copy did not."""
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and not p.name.startswith("__")}
+    assert all((PACKAGE / room / "__init__.py").exists() for room in rooms)
+    assert rooms == {"text", "model", "train", "infer"}
+
+
+def test_nothing_of_this_machine_is_in_the_repository():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"(?<![\w.])/(home|root|work|mnt)/\w")
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt") and path.exists():
+            assert not pattern.search(path.read_text(encoding="utf-8")), name
