@@ -27,7 +27,7 @@ class UserError(ValueError):
 def flag(default=dataclasses.MISSING, **metadata):
     """A dataclass field that becomes `--name`; without a default the flag is required.
 
-    help: what it does; const: the value where the flag stands alone.
+    help: what it does; const: the value where the flag stands alone; positional: a list without a flag's name.
     """
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -57,7 +57,10 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
             options |= {"type": kind, "metavar": "N" if kind in (int, float) else "X"}
             if "const" in field.metadata:  # the flag may stand alone
                 options |= {"nargs": "?", "const": field.metadata["const"]}
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="+", help=options["help"], metavar=field.name.upper())
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
 
 

@@ -1,0 +1,92 @@
+"""Generation: transformers' tokens, cached as uncached, batched as single, and never half a character."""
+
+import itertools
+
+import pytest
+import torch
+
+from nanophi import generate, stream
+from nanophi.cli import UserError
+from tests.conftest import tiny_model
+from tests.model.test_phi import hf_twin
+
+PROMPT = [7, 50, 200, 33, 50, 200]
+SETTINGS = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 3},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_greedy_tokens_are_those_of_transformers(settings):
+    model = tiny_model(spread=0.3)
+    theirs = hf_twin(model).generate(
+        torch.tensor([PROMPT]), attention_mask=torch.ones(1, 6), max_new_tokens=40, do_sample=False,
+        eos_token_id=1, pad_token_id=0, **settings,
+    )  # fmt: skip
+    assert generate(model, PROMPT, max_new_tokens=40, **settings) == theirs[0, 6:].tolist()
+
+
+def test_cached_decoding_equals_uncached():
+    model = tiny_model(spread=0.3)
+    ids = list(PROMPT)
+    for _ in range(30):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    assert generate(model, PROMPT, max_new_tokens=30, eos_token_id=None) == ids[6:]
+
+
+def test_batch_of_unequal_prompts_equals_single_ones():
+    model = tiny_model(spread=0.3)
+    prompts = [PROMPT, [9], PROMPT[:3] * 5]
+    together = generate(model, prompts, max_new_tokens=20)
+    assert together == [generate(model, prompt, max_new_tokens=20) for prompt in prompts]
+    assert generate(model, torch.tensor(PROMPT), max_new_tokens=5) == generate(model, PROMPT, max_new_tokens=5)
+
+
+def test_eos_ends_the_answer_and_is_in_it():
+    model = tiny_model(spread=0.3)
+    free = generate(model, PROMPT, max_new_tokens=10, eos_token_id=None)
+    assert len(free) == 10
+    stopped = generate(model, PROMPT, max_new_tokens=10, eos_token_id=free[4])
+    assert stopped == free[: free.index(free[4]) + 1]
+    model.cfg.eos_token_id = free[4]  # the config's is the default
+    assert generate(model, PROMPT, max_new_tokens=10) == stopped
+
+
+def force(model, ids):
+    """Make the model say `ids`, whatever the prompt: each token's embedding points at the next one's row."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.model.final_layernorm.weight.fill_(1.0)
+        width = model.cfg.hidden_size
+        for i, (a, b) in enumerate(itertools.pairwise(ids)):
+            model.model.embed_tokens.weight[a, i % width] = 100.0
+            model.lm_head.weight[b, i % width] = 10.0
+    return model
+
+
+def test_stream_yields_whole_characters_only(tok):
+    """A byte-level token may end within a character; printing at once showed � in the middle of 鱻."""
+    text = "鱻😀好"  # neither of the first two was in the training text: three and four single bytes
+    ids = [tok.encode("a")[0], *tok.encode(text), tok.eos_id]
+    assert len(set(ids)) == len(ids) > 8
+    model = force(tiny_model(hidden_size=64), ids)
+    pieces = list(stream(model, tok, "a", max_new_tokens=50))
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece and piece for piece in pieces)
+    assert list(stream(model, tok, tok.encode("a"), max_new_tokens=50)) == pieces
+    cut = "".join(
+        stream(model, tok, "a", max_new_tokens=2)
+    )  # ends within 鱻: what cannot be completed is shown as such
+    assert cut == "\ufffd"
+
+
+def test_empty_prompts_are_refused(tok):
+    for prompt in ([], [[7], []]):
+        with pytest.raises(UserError, match="prompt is empty"):
+            generate(tiny_model(), prompt)
+    with pytest.raises(UserError, match="prompt is empty"):
+        next(stream(tiny_model(), tok, ""))

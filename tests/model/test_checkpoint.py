@@ -1,0 +1,101 @@
+"""A checkpoint directory is read by transformers, and its directories are read here."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PhiForCausalLM
+from transformers import PhiConfig as HFConfig
+
+import nanophi
+from nanophi.cli import UserError
+from tests.conftest import tiny_model
+
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+def test_auto_model_reads_ours(tok, tmp_path):
+    model = tiny_model()
+    nanophi.save(tmp_path, model, tok)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(hf, PhiForCausalLM)
+    assert (hf(IDS).logits - model(IDS)).abs().max() < 1e-5
+    assert hf.config.n_inner == model.cfg.intermediate_size
+    assert hf.generation_config.eos_token_id == 1
+    again, again_tok = nanophi.load(tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    assert again.cfg == model.cfg
+    assert again_tok.fingerprint == tok.fingerprint
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
+def test_we_read_what_transformers_saves(tmp_path, shard_size):
+    cfg = HFConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
+    )  # fmt: skip
+    hf = PhiForCausalLM(cfg).eval()
+    hf.save_pretrained(tmp_path, max_shard_size=shard_size)
+    model, tok = nanophi.load(tmp_path)
+    assert tok is None
+    assert model.cfg.rope_theta == 5000.0
+    assert (hf(IDS).logits - model(IDS)).abs().max() < 1e-5
+
+
+def test_legacy_rope_keys_are_read(tmp_path):
+    """transformers 4 wrote rope_theta and partial_rotary_factor at the top level, and null for rope_scaling."""
+    model = tiny_model(partial_rotary_factor=0.25)
+    nanophi.save(tmp_path, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    assert nanophi.load(tmp_path)[0].cfg == model.cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings True"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type 'linear'"),
+        ({"hidden_size": 64}, "does not fit its config.json"),
+        ({"num_hidden_layers": 1}, "does not fit its config.json"),
+    ],
+)
+def test_what_we_cannot_load_is_refused(tmp_path, changes, message):
+    nanophi.save(tmp_path, tiny_model())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=message):
+        nanophi.load(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no model in"):
+        nanophi.load(tmp_path)
+    nanophi.save(tmp_path, tiny_model())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        nanophi.load(tmp_path)
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    """With several metadata keys, safetensors files of one model differed from process to process."""
+    for name in ("a", "b"):
+        nanophi.save(tmp_path / name, tiny_model())
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = tiny_model()
+    nanophi.save(tmp_path, model)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanophi.model.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        nanophi.save(tmp_path, tiny_model(seed=1))
+    assert torch.equal(nanophi.load(tmp_path)[0](IDS), model(IDS))
+    assert not list(tmp_path.glob("*.tmp"))

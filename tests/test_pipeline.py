@@ -1,0 +1,189 @@
+"""The scripts in a row on a tiny text, and the original's way of using what they leave."""
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo
+import generate
+import pretrain
+import sft
+import train_tokenizer
+from nanophi import load
+from nanophi.cli import UserError
+from nanophi.infer.pairs import similarity
+from nanophi.text import clean, shards
+
+ROOT = Path(__file__).resolve().parents[1]
+TRANSFORMERS_457 = ROOT / ".venv-457" / "bin" / "python"
+QUESTION, ANSWER = "感冒了要怎么办？", "多喝温水，好好休息；如果发烧超过三天，就要去看医生。"
+
+RAW = [
+    "感冒多由病毒引起，要多喝温水，好好休息；発燒超過三天，應該去看醫生！！！",
+    "春天来了，小草从土里探出头来，孩子们在公园里放风筝",
+    "<p>月亮本身不发光，它反射的是太阳的光。</p>",
+    "睡前少看手机，早点上床，睡眠会好一些。。。。",
+    "夏天喝绿豆汤可以解暑，冬天喝姜汤可以驱寒。",
+] * 4
+SFT = [
+    {"instruction": QUESTION, "input": "", "output": ANSWER},
+    {"instruction": "怎样才能睡得好", "input": "", "output": "睡前少看手机，早点上床。"},
+    {"instruction": "月亮会发光吗？", "input": "", "output": "不会，它反射的是太阳的光。"},
+]
+PREFERENCES = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "我不知道。"} for row in SFT]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """Raw text to a chat model, by the scripts' main(cfg)."""
+    out = tmp_path_factory.mktemp("house")
+    common = {"overwrite": True, "batch_tokens": 512, "context": 128, "warmup": 5, "device": "cpu"}
+    raw = write(out / "raw.jsonl", [{"text": text} for text in RAW])
+    clean.main(clean.Config(input=[raw], out=str(out / "clean.jsonl")))
+    texts = [str(out / "clean.jsonl"), write(out / "sft.jsonl", SFT)]
+    train_tokenizer.main(train_tokenizer.Config(input=texts, out=str(out / "tokenizer"), vocab_size=500))
+    shards.main(
+        shards.Config(input=texts[:1], tokenizer=str(out / "tokenizer"), out=str(out / "tokens"), val_fraction=0.2)
+    )
+    pretrain.main(
+        pretrain.Config(
+            data=str(out / "tokens"), tokenizer=str(out / "tokenizer"), out=str(out / "pretrain"), preset="demo",
+            width=64, layers=2, heads=2, mlp=128, steps=30, lr=1e-2, eval_every=10, **common,
+        )
+    )  # fmt: skip
+    sft.main(
+        sft.Config(init_from=str(out / "pretrain"), data=texts[1:], out=str(out / "sft"), epochs=120, lr=1e-2, **common)
+    )
+    pairs = write(out / "dpo.jsonl", PREFERENCES)
+    dpo.main(
+        dpo.Config(
+            init_from=str(out / "sft"), data=[pairs], out=str(out / "dpo"), steps=5, batch_pairs=3, lr=1e-3, **common
+        )
+    )
+    return out
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def answer(model, **settings) -> str:
+    stdout = io.StringIO()
+    with redirect_stdout(stdout):
+        generate.main(generate.Config(model=str(model), prompt=QUESTION, device="cpu", **settings))
+    return stdout.getvalue().removesuffix("\n")
+
+
+def test_each_stage_learns(house):
+    pretraining, fine_tuning, preferences = (metrics(house / name) for name in ("pretrain", "sft", "dpo"))
+    vocab = len(load(house / "pretrain")[1])
+    assert pretraining[0]["loss"] == pytest.approx(torch.tensor(float(vocab)).log().item(), rel=0.02)
+    assert pretraining[-1]["loss"] < 4
+    assert pretraining[-1]["val_bits_per_byte"] < pretraining[9]["val_bits_per_byte"]
+    assert fine_tuning[-1]["loss"] < 0.1
+    assert preferences[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert preferences[-1]["margin"] > 0
+
+
+def test_the_trained_question_is_answered_as_taught(house):
+    assert answer(house / "sft") == ANSWER
+    assert similarity(answer(house / "dpo"), ANSWER) > 0.9
+
+
+def test_checkpoint_directories_are_complete(house):
+    for name in ("pretrain", "sft", "dpo"):
+        assert {p.name for p in (house / name).iterdir() if p.is_file()} == {
+            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "special_tokens_map.json", "run.json", "metrics.jsonl", "train_state.pt",
+        }  # fmt: skip
+    described = json.loads((house / "sft" / "run.json").read_text())
+    assert described["config"]["lr"] == 1e-2
+    assert described["versions"]["torch"] == torch.__version__
+
+
+def test_sampling_and_raw_prompts(house):
+    assert answer(house / "sft", temperature=1.0, seed=1) == answer(house / "sft", temperature=1.0, seed=1)
+    stdout = io.StringIO()
+    with redirect_stdout(stdout):
+        generate.main(generate.Config(model=str(house / "sft"), prompt=f"##提问:\n{QUESTION}\n##回答:\n", raw=True))
+    assert stdout.getvalue() == ANSWER + "\n"
+
+
+def test_chat_at_the_terminal(house):
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(house / "sft"), "--chat", "--device", "cpu"]
+    done = subprocess.run(
+        command, input=f"{QUESTION}\n\n{QUESTION}\n/exit\n", capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert done.stdout.count(ANSWER) == 2
+
+
+# The calls of the original's README, in its order and with its arguments; {encode} is what version 5 renamed.
+ORIGINAL_USE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+directory, question = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model = AutoModelForCausalLM.from_pretrained(directory)
+settings = GenerationConfig(num_beams=1, do_sample=False, max_length=320, max_new_tokens=256, no_repeat_ngram_size=4,
+                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+encoded = tokenizer{encode}(text=f"##提问:\\n{{question}}\\n##回答:\\n")
+ids, mask = torch.LongTensor([encoded.input_ids]), torch.LongTensor([encoded.attention_mask])
+outputs = model.generate(inputs=ids, attention_mask=mask, generation_config=settings)
+print(tokenizer.decode(outputs[0].cpu().numpy(), clean_up_tokenization_spaces=True, skip_special_tokens=True))
+"""
+
+
+def original_use(python, encode, directory) -> str:
+    code = ORIGINAL_USE.format(encode=encode)
+    done = subprocess.run([python, "-c", code, str(directory), QUESTION], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.removesuffix("\n")
+
+
+def checkpoints(house):
+    """The demo's result where it is there, the tiny one in any case."""
+    demo = ROOT / "out" / "demo" / "dpo"
+    return [house / "dpo", *([demo] if (demo / "model.safetensors").exists() else [])]
+
+
+def test_the_originals_snippet_says_what_generate_says(house):
+    for directory in checkpoints(house):
+        said = original_use(sys.executable, "", directory)
+        assert said == f"##提问:\n{QUESTION}\n##回答:\n" + answer(directory, no_repeat_ngram_size=4)
+
+
+@pytest.mark.slow
+def test_the_originals_snippet_under_transformers_457(house):
+    if not TRANSFORMERS_457.exists():
+        pytest.skip("needs transformers 4.57 in .venv-457, which `make test-slow` installs")
+    for directory in checkpoints(house):
+        said = original_use(str(TRANSFORMERS_457), ".encode_plus", directory)
+        assert said == f"##提问:\n{QUESTION}\n##回答:\n" + answer(directory, no_repeat_ngram_size=4)
+
+
+def test_mistakes_leave_what_is_there(house):
+    before = (house / "sft" / "model.safetensors").read_bytes()
+    again = sft.Config(init_from=str(house / "pretrain"), data=[str(house / "sft.jsonl")], out=str(house / "sft"))
+    with pytest.raises(UserError, match="holds a run"):
+        sft.main(again)
+    with pytest.raises(UserError, match="expected prompt, chosen and rejected"):
+        dpo.main(dpo.Config(init_from=str(house / "sft"), data=[str(house / "sft.jsonl")], out=str(house / "new")))
+    with pytest.raises(UserError, match="give --steps or --epochs"):
+        sft.main(sft.Config(**vars(again) | {"steps": 1, "epochs": 1.0, "out": str(house / "new")}))
+    with pytest.raises(UserError, match="no conversation fits in a context of 5 tokens"):
+        sft.main(sft.Config(**vars(again) | {"context": 5, "out": str(house / "new")}))
+    assert (house / "sft" / "model.safetensors").read_bytes() == before

@@ -1,0 +1,58 @@
+"""Token shards: what is written is read back, and what does not fit is refused with the command that helps."""
+
+import numpy as np
+import pytest
+
+from nanophi.cli import UserError
+from nanophi.text.bpe import train_bpe
+from nanophi.text.shards import Shard, TokenSet, is_validation, write_shards
+from tests.conftest import TEXTS
+
+
+def test_round_trip_over_several_shards(tok, tmp_path):
+    texts = [f"第{i}篇文章，说的是{i * 7}。" for i in range(50)]
+    writers = write_shards(texts, tok, tmp_path, val_fraction=0.2, shard_tokens=100)
+    assert writers["train"].number > 1
+    train, val = TokenSet(tmp_path, "train", tok), TokenSet(tmp_path, "val", tok)
+    decoded = [
+        tok.decode(document[:-1]) for split in (train, val) for document in (split[i] for i in range(len(split)))
+    ]
+    assert sorted(decoded) == sorted(texts)
+    assert all(train[i][-1] == tok.eos_id for i in range(len(train)))
+    assert train.lengths.tolist() == [len(train[i]) for i in range(len(train))]
+    assert 0 < len(val) < 25
+
+
+def test_split_depends_on_the_text_alone():
+    assert [is_validation(t, 0.5) for t in TEXTS] == [is_validation(t, 0.5) for t in TEXTS]
+    assert not any(is_validation(t, 0.0) for t in TEXTS)
+    assert all(is_validation(t, 1.0) for t in TEXTS)
+
+
+def test_data_id_names_the_tokens(tok, tmp_path):
+    ids = []
+    for texts in (TEXTS, TEXTS, [*TEXTS[:-1], "另一篇"]):
+        write_shards(texts, tok, tmp_path, 0.0)
+        ids.append(TokenSet(tmp_path, "train", tok).data_id)
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_another_tokenizer_is_refused(tok, tmp_path):
+    write_shards(TEXTS, tok, tmp_path, 0.0)
+    other = train_bpe(TEXTS, vocab_size=300)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        TokenSet(tmp_path, "train", other)
+
+
+def test_missing_foreign_and_damaged_files(tok, tmp_path):
+    with pytest.raises(UserError, match=r"no token shards in .*python -m nanophi.text.shards"):
+        TokenSet(tmp_path, "train")
+    write_shards(TEXTS, tok, tmp_path, 0.0)
+    path = tmp_path / "train-00000.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(UserError, match="cut short or damaged"):
+        Shard(path)
+    path.write_bytes(np.arange(100, dtype=np.uint16).tobytes())
+    with pytest.raises(UserError, match="is no token shard"):
+        Shard(path)

@@ -1,0 +1,121 @@
+"""Encoding and decoding: HF's ids, nothing lost, specials only where asked for."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+
+from nanophi.cli import UserError
+from nanophi.text.bpe import train_bpe
+from nanophi.text.chat import chat_prompt, encode_chat
+from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.conftest import TEXTS
+
+
+@pytest.fixture(scope="module")
+def hf(tok, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tok")
+    tok.save(directory)
+    return HFTokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+any_text = st.text() | st.text(st.sampled_from("感冒了要多喝水，。？\n\t  a'st1[EOS]😀鱻\u200b"), max_size=60)
+
+
+@given(text=any_text)
+@example(text="")
+@example(text="don't  it's 3.14\n\n  x \n")
+@example(text="a [EOS] b[PAD]")
+def test_ids_are_those_of_hf(tok, hf, text):
+    hf.encode_special_tokens = True
+    assert tok.encode(text) == hf.encode(text).ids
+    hf.encode_special_tokens = False
+    assert tok.encode(text, specials=True) == hf.encode(text).ids
+
+
+@given(text=any_text)
+def test_nothing_is_lost(tok, text):
+    """The original's vocabulary lacked bytes unseen in training: 感冒A😀 came back as 感冒�."""
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert tok.decode_bytes(ids) == text.encode()
+
+
+@given(ids=st.lists(st.integers(0, 399), max_size=30))
+def test_decoding_is_that_of_hf(tok, hf, ids):
+    assert tok.decode(ids) == hf.decode(ids, skip_special_tokens=False)
+    assert tok.decode(ids, skip_special_tokens=True) == hf.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", [" " * 10_000, "哈" * 10_000, "a" * 10_000, "\n" * 10_000, "。" * 10_000])
+def test_long_runs_are_no_trap(tok, hf, text):
+    """Merging by scanning for the best pair each time is quadratic in a pre-token's length."""
+    assert tok.encode(text) == hf.encode(text).ids
+
+
+def test_special_ids_are_the_originals(tok):
+    assert [tok.special_id(name) for name in SPECIAL_TOKENS] == list(range(7))
+    assert tok.encode("[EOS]") != [1]
+    assert tok.encode("[EOS]", specials=True) == [1]
+    assert len(tok) == 400
+
+
+def test_save_and_load(tok, tmp_path):
+    tok.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.to_dict() == tok.to_dict()
+    assert again.fingerprint == tok.fingerprint
+    assert again.encode_batch(TEXTS) == tok.encode_batch(TEXTS)
+
+
+def test_added_tokens_are_recognised_everywhere_and_by_hf(tmp_path):
+    tok = train_bpe(TEXTS, vocab_size=300)
+    before = tok.fingerprint
+    assert tok.add_tokens(["<工具>", "<工具>", "[EOS]"]) == 1
+    assert len(tok) == 301
+    assert tok.fingerprint != before
+    text = "请用<工具>查一下"
+    assert tok.encode(text)[-4:] != tok.encode("<工具>") == [300]
+    assert 300 in tok.encode(text)
+    assert tok.decode(tok.encode(text)) == text
+    tok.save(tmp_path)
+    assert HFTokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == tok.encode(text)
+    assert Tokenizer.load(tmp_path).encode(text) == tok.encode(text)
+
+
+def test_auto_tokenizer_gives_the_same_ids_and_template(tok, tmp_path):
+    from transformers import AutoTokenizer
+
+    tok.save(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(auto) == len(tok)
+    assert (auto.eos_token_id, auto.pad_token_id, auto.bos_token_id) == (1, 0, 3)
+    for text in TEXTS:
+        assert auto(text).input_ids == tok.encode(text)
+        assert auto.decode(tok.encode(text)) == text
+    messages = [
+        {"role": "system", "content": "你是助手。"},
+        {"role": "user", "content": "感冒了要怎么办？"},
+        {"role": "assistant", "content": " 多喝水。\n"},
+        {"role": "user", "content": "  还有呢？\n"},
+    ]
+    assert auto.apply_chat_template(messages, return_dict=False) == chat_prompt(messages, tok)
+    messages.append({"role": "assistant", "content": "\n\n 好好休息。"})
+    assert auto.apply_chat_template(messages, return_dict=False) == encode_chat(messages, tok)[0]
+
+
+def test_loading_something_else_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    from tokenizers import models
+
+    HFTokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="only byte-level BPE"):
+        Tokenizer.load(tmp_path)
+
+
+def test_byte_lengths_count_text_only(tok):
+    lengths = tok.byte_lengths()
+    assert lengths[tok.eos_id] == 0
+    text = "感冒了"
+    assert sum(lengths[i] for i in tok.encode(text)) == 9

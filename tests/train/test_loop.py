@@ -1,0 +1,233 @@
+"""The loop: exact resume for every stage, interrupts, kills, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanophi.cli import UserError
+from nanophi.train.loop import STATE, TrainConfig, train
+from nanophi.train.losses import answer_logps, make_dpo_loss_fn, next_token_loss
+from nanophi.train.packing import Packed, Pair, Pairs
+from tests.conftest import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def random_documents(n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(7, 400, size=rng.integers(3, 50)) for _ in range(n)]
+
+
+def config(out, **changes) -> TrainConfig:
+    return TrainConfig(**{"out": str(out), "steps": 20, "save_every": 7, "warmup": 3, "device": "cpu"} | changes)
+
+
+def pretraining(model):
+    return next_token_loss, Packed(random_documents(), 32, 4, seed=1)
+
+
+def fine_tuning(model):
+    documents = random_documents()
+    masks = [np.arange(len(d)) >= len(d) // 2 for d in documents]
+    return next_token_loss, Packed(documents, 64, 4, 1, masks)
+
+
+def preferences(model):
+    sides = [(d.tolist(), [i >= 2 for i in range(len(d))]) for d in random_documents()]
+    data = Pairs([Pair(*pair) for pair in zip(sides[::2], sides[1::2], strict=True)], 4, seed=1)
+    with torch.no_grad():
+        data.reference = answer_logps(model, data.batch(range(len(data)))).view(-1, 2)
+    return make_dpo_loss_fn(0.1), data
+
+
+def run(out, stage, model=None, **changes):
+    stop_at = changes.pop("stop_at", None)
+    model = model or tiny_model(resid_pdrop=0.1)  # dropout: the random generator is part of the state
+    loss_fn, data = stage(model)
+    torch.manual_seed(5)
+    return train(model, loss_fn, data.batch_at, config(out, **changes), data_id=data.data_id, stop_at=stop_at)
+
+
+def state(out):
+    return torch.load(Path(out) / STATE, weights_only=True)
+
+
+def tensors(value, path=""):
+    """Every tensor of a nested state, by its path."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {name: t for key, inner in items for name, t in tensors(inner, f"{path}/{key}").items()}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
+@pytest.mark.parametrize("stage", [pretraining, fine_tuning, preferences])
+def test_stopped_and_resumed_equals_unbroken(stage, optimizer, tmp_path):
+    run(tmp_path / "unbroken", stage, optimizer=optimizer)
+    run(tmp_path / "broken", stage, optimizer=optimizer, stop_at=10)
+    assert state(tmp_path / "broken")["step"] == 10
+    torch.manual_seed(99)  # whatever the process's generator holds
+    run(tmp_path / "broken", stage, optimizer=optimizer, resume="yes")
+    unbroken, resumed = tensors(state(tmp_path / "unbroken")), tensors(state(tmp_path / "broken"))
+    assert unbroken.keys() == resumed.keys()
+    assert len(unbroken) > 60
+    assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "broken")]
+    assert weights[0] == weights[1]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("unbroken", "broken")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 20
+
+
+def test_training_learns(tmp_path):
+    run(tmp_path, pretraining, steps=60, lr=1e-2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] > 6
+    assert lines[-1]["loss"] < 4
+    assert lines[-1]["tokens"] == sum(Packed(random_documents(), 32, 4, 1).batch_at(i).real_tokens for i in range(60))
+    assert list(lines[0]) == ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds"]
+
+
+def test_dpo_logs_rewards_and_widens_the_margin(tmp_path):
+    run(tmp_path, preferences, steps=30, lr=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=0.05)  # dropout is on
+    assert lines[-1]["margin"] > 0.5
+    assert {"rewards_chosen", "rewards_rejected", "accuracy"} <= set(lines[0])
+
+
+def test_micro_batches_do_not_change_the_result(tmp_path):
+    """An average of averages would weigh the tokens of a short micro-batch more."""
+    one = run(tmp_path / "one", fine_tuning, tiny_model(), micro_batch=4, steps=3)
+    many = run(tmp_path / "many", fine_tuning, tiny_model(), micro_batch=1, steps=3)
+    for a, b in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_older_checkpoints_are_complete_and_few(tmp_path):
+    run(tmp_path, pretraining, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000007", "step-000014"]
+    old = tmp_path / "step-000014"
+    assert state(old)["step"] == 14
+    assert len((old / "metrics.jsonl").read_text().splitlines()) == 14
+    run(tmp_path / "again", pretraining, stop_at=14)
+    assert (old / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_best_is_kept_and_validation_logged(tmp_path):
+    losses = iter([3.0, 1.0, 2.0])
+    model = tiny_model()
+    loss_fn, data = pretraining(model)
+    cfg = config(tmp_path, steps=6, eval_every=2)
+    train(model, loss_fn, data.batch_at, cfg, evaluate=lambda m: {"val_loss": next(losses), "val_bits_per_byte": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("val_loss") for line in lines] == [None, 3.0, None, 1.0, None, 2.0]
+    run(tmp_path / "four", pretraining, tiny_model(), steps=6, stop_at=4)
+    best = (tmp_path / "best" / "model.safetensors").read_bytes()
+    assert best == (tmp_path / "four" / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path):
+    run(tmp_path, pretraining, steps=2)
+    with pytest.raises(UserError, match="--resume goes on with it, --overwrite deletes it"):
+        run(tmp_path, pretraining, steps=2)
+    run(tmp_path, pretraining, steps=3, overwrite=True)
+    assert state(tmp_path)["step"] == 3
+
+
+def test_resume_needs_a_state_and_auto_does_not(tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        run(tmp_path, pretraining, resume="yes")
+    run(tmp_path, pretraining, steps=2, resume="auto")
+    with pytest.raises(UserError, match="--resume maybe"):
+        run(tmp_path, pretraining, resume="maybe")
+
+
+def test_other_data_is_not_resumed(tmp_path):
+    run(tmp_path, pretraining, stop_at=2)
+    with pytest.raises(UserError, match="was trained on other data"):
+        run(tmp_path, fine_tuning, resume="yes")
+
+
+SCRIPT = """
+    import sys, time
+    from tests.train.test_loop import *
+    torch.set_num_threads(1)
+    out, slow = sys.argv[1], float(sys.argv[2])
+    model = tiny_model(resid_pdrop=0.1)
+    loss_fn, data = pretraining(model)
+    torch.manual_seed(5)
+    def batch_at(step):
+        time.sleep(slow)
+        return data.batch_at(step)
+    if len(sys.argv) > 3:  # dawdle within each write of a checkpoint, to be killed there
+        import nanophi.files
+        replace = nanophi.files.os.replace
+        def dawdling(a, b):
+            print("writing", flush=True); time.sleep(float(sys.argv[3])); replace(a, b)
+        nanophi.files.os.replace = dawdling
+    train(model, loss_fn, batch_at, config(out, save_every=2), resume="auto", data_id=data.data_id)
+    print("finished", flush=True)
+"""
+
+
+def start(out, slow=0.0, *more):
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(out), str(slow), *map(str, more)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out, step):
+    path = Path(out) / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < step:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupts_save_and_leave_a_code_that_stops_a_chain(number, code, tmp_path):
+    process = start(tmp_path, 0.05)
+    wait_for_step(tmp_path, 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "interrupted: saved step" in out
+    step = state(tmp_path)["step"]
+    assert 3 <= step < 20
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(tmp_path):
+    """Five SIGKILLs, three of them while a file of a checkpoint is being written."""
+    assert start(tmp_path / "unbroken").wait(timeout=120) == 0
+    broken = tmp_path / "broken"
+    for step in (1, 5):
+        process = start(broken, 0.1)
+        wait_for_step(broken, step)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    for nth_write in (2, 5, 9):
+        process = start(broken, 0.0, 0.2)
+        for _ in range(nth_write):
+            while process.stdout.readline().strip() != "writing":
+                pass
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert list(broken.rglob("*.tmp")), "the kill should have hit a write"
+    process = start(broken)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resume:" in out
+    assert (broken / "model.safetensors").read_bytes() == (tmp_path / "unbroken/model.safetensors").read_bytes()
+    assert len((broken / "metrics.jsonl").read_text().splitlines()) == 20

@@ -1,0 +1,129 @@
+"""Every token is learned exactly once per epoch, and a batch is a pure function of (seed, step)."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanophi.cli import UserError
+from nanophi.train.packing import IGNORE, Packed, Pair, Pairs, best_fit
+
+DOCUMENTS = [np.arange(100 * i, 100 * i + n) for i, n in enumerate((5, 40, 2, 17, 1, 16, 33, 9), start=1)]
+
+
+def transitions(batch):
+    """(input, target) of every learned position."""
+    learned = batch.targets != IGNORE
+    return list(zip(batch.ids[learned].tolist(), batch.targets[learned].tolist(), strict=True))
+
+
+def expected_transitions(documents):
+    return [(int(a), int(b)) for d in documents for a, b in itertools.pairwise(d)]
+
+
+@pytest.mark.parametrize("context", [4, 16, 64])
+def test_each_token_after_a_documents_first_is_a_target_once_per_epoch(context):
+    """A long document's next piece begins with the last token of the one before, or one target a cut would be lost."""
+    data = Packed(DOCUMENTS, context, batch_rows=1, seed=0)
+    seen = Counter(t for step in range(len(data)) for t in transitions(data.batch_at(step)))
+    assert seen == Counter(expected_transitions(DOCUMENTS))
+    seen = Counter(t for batch in data.in_order() for t in transitions(batch))
+    assert seen == Counter(expected_transitions(DOCUMENTS))
+
+
+def test_boundaries_isolate_documents():
+    data = Packed(DOCUMENTS, 16, batch_rows=3, seed=0)
+    for step in range(4):
+        batch = data.batch_at(step)
+        cu = batch.cu_seqlens.tolist()
+        assert cu[0] == 0
+        assert cu[-1] == batch.ids.numel()
+        assert set(range(0, cu[-1] + 1, 16)) <= set(cu)
+        assert cu == sorted(set(cu))
+        for a, b in itertools.pairwise(cu):
+            ids, targets = batch.ids.flatten()[a:b], batch.targets.flatten()[a:b]
+            if (targets == IGNORE).all():
+                assert (ids == 0).all()  # padding, a document of its own
+            else:
+                assert torch.equal(targets, ids + 1)  # consecutive numbers of one document
+                assert len(set((ids // 100).tolist())) == 1
+        assert batch.real_tokens == (batch.ids != 0).sum()
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    first, second = (Packed(DOCUMENTS, 16, batch_rows=2, seed=3) for _ in range(2))
+    later = [second.batch_at(step) for step in (7, 2, 5)]
+    for step, batch in zip((7, 2, 5), later, strict=True):
+        assert torch.equal(first.batch_at(step).ids, batch.ids)
+    epoch = len(first) // 2
+    assert not torch.equal(first.batch_at(0).ids, first.batch_at(epoch).ids)  # another order each epoch
+    assert not torch.equal(first.batch_at(0).ids, Packed(DOCUMENTS, 16, 2, seed=4).batch_at(0).ids)
+
+
+def test_masks_hide_prompts_and_bos_is_put_first():
+    documents, masks = [np.array([11, 12, 13, 14])], [np.array([False, False, True, True])]
+    batch = Packed(documents, 8, 1, 0, masks, bos_id=3).batch_at(0)
+    assert batch.ids[0].tolist() == [3, 11, 12, 13, 0, 0, 0, 0]
+    assert batch.targets[0].tolist() == [IGNORE, IGNORE, 13, 14] + [IGNORE] * 4
+
+
+def test_cutting_a_batch_loses_nothing():
+    batch = Packed(DOCUMENTS, 16, batch_rows=5, seed=0).batch_at(0)
+    parts = [batch.cut(start, start + 2) for start in (0, 2, 4)]
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.ids for part in parts]), batch.ids)
+    lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
+    assert torch.equal(lengths, batch.cu_seqlens.diff())
+
+
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=60))
+def test_best_fit_places_each_piece_once_in_the_fullest_row_with_room(lengths):
+    rows = best_fit(lengths, 16)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 16 for row in rows)
+    slow: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        room = [row for row in slow if sum(lengths[j] for j in row) + length <= 16]
+        fullest = max(room, key=lambda row: sum(lengths[j] for j in row), default=None)
+        if fullest is None:
+            slow.append([i])
+        else:
+            fullest.append(i)
+    assert sorted(sum(lengths[i] for i in row) for row in rows) == sorted(sum(lengths[i] for i in row) for row in slow)
+
+
+def test_pairs_share_a_batch_row_by_row():
+    a = ([11, 12, 13, 1], [False, False, True, True])
+    b = ([11, 12, 14, 15, 16, 1], [False, False, True, True, True, True])
+    data = Pairs([Pair(a, b), Pair(b, a)], batch_pairs=2, seed=0)
+    data.reference = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
+    batch = data.batch([0, 1])
+    assert len(batch) == 2
+    assert batch.ids.tolist()[:2] == [[11, 12, 13, 0, 0], [11, 12, 14, 15, 16]]
+    assert batch.targets.tolist()[:2] == [[IGNORE, 13, 1, IGNORE, IGNORE], [IGNORE, 14, 15, 16, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 10, 15, 18, 20]
+    assert batch.reference.tolist() == [-1, -2, -3, -4]
+    second = batch.cut(1, 2)
+    assert second.ids.tolist() == batch.ids.tolist()[2:]
+    assert second.reference.tolist() == [-3, -4]
+    order = [data.batch_at(0).ids[0, 2].item(), data.batch_at(0).ids[2, 2].item()]
+    assert sorted(order) == [13, 14]  # an epoch holds each pair once
+
+
+def test_nothing_to_learn_is_said():
+    with pytest.raises(UserError, match="nothing to learn"):
+        Packed([np.array([5])], 8, 1, 0)
+    with pytest.raises(UserError, match="no preference pair"):
+        Pairs([], 2, 0)
+
+
+def test_data_id_changes_with_data_and_layout():
+    base = Packed(DOCUMENTS, 16, 2, 0).data_id
+    assert base == Packed(DOCUMENTS, 16, 2, 0).data_id
+    others = [Packed(DOCUMENTS, 8, 2, 0), Packed(DOCUMENTS, 16, 4, 0), Packed(DOCUMENTS, 16, 2, 1)]
+    others += [Packed([*DOCUMENTS[:-1], DOCUMENTS[-1] + 1], 16, 2, 0), Packed(DOCUMENTS, 16, 2, 0, bos_id=3)]
+    assert len({base, *(other.data_id for other in others)}) == 6
