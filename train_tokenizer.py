@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nanophi.cli import flag, run
 from nanophi.text.bpe import train_bpe
-from nanophi.text.corpus import read_texts
+from nanophi.text.corpus import SampleBy, read_texts
 
 
 @dataclass(kw_only=True)
@@ -18,7 +18,7 @@ class Config:
     vocab_size: int = flag(40960, help="tokens, the 7 special ones and the 256 bytes among them")
     level: str = flag("byte", help="alphabet of the merges: byte")
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
-    sample_by: str = flag("line", help="a document of a .txt file is a line, a paragraph or the document")
+    sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
 
 
 def main(cfg: Config) -> dict:

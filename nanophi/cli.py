@@ -67,7 +67,8 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
 def run(cls: type, main, argv: list[str] | None = None) -> None:
     """Parse the flags of `cls`, call `main(cfg)`, and end with an exit code that scripts can chain on.
 
-    0 success; 2 a user's mistake (one line on stderr; NANOPHI_TRACEBACK=1 shows where); 130 / 143 interrupted.
+    0 success; 2 a user's mistake (one line on stderr; NANOPHI_TRACEBACK=1 shows where); 130 / 143 interrupted; 141 the
+    reader of standard output has gone away.
     """
     description = sys.modules[main.__module__].__doc__ or ""
     cfg = cls(**vars(parser_for(cls, description).parse_args(argv)))
@@ -79,11 +80,12 @@ def run(cls: type, main, argv: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, OSError) as error:
         if os.environ.get("NANOPHI_TRACEBACK"):
             raise
         text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"error: {text}", file=sys.stderr)
+        print("error:", " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
 
 

@@ -40,9 +40,9 @@ def tiny_config(**changes) -> PhiConfig:
 
 def tiny_model(seed: int = 0, spread: float = 0.1, **changes) -> Phi:
     """Random everywhere, biases and norms too, so that no parameter's effect is hidden by a zero or a one."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Phi(tiny_config(**changes))
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Phi(tiny_config(**changes))
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * spread)
+            p.add_(torch.randn(p.shape) * spread)
     return model.eval()

@@ -77,7 +77,10 @@ def test_users_mistake_is_one_line_and_a_bug_is_not_hidden(capsys):
         (["dpo.py", "--init-from", "no", "--data", "x", "--out", "new", "--resume"], "nothing to resume in new"),
         (["generate.py", "--model", "no", "--prompt", "x"], "no model in no"),
         (["generate.py", "--model", "no"], "--prompt TEXT or --chat"),
-        (["-m", "nanophi.text.clean", "--input", "no.jsonl", "--out", "x"], "no such file, directory or glob: no."),
+        (
+            ["-m", "nanophi.text.clean", "--input", "no.jsonl", "--out", "x.jsonl"],
+            "no such file, directory or glob: no.",
+        ),
     ],
 )
 def test_scripts_name_the_mistake(command, expected, tmp_path):
@@ -88,6 +91,17 @@ def test_scripts_name_the_mistake(command, expected, tmp_path):
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_success(tmp_path):
+    """`pretrain.py | head && sft.py` went on with half a model: the broken pipe had ended in exit code 0."""
+    code = "from tests.test_cli import *; run(Config, lambda cfg: [print(i) for i in range(10**5)], ['--data', 'x'])"
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.wait(timeout=60) == 141
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
 
 
 def test_progress_prints_plain_lines_without_a_terminal(capsys):

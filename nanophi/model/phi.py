@@ -31,7 +31,7 @@ def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Ten
 
     Su et al. 2021 (RoFormer), eq. 15. Computed in fp32 each time: a buffer would be rounded by `model.bfloat16()`.
     """
-    frequencies = theta ** (-torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim)  # (R/2,)
+    frequencies = 1 / theta ** (torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim)  # (R/2,)
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
 

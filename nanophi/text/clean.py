@@ -15,46 +15,69 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 from nanophi.cli import Progress, UserError, flag, run
-from nanophi.text.corpus import read_rows, write_rows
+from nanophi.text.corpus import (
+    ASKED,
+    LEARNED,
+    TURNS,
+    SampleBy,
+    expand,
+    format_of,
+    messages_of,
+    read_rows,
+    texts_of,
+    write_rows,
+)
 
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff〇"
 
 TAG_NAMES = (
     "p|br|div|span|a|b|i|u|em|strong|h[1-6]|ul|ol|li|table|tbody|thead|tr|td|th|img|font|center|hr|sup|sub|blockquote"
 )
-# Attributes need a value: `a <b and c> d` is no tag.
-TAG = re.compile(rf"""<(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I)
+# Attributes need a value: `a <b and c> d` is no tag; nor is one letter right behind a word: List<a> is code.
+TAG = re.compile(
+    rf"""<(?!(?<=\w<)[abiup]>)(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I
+)
 COMMENT = re.compile(r"<!--.*?-->", re.S)
+CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.S)  # Markdown's code shows tags as text
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")  # with `;`: not in `?a=1&copy=2`
 BREAKING_TAGS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr")
 
 
 def strip_html(text: str) -> str:
-    """Entities become characters, comments and well-known tags go; other `<...>` is code or mathematics and stays."""
-    text = ENTITY.sub(lambda m: html.unescape(m[0]), COMMENT.sub("", text))
+    """Entities become characters, to the bottom of `&amp;lt;`; comments and well-known tags go. Markdown code stays,
+    and so does any other `<...>`: it is code or mathematics."""
+    parts = CODE.split(text)
+    return "".join(part if i % 2 else _strip_html(part) for i, part in enumerate(parts))
+
+
+def _strip_html(text: str) -> str:
+    before = None
+    while text != before:  # each replacement shortens the text
+        before = text
+        text = ENTITY.sub(lambda m: html.unescape(m[0]), COMMENT.sub("", text))
     return TAG.sub(lambda m: "\n" if m[2].lower() in BREAKING_TAGS else "", text)
 
 
 INVISIBLE = re.compile(
-    # Controls but \t and \n; zero-width and directional marks. U+200D stays: emoji are joined by it.
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
+    # Controls but \t and \n; zero-width and directional marks; half surrogate pairs. U+200D stays: it joins emoji.
+    r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
 )
 
 
 def drop_invisible(text: str) -> str:
     """Remove characters one cannot see; every kind of line break becomes \\n."""
-    return INVISIBLE.sub("", re.sub(r"\r\n?|\x85|\u2028|\u2029", "\n", text))
+    return INVISIBLE.sub("", re.sub(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029", "\n", text))
 
 
-# NFKC would make most of these ASCII (，->, …->...), and lose a power, an index or a unit (m² -> m2, ㎡ -> m2, ② -> 2).
-KEPT_BY_NFKC = re.compile(
-    r"[，。？！：；（）…～²³¹⁰-₟①-⓿㈀-㋿㌀-㏿]+",
-)
+# NFKC would make most of these ASCII (，->, …->...), lose a power, an index or a unit (m² -> m2, ㎡ -> m2, ② -> 2), run
+# a fraction into the number before it (5½ -> 51⁄2), or tear a lone accent or a double prime apart.
+KEPT_BY_NFKC = re.compile(r"[，。？！：；（）…～²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸①-⓿㈀-㋿㌀-㏿]+")
 
 
 def nfkc(text: str) -> str:
@@ -74,8 +97,11 @@ def _opencc():
 
 
 def simplify(text: str) -> str:
-    """Traditional -> simplified characters, by OpenCC's phrase tables."""
-    return _opencc().convert(text)
+    """Traditional -> simplified characters, by OpenCC's phrase tables.
+
+    薴 stays: OpenCC makes it 苧, which it would make 苎, another plant, the next time.
+    """
+    return "薴".join(_opencc().convert(part) for part in text.split("薴"))
 
 
 # Not `.` (1.000, ...), not + - * = # / (C++, --, ==); ASCII ! or ? only after Han, or three behind a word: `!!x` is
@@ -93,12 +119,12 @@ def collapse_punctuation(text: str) -> str:
 
 
 def tidy_space(text: str) -> str:
-    """Trim lines' ends, at most one blank line, no ideographic indentation (code keeps its own), one space at most
-    between Han."""
+    """Trim the text and its lines' ends, at most one blank line, no ideographic indentation (code keeps its own), one
+    space at most between Han."""
     text = re.sub(r"[^\S\n]+$", "", text, flags=re.M)
-    text = re.sub(r"^[^\S\n]*\u3000[^\S\n]*", "", text, flags=re.M)
+    text = re.sub(rf"^[^\S\n]*\u3000[^\S\n]*|\A\s+(?=[{HAN}])", "", text, flags=re.M)
     text = re.sub(rf"(?<=[{HAN}，。？！：；])[^\S\n]{{2,}}(?=[{HAN}])", " ", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    return re.sub(r"\n{3,}", "\n\n", text).lstrip("\n").rstrip()
 
 
 def final_punctuation(text: str) -> str:
@@ -126,8 +152,9 @@ class Report:
     removed: Counter = field(default_factory=Counter)
     sample: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    def note(self, rule: str, before: str, after: str) -> None:
-        self.changed[rule] += 1
+    def note(self, rule: str, before: str, after: str, again: bool) -> None:
+        """A rule changed a text; again: it had changed this one before."""
+        self.changed[rule] += not again
         self.removed[rule] += len(before) - len(after)
         if rule not in self.sample:
             start = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
@@ -149,40 +176,32 @@ def clean(text: str, final: bool = True, report: Report | None = None) -> str:
     final: also the rule that ends a text in 。; for documents and answers, not for questions.
     """
     rules = RULES | (FINAL_RULE if final else {})
-    for _ in range(8):  # two rounds suffice but for texts made to tease (nested entities, chains in OpenCC's tables)
+    acted: set[str] = set()
+    for _ in range(100):  # seldom more than two rounds: the second only confirms
         start = text
         for name, rule in rules.items():
             before, text = text, rule(text)
             if report is not None and text != before:
-                report.note(name, before, text)
+                report.note(name, before, text, again=name in acted)
+                acted.add(name)
         if text == start:
             break
     return text
 
 
-# Which keys of a row hold text, and whether that text is one that ends in punctuation.
-TEXT_KEYS = {"text": True, "output": True, "response": True, "chosen": True, "rejected": True}
-TEXT_KEYS |= {"instruction": False, "input": False, "prompt": False}
-ANSWERING = ("assistant", "gpt")
-
-
 def clean_row(row: dict, report: Report | None = None) -> dict:
-    """Clean the texts of a row of any schema; other keys stay as they are."""
-    cleaned = {
-        key: clean(value, TEXT_KEYS[key], report) if key in TEXT_KEYS and isinstance(value, str) else value
-        for key, value in row.items()
-    }
-    for key, who, what in (("messages", "role", "content"), ("conversations", "from", "value")):
+    """Clean the texts of a row of any schema; other keys stay as they are. Questions get no final punctuation."""
+    cleaned = dict(row)
+    for key in (*ASKED, *LEARNED):
         if key in row:
-            cleaned[key] = [turn | {what: clean(turn[what], turn[who] in ANSWERING, report)} for turn in row[key]]
-    if not any(key in cleaned for key in (*TEXT_KEYS, "messages", "conversations")):
-        raise UserError(f"a row with the keys {', '.join(row)} holds no text; known are {', '.join(TEXT_KEYS)}")
+            cleaned[key] = clean(row[key], key in LEARNED, report)
+    for key in TURNS:
+        if key in row:
+            cleaned[key] = [
+                {"role": turn["role"], "content": clean(turn["content"], turn["role"] == "assistant", report)}
+                for turn in messages_of({key: row[key]})
+            ]
     return cleaned
-
-
-def is_empty(row: dict) -> bool:
-    """A document without text, or a question-answer row without an answer."""
-    return any(key in row and not row[key].strip() for key, needed in TEXT_KEYS.items() if needed)
 
 
 @dataclass(kw_only=True)
@@ -192,7 +211,7 @@ class Config:
     dedup: bool = flag(False, help="drop repeated and nearly repeated rows (character 5-grams, Jaccard 0.8)")
     sample: float = flag(1.0, help="share of the rows to take, chosen by a hash of each row and --seed")
     seed: int = flag(0, help="of --sample")
-    sample_by: str = flag("line", help="a document of a .txt file is a line, a paragraph or the document")
+    sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
 
 
 def sampled(row: dict, share: float, seed: int) -> bool:
@@ -202,30 +221,46 @@ def sampled(row: dict, share: float, seed: int) -> bool:
 
 
 def main(cfg: Config) -> dict:
-    """Clean every row of the inputs; returns the counts it prints."""
+    """Clean every row of the inputs; returns the counts it prints. With --dedup all rows are held in memory."""
     from nanophi.text.dedup import near_duplicates
 
-    report, rows, read, empty = Report(), [], 0, 0
-    with Progress("documents", None) as bar:
-        for row in read_rows(cfg.input, cfg.sample_by):
-            bar.update()
-            if not sampled(row, cfg.sample, cfg.seed):
-                continue
-            read += 1
-            cleaned = clean_row(row, report)
-            if is_empty(cleaned):
-                empty += 1
-            else:
-                rows.append(cleaned)
-    repeated: set[int] = set()
+    out = Path(cfg.out)
+    if format_of(out) != ".jsonl" or out.is_dir():
+        raise UserError(f"--out {cfg.out}: rows are written as .jsonl (or .jsonl.gz, .jsonl.xz), so name such a file")
+    if not 0 < cfg.sample <= 1:
+        raise UserError(f"--sample {cfg.sample}: a share is above 0 and at most 1")
+    inputs = [path for path in expand(cfg.input) if path.resolve() != out.resolve()]  # not yesterday's output
+    if not inputs:
+        raise UserError(f"--out {cfg.out} is the only input: it would overwrite what it reads")
+    report, counts = Report(), {"read": 0, "empty": 0, "repeated": 0}
+
+    def cleaned_rows() -> Iterator[dict]:
+        with Progress("rows", None) as bar:
+            for row in read_rows(inputs, cfg.sample_by):
+                bar.update()
+                if not sampled(row, cfg.sample, cfg.seed):
+                    continue
+                counts["read"] += 1
+                cleaned = clean_row(row, report)
+                if all(text.strip() for text in texts_of(cleaned)):
+                    yield cleaned
+                else:
+                    counts["empty"] += 1
+
+    rows = cleaned_rows()
     if cfg.dedup:
-        repeated = set(near_duplicates(["\n".join(str(row[k]) for k in row if k in TEXT_KEYS) for row in rows]))
-    written = write_rows(cfg.out, (row for i, row in enumerate(rows) if i not in repeated))
+        kept = list(rows)
+        repeated = set(near_duplicates("\n".join(texts_of(row)) for row in kept))
+        counts["repeated"] = len(repeated)
+        rows = (row for i, row in enumerate(kept) if i not in repeated)
+    counts["written"] = write_rows(out, rows)
     print(
-        f"clean: read {read:,} rows, dropped {empty:,} empty and {len(repeated):,} repeated, wrote {written:,}", end=""
+        "clean: read {read:,} rows, dropped {empty:,} empty and {repeated:,} repeated, wrote {written:,}".format(
+            **counts
+        )
+        + f" to {out}\n{report}"
     )
-    print(f" to {cfg.out}\n{report}")
-    return {"read": read, "empty": empty, "repeated": len(repeated), "written": written}
+    return counts
 
 
 if __name__ == "__main__":

@@ -1,24 +1,33 @@
-"""Reading and writing documents: the one place that knows file formats and row schemas. Streaming throughout.
+"""Reading and writing documents: the one place that knows file formats and row schemas.
 
     .jsonl / .json   one object a line / one array of objects        .txt   a document per line, paragraph or file
     each of them plain or .gz / .xz
 
-A document is {"text": str, ...}; conversations and preference pairs keep their own keys, see `messages_of` and
-`preference_of`.
+Everything streams but .json, which is one value. A document is {"text": str, ...}; conversations and preference pairs
+keep their own keys, see `messages_of` and `preference_of`.
 """
 
 import glob
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from nanophi.cli import UserError
 from nanophi.files import replacing
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 FORMATS = (".jsonl", ".json", ".txt")
+SampleBy = Literal["line", "paragraph", "document"]
+
+# Row schemas: the keys that hold text; what is asked, and what is learned (and so ends in punctuation).
+ASKED = ("instruction", "input", "prompt")
+LEARNED = ("text", "output", "response", "chosen", "rejected")
+TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def expand(inputs: Iterable[str | Path]) -> list[Path]:
@@ -43,12 +52,12 @@ def format_of(path: Path) -> str | None:
 
 
 def open_text(path: Path, mode: str = "rt"):
-    """Open plain or compressed text as UTF-8; newlines stay as they are."""
-    return OPENERS.get(path.suffix, open)(path, mode, encoding="utf-8", newline="")
+    """Open plain or compressed text as UTF-8, with or without a byte-order mark; newlines stay as they are."""
+    return OPENERS.get(path.suffix, open)(path, mode, encoding="utf-8-sig", newline="")
 
 
-def read_rows(inputs: Iterable[str | Path], sample_by: str = "line") -> Iterator[dict]:
-    """Every row of the inputs, in order. A .txt file gives {"text": ...} by line, paragraph or document."""
+def read_rows(inputs: Iterable[str | Path], sample_by: SampleBy = "line") -> Iterator[dict]:
+    """Every row of the inputs, in order, checked. A .txt file gives {"text": ...} by line, paragraph or document."""
     for path in expand(inputs):
         kind = format_of(path)
         if kind is None:
@@ -58,58 +67,83 @@ def read_rows(inputs: Iterable[str | Path], sample_by: str = "line") -> Iterator
                 yield from _rows(file, kind, path, sample_by)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{path} is damaged or no {path.suffix} file: {error}") from None
 
 
 def _rows(file, kind: str, path: Path, sample_by: str) -> Iterator[dict]:
     if kind == ".txt":
         yield from ({"text": text} for text in split_text(file, sample_by))
-        return
-    if kind == ".json":
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not JSON ({error}); one object a line is called .jsonl here") from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{path} holds no array of objects")
-        yield from rows
-        return
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg} at character {error.pos})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a row is an object like {{'text': ...}}, not {line.strip()[:40]}")
-        yield row
+    elif kind == ".json":
+        rows = _parse(file.read(), str(path))
+        if not isinstance(rows, list):
+            raise UserError(f"{path} holds no array of objects; one object a line is called .jsonl here")
+        for number, row in enumerate(rows, start=1):
+            yield checked(row, f"{path}, element {number}")
+    else:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield checked(_parse(line, where), where)
 
 
-def split_text(lines: Iterable[str], sample_by: str) -> Iterator[str]:
+def _parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def checked(row, where: str) -> dict:
+    """A row whose known keys hold what they should; a null is as good as absent. Anything else is a UserError."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is an object like {{'text': ...}}, not {str(row)[:40]!r}")
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in (*ASKED, *LEARNED):
+        if key in row and not isinstance(row[key], str):
+            raise UserError(f"{where}: {key!r} should be a string, not {str(row[key])[:40]!r}")
+    for key in TURNS:
+        if key in row:
+            turns = row[key] if isinstance(row[key], list) else [None]
+            for turn in turns:
+                who, what = _turn_keys(turn) if isinstance(turn, dict) else (None, None)
+                if who is None or not (isinstance(turn[who], str) and isinstance(turn[what], str)):
+                    raise UserError(f"{where}: {key!r} should be a list of objects with role and content, as strings")
+    return row
+
+
+def _turn_keys(turn: dict) -> tuple[str, str] | tuple[None, None]:
+    """How a turn names its speaker and its text: role and content, or ShareGPT's from and value."""
+    return next((keys for keys in TURNS.values() if all(key in turn for key in keys)), (None, None))
+
+
+def split_text(lines: Iterable[str], sample_by: SampleBy) -> Iterator[str]:
     """Lines of a .txt file -> documents, blank ones dropped. Paragraphs end at blank lines, a document at the end."""
-    if sample_by not in ("line", "paragraph", "document"):
-        raise UserError(f"--sample-by {sample_by}: choose line, paragraph or document")
+    assert sample_by in ("line", "paragraph", "document"), sample_by
     held: list[str] = []
     for line in lines:
         ends = sample_by == "line" or (sample_by == "paragraph" and not line.strip())
         held.append(line)
         if ends:
-            if text := "".join(held).strip():
-                yield text
+            if (text := "".join(held)).strip():
+                yield text.strip("\r\n")
             held = []
-    if text := "".join(held).strip():
-        yield text
+    if (text := "".join(held)).strip():
+        yield text.strip("\r\n")
 
 
-def read_texts(inputs: Iterable[str | Path], sample_by: str = "line") -> Iterator[str]:
-    """The text of every document. Rows of another schema give all their texts, joined by newlines."""
+def texts_of(row: dict) -> list[str]:
+    """The texts of a row of any schema: a document's text, a pair's three, a conversation's turns."""
+    if "text" in row:
+        return [row["text"]]
+    preference = preference_of(row)
+    return list(preference) if preference else [message["content"] for message in messages_of(row)]
+
+
+def read_texts(inputs: Iterable[str | Path], sample_by: SampleBy = "line") -> Iterator[str]:
+    """The text of every row; those of a conversation or a pair are joined by newlines."""
     for row in read_rows(inputs, sample_by):
-        if "text" in row:
-            yield row["text"]
-        elif (preference := preference_of(row)) is not None:
-            yield "\n".join(preference)
-        else:
-            yield "\n".join(message["content"] for message in messages_of(row))
+        yield "\n".join(texts_of(row))
 
 
 def messages_of(row: dict) -> list[dict]:
@@ -118,11 +152,10 @@ def messages_of(row: dict) -> list[dict]:
     {"instruction", "input"?, "output"}, {"prompt", "response"}, {"messages": [{"role", "content"}]},
     {"conversations": [{"from": "human" | "gpt", "value"}]}
     """
-    if "messages" in row:
-        return [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-    if "conversations" in row:
-        roles = {"human": "user", "gpt": "assistant"}
-        return [{"role": roles.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+    for key in TURNS:
+        if key in row:
+            named = [(turn, *_turn_keys(turn)) for turn in row[key]]
+            return [{"role": ROLES.get(turn[who], turn[who]), "content": turn[what]} for turn, who, what in named]
     for question, answer in (("instruction", "output"), ("prompt", "response")):
         if question in row and answer in row:
             asked = row[question] + ("\n" + row["input"] if row.get("input") else "")

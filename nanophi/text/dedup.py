@@ -4,11 +4,12 @@ Character 5-grams of the letters and digits -> MinHash signature (Broder 1997) -
 their true Jaccard similarity is computed -> the later of a similar pair goes. 5-grams, not single characters: 狗咬了人
 and 人咬了狗 share every character.
 
-Signatures are in memory: 0.5 KB a document.
+In memory for each document that stays: its shingles, 8 bytes a character, and some 5 KB of bands.
 """
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def shingles(text: str) -> np.ndarray:
 def signature(hashes: np.ndarray, multiply: np.ndarray, add: np.ndarray) -> np.ndarray:
     """The smallest value under each of the 128 hash functions h -> (a h + b) mod p: (128,) uint64."""
     folded = (hashes >> np.uint64(33)) % np.uint64(PRIME)  # high bits: the best mixed ones; below 2^31, so a h fits
-    return ((multiply[:, None] * folded + add[:, None]) % np.uint64(PRIME)).min(axis=1)
+    return np.array([((a * folded + b) % np.uint64(PRIME)).min() for a, b in zip(multiply, add, strict=True)])
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -39,7 +40,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return common / (len(a) + len(b) - common)
 
 
-def near_duplicates(texts: list[str], threshold: float = 0.8) -> list[int]:
+def near_duplicates(texts: Iterable[str], threshold: float = 0.8) -> list[int]:
     """Indices of the texts to drop: each is at least `threshold` similar to an earlier text that stays."""
     random = np.random.default_rng(0)
     multiply, add = random.integers(1, PRIME, (2, BANDS * ROWS)).astype(np.uint64)

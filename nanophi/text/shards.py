@@ -14,6 +14,8 @@ that it stays out of training however the corpus is ordered or grows.
 """
 
 import hashlib
+import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,7 +26,7 @@ import numpy as np
 
 from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing
-from nanophi.text.corpus import read_texts
+from nanophi.text.corpus import SampleBy, read_texts
 from nanophi.text.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"nanophi\0", 1
@@ -59,7 +61,8 @@ class ShardWriter:
         tokens = np.concatenate(self._pending)
         offsets = np.cumsum([0, *map(len, self._pending)], dtype="<u8")
         documents = len(self._pending)
-        with replacing(self.directory / f"{self.split}-{self.number:05d}.bin") as beside, open(beside, "wb") as file:
+        path = self.directory / f"{self.split}-{self.number:05d}.bin"
+        with replacing(path) as beside, open(beside, "wb") as file:
             fingerprint = self.tok.fingerprint.encode()
             sizes = (self.dtype.itemsize, len(tokens), documents, zlib.crc32(tokens))
             file.write(HEADER.pack(MAGIC, VERSION, *sizes, fingerprint))
@@ -77,7 +80,8 @@ class Shard:
 
     def __init__(self, path: Path):
         size = path.stat().st_size
-        header = path.open("rb").read(HEADER.size)
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise UserError(f"{path} is no token shard; python -m nanophi.text.shards --out {path.parent} writes them")
         _, version, itemsize, tokens, documents, self.crc, fingerprint = HEADER.unpack(header)
@@ -135,16 +139,25 @@ def write_shards(
 ) -> dict[str, ShardWriter]:
     """Encode documents into a shard directory; returns the writers of "train" and "val", with their counts.
 
-    Shards already there are replaced as a set: old ones go first.
+    Shards already there are replaced as a set, once the new ones are complete.
     """
     directory = Path(directory)
-    for old in directory.glob("*-*.bin"):
-        old.unlink()
-    writers = {split: ShardWriter(directory, split, tok, shard_tokens) for split in ("train", "val")}
+    fresh = directory / "new.tmp"
+    if fresh.exists():
+        shutil.rmtree(fresh)
+    writers = {split: ShardWriter(fresh, split, tok, shard_tokens) for split in ("train", "val")}
     for text in texts:
         writers["val" if is_validation(text, val_fraction) else "train"].add(tok.encode(text))
     for writer in writers.values():
         writer.flush()
+    if not writers["train"].documents:
+        raise UserError("there is no document to train on: the input is empty, or all of it is validation")
+    for split in writers:
+        for old in directory.glob(f"{split}-[0-9]*.bin"):
+            old.unlink()
+    for new in fresh.iterdir():
+        os.replace(new, directory / new.name)
+    fresh.rmdir()
     return writers
 
 
@@ -154,11 +167,13 @@ class Config:
     tokenizer: str = flag(help="directory of train_tokenizer.py")
     out: str = flag(help="directory for the shards")
     val_fraction: float = flag(0.01, help="share of documents kept for validation")
-    sample_by: str = flag("line", help="a document of a .txt file is a line, a paragraph or the document")
+    sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
 
 
 def main(cfg: Config) -> dict:
     """Encode; returns the counts it prints."""
+    if not 0 <= cfg.val_fraction < 1:
+        raise UserError(f"--val-fraction {cfg.val_fraction}: a share is at least 0 and below 1")
     tok = Tokenizer.load(cfg.tokenizer)
     read = {"characters": 0, "bytes": 0}
 
@@ -172,8 +187,6 @@ def main(cfg: Config) -> dict:
 
     writers = write_shards(counted(), tok, cfg.out, cfg.val_fraction)
     train, val = writers["train"], writers["val"]
-    if not train.documents:
-        raise UserError(f"{', '.join(cfg.input)}: no document to train on")
     documents, tokens = train.documents + val.documents, train.tokens + val.tokens
     print(
         f"shards: {documents:,} documents, {read['characters']:,} characters -> {tokens:,} tokens "

@@ -13,7 +13,7 @@ five characters. Tokens added with `add_tokens` are always recognised, as in HF.
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +49,30 @@ def split_pattern():
     return regex.compile(GPT2_SPLIT)
 
 
+def _split_at(tokens: Collection[str], text: str) -> list[str]:
+    """Cut `text` before and after every occurrence of a token, the longest first: ("ab",), "xabx" -> x, ab, x."""
+    import regex
+
+    if not tokens:
+        return [text]
+    return regex.split(f"({'|'.join(regex.escape(t) for t in sorted(tokens, key=len, reverse=True))})", text)
+
+
+def _refuse_what_is_not_implemented(data: dict, path: Path) -> None:
+    """A tokenizer.json with other settings would load and give other ids: better to say so."""
+    splits, model = data.get("pre_tokenizer") or {}, data.get("model") or {}
+    flags = [token.get(name) for token in data.get("added_tokens", []) for name in ("lstrip", "rstrip", "single_word")]
+    for right, what in (
+        (model.get("type") == "BPE" and splits.get("type") == "ByteLevel", "only byte-level BPE is read"),
+        (splits.get("use_regex", True) and not splits.get("add_prefix_space"), "only GPT-2's split is read"),
+        (not data.get("normalizer"), "a normalizer is not supported"),
+        ((data.get("post_processor") or {}).get("type") in (None, "ByteLevel"), "a post-processor is not supported"),
+        (not model.get("ignore_merges") and not any(flags), "ignore_merges, strip and single_word are not supported"),
+    ):
+        if not right:
+            raise UserError(f"{path}: {what}")
+
+
 class Tokenizer:
     """`vocab` maps each ordinary token's bytes to its id; `merges` maps a pair of ids to (rank, merged id)."""
 
@@ -58,9 +82,6 @@ class Tokenizer:
         self.specials = set(specials)
         self.vocab = {token: i for i, token in enumerate(tokens, start=len(specials))}
         self.merge_list = list(merges)
-        missing = [byte for byte in range(256) if bytes([byte]) not in self.vocab]
-        if missing:
-            raise UserError(f"not a byte-level vocabulary: {len(missing)} of the 256 bytes are missing")
         self._index()
 
     def _index(self) -> None:
@@ -70,6 +91,10 @@ class Tokenizer:
             pair: (rank, self.vocab[self.id_to_bytes[pair[0]] + self.id_to_bytes[pair[1]]])
             for rank, pair in enumerate(self.merge_list)
         }
+        missing = [byte for byte in range(256) if bytes([byte]) not in self.vocab]
+        if missing:
+            raise UserError(f"not a byte-level vocabulary: {len(missing)} of the 256 bytes are missing")
+        self.always = self.added.keys() - self.specials  # recognised in any text
         self._memo: dict[str, list[int]] = {}
         self.__dict__.pop("fingerprint", None)
 
@@ -77,20 +102,18 @@ class Tokenizer:
         return len(self.id_to_bytes)
 
     def special_id(self, text: str) -> int:
-        """The id of a special token: `tok.special_id("[EOS]")`."""
+        """The id of a special token: `tok.special_id("[SEP]")`."""
+        if text not in self.added:
+            raise UserError(f"this tokenizer has no {text}; its added tokens are {', '.join(self.added) or 'none'}")
         return self.added[text]
 
     @property
     def eos_id(self) -> int:
-        return self.added["[EOS]"]
+        return self.special_id("[EOS]")
 
     @property
     def bos_id(self) -> int:
-        return self.added["[BOS]"]
-
-    @property
-    def pad_id(self) -> int:
-        return self.added["[PAD]"]
+        return self.special_id("[BOS]")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -101,21 +124,19 @@ class Tokenizer:
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """Text -> ids, nothing added at either end. specials: also recognise [EOS] and its like in the text."""
-        import regex
-
-        known = [text for text in self.added if specials or text not in self.specials]
-        if not known:
-            return self._encode_ordinary(text)
-        longest_first = "|".join(regex.escape(t) for t in sorted(known, key=len, reverse=True))
         ids = []
-        for i, part in enumerate(regex.split(f"({longest_first})", text)):
-            ids.extend([self.added[part]] if i % 2 else self._encode_ordinary(part))
+        for part in _split_at(self.specials if specials else (), text):
+            if specials and part in self.specials:
+                ids.append(self.added[part])
+            else:
+                for piece in _split_at(self.always, part):
+                    ids.extend([self.added[piece]] if piece in self.always else self._ordinary(piece))
         return ids
 
     def encode_batch(self, texts: Iterable[str], specials: bool = False) -> list[list[int]]:
         return [self.encode(text, specials) for text in texts]
 
-    def _encode_ordinary(self, text: str) -> list[int]:
+    def _ordinary(self, text: str) -> list[int]:
         ids = []
         for word in self._pattern.findall(text):
             found = self._memo.get(word)
@@ -172,12 +193,16 @@ class Tokenizer:
         return [0 if i in special else len(self.id_to_bytes[i]) for i in range(len(self))]
 
     def add_tokens(self, texts: list[str]) -> int:
-        """Append tokens that are recognised in any text from now on; returns how many were new."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.added]
-        for text in new:
-            self.added[text] = len(self.added) + len(self.vocab)
-        self._index()
-        return len(new)
+        """Recognise these in any text from now on, appending what is no token yet; returns how many were not added
+        before. A model has to follow: `model.set_vocabulary(len(tok))`."""
+        before = len(self.added)
+        for text in texts:
+            if text and text not in self.added:
+                spelled = all(char in CHAR_TO_BYTE for char in text)
+                known = self.vocab.get(bytes(CHAR_TO_BYTE[char] for char in text)) if spelled else None
+                self.added[text] = len(self) if known is None else known  # HF too gives "cat" the id it has
+                self._index()
+        return len(self.added) - before
 
     # Files
 
@@ -249,16 +274,21 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         if not path.exists():
             raise UserError(f"no tokenizer.json in {directory}; python train_tokenizer.py --out {directory} writes one")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON: {error}") from None
+        _refuse_what_is_not_implemented(data, path)
         model, added = data["model"], sorted(data["added_tokens"], key=lambda token: token["id"])
-        splits = data.get("pre_tokenizer") or {}
-        if model["type"] != "BPE" or splits.get("type") != "ByteLevel" or splits.get("add_prefix_space"):
-            raise UserError(f"{path}: only byte-level BPE with GPT-2's split is read (no prefix space)")
-        texts = {token["content"] for token in added}
-        vocab = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in model["vocab"].items() if token not in texts}
+        specials = {token["content"] for token in added if token["special"]}
+        spelled = {token: i for token, i in model["vocab"].items() if token not in specials}
+        try:
+            vocab = {bytes(CHAR_TO_BYTE[char] for char in token): i for token, i in spelled.items()}
+        except KeyError as error:
+            raise UserError(f"{path}: only byte-level BPE is read; a token has the character {error}") from None
         tok = cls.__new__(cls)
         tok.added = {token["content"]: token["id"] for token in added}
-        tok.specials = {token["content"] for token in added if token["special"]}
+        tok.specials = specials
         tok.vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         tok.merge_list = [(model["vocab"][left], model["vocab"][right]) for left, right in pairs]

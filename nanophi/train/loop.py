@@ -258,8 +258,9 @@ class _Run:
                 beside = target.with_suffix(".tmp")
                 beside.mkdir()
                 for file in self.out.iterdir():
-                    if file.is_file() and file.suffix != ".tmp":
+                    if file.is_file() and file.suffix != ".tmp" and file.name != METRICS:
                         _link(file, beside / file.name)
+                write_text(beside / METRICS, _metrics_until(self.out / METRICS, previous))
                 os.replace(beside, target)
         for old in sorted(self.out.glob("step-*"))[: -self.keep or None]:
             shutil.rmtree(old)
@@ -281,20 +282,21 @@ class _Run:
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         path = self.out / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line)
-        write_text(path, "".join(line + "\n" for line in kept))
+        write_text(path, _metrics_until(path, self.step))
+
+
+def _metrics_until(path: Path, step: int) -> str:
+    """The lines of a metrics.jsonl up to a step."""
+    kept = ""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half
+            if json.loads(line)["step"] <= step:
+                kept += line + "\n"
+    return kept
 
 
 def _link(source: Path, target: Path) -> None:
     """A second name for a file that will be replaced, not rewritten; a copy where the file system has no links."""
-    if source.name == METRICS:  # appended to in place
-        shutil.copyfile(source, target)
-        return
     try:
         os.link(source, target)
     except OSError:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from nanophi.cli import UserError
 from nanophi.text import clean as module
 from nanophi.text.clean import Config, Report, clean, clean_row, main
 
@@ -23,6 +24,12 @@ SAME = [
     "a <b and c> d，List<String>，1 < 2。",
     "??? note\n    代码缩进保持不变。",
     "👨‍👩‍👧 一家人。",
+    "    for i in a:\n        print(i)",
+    "标签 `<p>` 和 `&lt;` 是这样写的。",
+    "```html\n<p>一段</p>\n```",
+    "Map<a> List<i> x;",
+    "一杯半是1½杯，屏幕24″。",
+    "薴是一种化合物。",
 ]
 
 
@@ -49,6 +56,8 @@ def test_what_must_not_change(text):
         ("零\u200b宽\ufeff字符\r\n换行", "零宽字符\n换行。"),
         ("　　缩进的段落。   \n\n\n\n下一段。", "缩进的段落。\n\n下一段。"),
         ("他  和  她。", "他 和 她。"),
+        ("第一页\x0c第二页。", "第一页\n第二页。"),
+        ("半个\ud800字符。", "半个字符。"),  # OpenCC refuses half a surrogate pair
     ],
 )
 def test_what_must_change(raw, expected):
@@ -72,6 +81,7 @@ soup = st.text(st.sampled_from(SOUP), max_size=40)
 @example("么麼")
 @example("&amp;amp;lt;br&gt;")
 @example("<<p>p>")
+@example("&amp;" + "amp;" * 12 + "lt;b&gt;")
 def test_cleaning_twice_changes_nothing_more(text):
     once = clean(text)
     assert clean(once) == once
@@ -107,9 +117,42 @@ def test_report_counts_by_rule():
     assert report.removed["punctuation"] == 2
 
 
-def test_sample_is_by_content(tmp_path):
+def test_sample_is_by_content_and_seed(tmp_path):
+    raw, out = tmp_path / "raw.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps({"text": f"第{i}篇。"}) + "\n" for i in range(400)]
+    taken = []
+    for order, seed in ((lines, 0), (lines[::-1], 0), (lines, 1)):
+        raw.write_text("".join(order), encoding="utf-8")
+        main(Config(input=[str(raw)], out=str(out), sample=0.5, seed=seed))
+        taken.append(set(out.read_text(encoding="utf-8").splitlines()))
+    assert taken[0] == taken[1] != taken[2]
+    assert all(150 < len(texts) < 250 for texts in taken)
+
+
+def test_dedup_sees_the_texts_of_every_schema(tmp_path):
+    """Rows of messages once looked all alike to it, and one of fifty was left."""
     raw = tmp_path / "raw.jsonl"
-    raw.write_text("".join(json.dumps({"text": f"第{i}篇。"}) + "\n" for i in range(400)), encoding="utf-8")
-    counts = [main(Config(input=[str(raw)], out=str(tmp_path / "o"), sample=0.5, seed=s))["written"] for s in (0, 0, 1)]
-    assert counts[0] == counts[1]
-    assert all(150 < n < 250 for n in counts)
+    turns = [
+        [{"role": "user", "content": f"{i}的平方？"}, {"role": "assistant", "content": f"{i * i}。"}] for i in range(50)
+    ]
+    raw.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in [*turns, turns[7]]), encoding="utf-8")
+    counts = main(Config(input=[str(raw)], out=str(tmp_path / "out.jsonl"), dedup=True))
+    assert (counts["written"], counts["repeated"]) == (50, 1)
+
+
+def test_rows_without_an_answer_go(tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    empty = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": " "}]}
+    rows = [empty, {"instruction": "问", "output": "\u200b"}, {"text": "好。", "output": ""}, {"text": ""}]
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(Config(input=[str(raw)], out=str(tmp_path / "out.jsonl")))["written"] == 1
+
+
+def test_out_is_a_jsonl_file_and_not_its_own_input(tmp_path):
+    (tmp_path / "raw.jsonl").write_text('{"text": "好。"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"written as \.jsonl"):
+        main(Config(input=[str(tmp_path)], out=str(tmp_path / "clean.txt")))
+    for _ in range(2):
+        assert main(Config(input=[str(tmp_path)], out=str(tmp_path / "clean.jsonl")))["read"] == 1
+    with pytest.raises(UserError, match="only input"):
+        main(Config(input=[str(tmp_path / "raw.jsonl")], out=str(tmp_path / "raw.jsonl")))

@@ -60,11 +60,53 @@ def test_mistakes_are_named_with_their_place(tmp_path):
     bad.write_text('["x"]\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 1: a row is an object"):
         list(read_rows([bad]))
+    bad.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        list(read_rows([bad]))
     bad.write_bytes("编码".encode("gbk"))
     with pytest.raises(UserError, match="is not UTF-8"):
         list(read_rows([bad]))
     with pytest.raises(UserError, match="no such file"):
         expand([tmp_path / "missing.txt"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": 5},
+        {"instruction": "问", "output": ["答"]},
+        {"messages": "你好"},
+        {"messages": ["你好"]},
+        {"messages": [{"role": "user"}]},
+        {"conversations": [{"from": "human", "value": None}]},
+        {"prompt": "问", "chosen": [{"role": "assistant", "content": "答"}], "rejected": "答"},
+    ],
+)
+def test_rows_of_the_wrong_shape_are_named(row, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "好"}\n' + json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: '.*' should be"):
+        list(read_rows([path]))
+
+
+def test_null_is_absent_and_roles_may_stand_in_conversations(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    rows = [{"instruction": "问", "input": None, "output": "答"}, {"conversations": turns}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")  # as Windows writes it
+    assert [messages_of(row) for row in read_rows([path])] == [turns, turns]
+
+
+def test_damaged_archives_are_named(tmp_path):
+    for name, opener in (("a.jsonl.gz", gzip.open), ("b.jsonl.xz", lzma.open)):
+        path = tmp_path / name
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.write(LINES * 50)
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"no archive"):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"{name} is damaged or no"):
+                list(read_rows([path]))
 
 
 def test_writing_is_atomic(tmp_path):

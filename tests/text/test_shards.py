@@ -24,7 +24,10 @@ def test_round_trip_over_several_shards(tok, tmp_path):
 
 
 def test_split_depends_on_the_text_alone():
-    assert [is_validation(t, 0.5) for t in TEXTS] == [is_validation(t, 0.5) for t in TEXTS]
+    texts = [f"第{i}篇" for i in range(200)]
+    half = {text for text in texts if is_validation(text, 0.5)}
+    assert 70 < len(half) < 130
+    assert {text for text in texts if is_validation(text, 0.2)} < half  # a larger share keeps what a smaller one took
     assert not any(is_validation(t, 0.0) for t in TEXTS)
     assert all(is_validation(t, 1.0) for t in TEXTS)
 
@@ -35,6 +38,25 @@ def test_data_id_names_the_tokens(tok, tmp_path):
         write_shards(texts, tok, tmp_path, 0.0)
         ids.append(TokenSet(tmp_path, "train", tok).data_id)
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_failed_run_leaves_the_old_shards_and_other_files(tok, tmp_path):
+    """The old set was once deleted first: a typo in --input cost it, and files of others with it."""
+    write_shards(TEXTS, tok, tmp_path, 0.0)
+    (tmp_path / "pytorch_model-00001.bin").write_bytes(b"weights")
+    before = TokenSet(tmp_path, "train", tok).data_id
+
+    def failing():
+        yield "一篇"
+        raise UserError("line 2: not JSON")
+
+    for texts in (failing(), []):
+        with pytest.raises(UserError):
+            write_shards(texts, tok, tmp_path, 0.0)
+        assert TokenSet(tmp_path, "train", tok).data_id == before
+    write_shards(["另一篇"], tok, tmp_path, 0.0)
+    assert TokenSet(tmp_path, "train", tok).data_id != before
+    assert {p.name for p in tmp_path.iterdir()} == {"train-00000.bin", "pytorch_model-00001.bin"}
 
 
 def test_another_tokenizer_is_refused(tok, tmp_path):

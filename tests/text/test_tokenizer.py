@@ -1,5 +1,7 @@
 """Encoding and decoding: HF's ids, nothing lost, specials only where asked for."""
 
+import json
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -81,6 +83,37 @@ def test_added_tokens_are_recognised_everywhere_and_by_hf(tmp_path):
     tok.save(tmp_path)
     assert HFTokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == tok.encode(text)
     assert Tokenizer.load(tmp_path).encode(text) == tok.encode(text)
+
+
+def test_adding_what_is_a_token_keeps_its_id(hf, tok, tmp_path):
+    """It once got a second id, and the saved tokenizer could not be loaded again."""
+    tok.save(tmp_path)
+    ours, theirs = Tokenizer.load(tmp_path), HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    new = ["a", "aa", "", "x", "a[EOS]", "感"]
+    assert ours.add_tokens(new) == theirs.add_tokens(new)
+    assert len(ours) == theirs.get_vocab_size()
+    ours.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    for text in ("aaa感x aa[EOS]b", "a[EOS]a[EOS]"):
+        assert ours.encode(text, specials=True) == again.encode(text, specials=True) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": {"type": "NFKC"}}, "normalizer is not supported"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "only byte-level BPE"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "only GPT-2's split"),
+        ({"post_processor": {"type": "TemplateProcessing"}}, "post-processor"),
+    ],
+)
+def test_settings_that_would_give_other_ids_are_refused(tok, tmp_path, changes, message):
+    tok.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path)
 
 
 def test_auto_tokenizer_gives_the_same_ids_and_template(tok, tmp_path):
