@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from nanophi.cli import Progress, UserError, flag, run
-from nanophi.model.checkpoint import load
+from nanophi.model.checkpoint import load_with_tokenizer, pick_device
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import preference_of, read_rows
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.loop import TrainConfig, claim, device_of, total_steps, train
+from nanophi.train.loop import TrainConfig, claim, context_of, precision, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn
 from nanophi.train.packing import Pair, Pairs
 
@@ -27,10 +27,10 @@ from nanophi.train.packing import Pair, Pairs
 class Config(TrainConfig):
     init_from: str = flag(help="run directory of sft.py")
     data: list[str] = flag(help="preference pairs: files, directories or globs")
-    batch_pairs: int = flag(16, help="pairs of one optimizer step over all devices")
-    beta: float = flag(0.1, help="how strongly the policy is held to the reference")
-    lr: float = flag(2e-4, help="peak learning rate; with muon that of the matrices, the rest has half of it")
-    warmup: int = flag(5, help="steps until the peak learning rate")
+    batch_pairs: int = flag(16, at_least=1, help="pairs of one optimizer step over all devices")
+    beta: float = flag(0.1, above=0, help="how strongly the policy is held to the reference")
+    lr: float = flag(2e-4, above=0, help="peak learning rate; with muon that of the matrices, the rest has half of it")
+    warmup: int = flag(5, at_least=0, help="steps until the peak learning rate")
 
 
 def read_pairs(rows: Iterable[dict], tok: Tokenizer, context: int, bos: bool) -> list[Pair]:
@@ -54,9 +54,9 @@ def read_pairs(rows: Iterable[dict], tok: Tokenizer, context: int, bos: bool) ->
 
 
 @torch.no_grad()
-def reference_logps(model: Phi, data: Pairs, micro_batch: int, device: str) -> torch.Tensor:
+def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> torch.Tensor:
     """log p(answer | prompt) of both answers of every pair under the frozen reference: (pairs, 2), on the CPU."""
-    model.to(device)
+    device = model.lm_head.weight.device
     found = []
     with Progress("reference", len(data)) as bar:
         for first in range(0, len(data), micro_batch):
@@ -68,12 +68,10 @@ def reference_logps(model: Phi, data: Pairs, micro_batch: int, device: str) -> t
 
 def main(cfg: Config) -> Phi:
     claim(cfg)
-    model, tok = load(cfg.init_from)
-    if tok is None:
-        raise UserError(f"{cfg.init_from} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory")
-    context = cfg.context or model.cfg.max_position_embeddings
-    data = Pairs(read_pairs(read_rows(cfg.data), tok, context, cfg.bos), cfg.batch_pairs, cfg.seed)
-    data.reference = reference_logps(model, data, cfg.micro_batch, device_of(cfg))
+    model, tok = load_with_tokenizer(cfg.init_from, cfg.device)
+    data = Pairs(read_pairs(read_rows(cfg.data), tok, context_of(cfg, model), cfg.bos), cfg.batch_pairs, cfg.seed)
+    with precision(cfg, pick_device(cfg.device)):  # as the policy computes, or they would differ from the start
+        data.reference = reference_logps(model, data, cfg.micro_batch)
     steps = total_steps(cfg, data.steps_per_epoch)
     print(f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}")
     loss_fn = make_dpo_loss_fn(cfg.beta)

@@ -23,11 +23,12 @@ from nanophi.train.packing import Packed
 class Config(TrainConfig):
     data: str = flag(help="token shards, a directory of python -m nanophi.text.shards")
     tokenizer: str = flag(help="the tokenizer they were made with")
+    batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
     preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
-    layers: int | None = flag(None, help="instead of the preset's")
-    width: int | None = flag(None, help="hidden_size, instead of the preset's")
-    heads: int | None = flag(None, help="attention heads, instead of the preset's")
-    mlp: int | None = flag(None, help="width of the MLP, instead of the preset's")
+    layers: int | None = flag(None, at_least=1, help="instead of the preset's")
+    width: int | None = flag(None, at_least=1, help="hidden_size, instead of the preset's")
+    heads: int | None = flag(None, at_least=1, help="attention heads, instead of the preset's")
+    mlp: int | None = flag(None, at_least=1, help="width of the MLP, instead of the preset's")
 
 
 def model_config(cfg: Config, tok: Tokenizer) -> PhiConfig:

@@ -9,13 +9,15 @@ loss is on the answers and their [EOS] alone.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanophi.cli import UserError, flag, run
-from nanophi.model.checkpoint import load
+from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import messages_of, read_rows
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.loop import TrainConfig, claim, total_steps, train
+from nanophi.train.loop import TrainConfig, claim, context_of, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.packing import Packed
 
@@ -24,21 +26,25 @@ from nanophi.train.packing import Packed
 class Config(TrainConfig):
     init_from: str = flag(help="run directory of pretrain.py, or any Phi checkpoint with a tokenizer")
     data: list[str] = flag(help="conversations: files, directories or globs")
+    batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
     val_data: str | None = flag(None, help="conversations to validate on")
 
 
 def pack(rows: Iterable[dict], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool) -> Packed:
-    """Conversations -> packed rows; one that does not fit in the context is dropped and counted."""
-    samples, too_long = [], 0
+    """Conversations -> packed rows; one without an answer, or too long for the context, is dropped and counted."""
+    samples, unanswered, too_long = [], 0, 0
     for row in rows:
         ids, mask = encode_chat(messages_of(row), tok, bos)
-        if len(ids) - 1 > context:
+        if not any(mask):
+            unanswered += 1
+        elif len(ids) - 1 > context:
             too_long += 1
         else:
-            samples.append((ids, mask))
-    learned = sum(sum(mask) for _, mask in samples)
+            samples.append((np.array(ids, dtype=np.int32), np.array(mask)))
+    learned = sum(int(mask.sum()) for _, mask in samples)
     print(
-        f"sft: {len(samples):,} conversations, {learned:,} tokens to learn; {too_long:,} longer than {context} dropped"
+        f"sft: {len(samples):,} conversations, {learned:,} tokens to learn; dropped {too_long:,} longer than {context} "
+        f"tokens and {unanswered:,} without an answer"
     )
     if not samples:
         raise UserError(f"no conversation fits in a context of {context} tokens: raise --context or shorten the data")
@@ -48,10 +54,8 @@ def pack(rows: Iterable[dict], tok: Tokenizer, context: int, batch_rows: int, se
 
 def main(cfg: Config) -> Phi:
     claim(cfg)
-    model, tok = load(cfg.init_from)
-    if tok is None:
-        raise UserError(f"{cfg.init_from} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory")
-    context = cfg.context or model.cfg.max_position_embeddings
+    model, tok = load_with_tokenizer(cfg.init_from)
+    context = context_of(cfg, model)
     rows = max(cfg.batch_tokens // context, 1)
     data = pack(read_rows(cfg.data), tok, context, rows, cfg.seed, cfg.bos)
     evaluate = None

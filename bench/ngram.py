@@ -68,9 +68,10 @@ def main(cfg: Config) -> None:
     model = json.loads((Path(cfg.run_dir) / "config.json").read_text(encoding="utf-8"))
     context, vocab = model["max_position_embeddings"], model["vocab_size"] + 1
     tok = Tokenizer.load(config["tokenizer"])
+    bos = tok.bos_id if config["bos"] else None
     rows = max(config["batch_tokens"] // context, 1)
-    data = Packed(TokenSet(config["data"], "train", tok), context, rows, config["seed"])
-    held_out = Packed(TokenSet(config["data"], "val", tok), context, config["micro_batch"], config["seed"])
+    data = Packed(TokenSet(config["data"], "train", tok), context, rows, config["seed"], bos_id=bos)
+    held_out = Packed(TokenSet(config["data"], "val", tok), context, config["micro_batch"], config["seed"], bos_id=bos)
     train = contexts((data.batch_at(step) for step in range(steps)), vocab - 1)
     val = contexts(held_out.in_order(), vocab - 1)
 

@@ -38,8 +38,8 @@ class Config:
     data: str = flag(str(ROOT / "data" / "demo"), help="documents.jsonl, sft.jsonl and dpo.jsonl")
     out: str = flag("out/demo", help="where everything goes")
     vocab_size: int = flag(2048, help="tokens")
-    pretrain_epochs: float = flag(24, help="passes over the documents")
-    sft_epochs: float = flag(80, help="passes over the questions")
+    pretrain_epochs: float = flag(10, help="passes over the documents")
+    sft_epochs: float = flag(50, help="passes over the questions")
     dpo_epochs: float = flag(6, help="passes over the preference pairs")
 
 
@@ -87,10 +87,10 @@ def peak_memory_gb() -> float:
 def answers(directory: str, rows: list[dict]) -> list[tuple[str, str, str, bool]]:
     """Greedy answers of a checkpoint to the rows' questions: (question, taught, answer, whether it ended in [EOS])."""
     model, tok = load(directory)
+    turns = [[message["content"] for message in messages_of(row)[:2]] for row in rows]
+    answered = generate(model, [chat_prompt(question, tok) for question, _ in turns], max_new_tokens=200)
     found = []
-    for row in rows:
-        question, taught = (message["content"] for message in messages_of(row)[:2])
-        ids = generate(model, chat_prompt(question, tok), max_new_tokens=200)
+    for (question, taught), ids in zip(turns, answered, strict=True):
         ended = ids[-1] == tok.eos_id
         found.append((question, taught, tok.decode(ids[:-1] if ended else ids), ended))
     return found
@@ -135,13 +135,13 @@ def main(cfg: Config) -> dict:
         ),
         lambda r: f"{r['tokens']:,} tokens, {r['characters'] / r['tokens']:.2f} characters each",
     )
-    common = {"batch_tokens": 2048, "save_every": 10_000, "keep": 0, "overwrite": True, "warmup": 10}
+    common = {"save_every": 10_000, "keep": 0, "overwrite": True, "warmup": 10}
     stages.run(
         "pretrain",
         lambda: pretrain.main(
             pretrain.Config(
                 data=tokens, tokenizer=tokenizer, out=run_of["pretrain"], preset="demo", epochs=cfg.pretrain_epochs,
-                lr=6e-3, eval_every=50, **common,
+                lr=6e-3, eval_every=40, batch_tokens=2048, **common,
             )
         ),
         lambda _: "validation {val_bits_per_byte:.2f} bits per byte".format(**read_metrics(run_of["pretrain"])[-1]),
@@ -155,6 +155,7 @@ def main(cfg: Config) -> dict:
                 out=run_of["sft"],
                 epochs=cfg.sft_epochs,
                 lr=3e-3,
+                batch_tokens=2048,
                 **common,
             )
         ),

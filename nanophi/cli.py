@@ -18,6 +18,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Mapping
 
 
 class UserError(ValueError):
@@ -27,7 +28,8 @@ class UserError(ValueError):
 def flag(default=dataclasses.MISSING, **metadata):
     """A dataclass field that becomes `--name`; without a default the flag is required.
 
-    help: what it does; const: the value where the flag stands alone; positional: a list without a flag's name.
+    help: what it does; const: the value where the flag stands alone; positional: a list without a flag's name;
+    at_least, above: the range of a number.
     """
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -54,7 +56,7 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
         elif typing.get_origin(kind) is list:
             options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
         else:
-            options |= {"type": kind, "metavar": "N" if kind in (int, float) else "X"}
+            options |= {"type": _in_range(kind, field.metadata), "metavar": "N" if kind in (int, float) else "X"}
             if "const" in field.metadata:  # the flag may stand alone
                 options |= {"nargs": "?", "const": field.metadata["const"]}
         if field.metadata.get("positional"):
@@ -62,6 +64,23 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
+
+
+def _in_range(kind: type, metadata: Mapping):
+    """`kind`, or a function that also refuses what is out of range (nan always is)."""
+    at_least, above = metadata.get("at_least"), metadata.get("above")
+    if at_least is None and above is None:
+        return kind
+
+    def number(text: str):
+        value = kind(text)
+        if not ((at_least is None or value >= at_least) and (above is None or value > above)):
+            limit = f"at least {at_least}" if above is None else f"above {above}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
+    return number
 
 
 def run(cls: type, main, argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Config:
     data: list[str] = flag(help="files")
     steps: int | None = flag(None, help="steps")
-    lr: float = flag(0.5, help="rate, 100% of it")
+    lr: float = flag(0.5, above=0, help="rate, 100% of it")
     mode: Literal["a", "b"] = flag("a", help="which")
     bos: bool = flag(False, help="put it")
     resume: str | None = flag(None, const="yes", help="go on")
@@ -36,7 +36,10 @@ def test_flags_become_typed_fields():
     assert parse("--data", "x", "--resume", "auto").resume == "auto"
 
 
-@pytest.mark.parametrize("argv", [[], ["--data", "x", "--step", "7"], ["--data", "x", "--mode", "c"], ["--typo"]])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--data", "x", "--step", "7"], ["--data", "x", "--mode", "c"], ["--typo"], ["--data", "x", "--lr", "nan"]],
+)
 def test_wrong_flags_exit_2(argv, capsys):
     """--step for --steps is an error: an abbreviation works until a second flag begins alike."""
     with pytest.raises(SystemExit) as stop:

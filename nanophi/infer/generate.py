@@ -19,7 +19,13 @@ from nanophi.infer.sampling import Sampling, choose
 from nanophi.model.phi import KVCache, Phi
 from nanophi.text.tokenizer import Tokenizer
 
-EosChoice = int | None | Literal["config"]
+Eos = int | list[int] | None | Literal["config"]
+
+
+def stop_ids(model: Phi, eos_token_id: Eos) -> set[int]:
+    """The ids that end an answer."""
+    eos = model.cfg.eos_token_id if eos_token_id == "config" else eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
 @torch.inference_mode()
@@ -52,7 +58,7 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
-    eos_token_id: EosChoice = "config",
+    eos_token_id: Eos = "config",
     generator: torch.Generator | None = None,
 ) -> list:
     """Continue one prompt (list of ids, or LongTensor (T,)) -> the new ids, [EOS] included; or a list of prompts -> a
@@ -63,13 +69,13 @@ def generate(
     if not ids or not all(prompts):
         raise UserError("a prompt is empty: there is nothing to continue")
     how = Sampling(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size)
-    eos = model.cfg.eos_token_id if eos_token_id == "config" else eos_token_id
+    eos = stop_ids(model, eos_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for new in decode_steps(model, prompts, max_new_tokens, how, generator):
         for row in list(running):
             answers[row].append(new[row])
-            if new[row] == eos:
+            if new[row] in eos:
                 running.discard(row)
         if not running:
             break
@@ -81,7 +87,7 @@ def stream(
     tok: Tokenizer,
     prompt: str | list[int],
     max_new_tokens: int = 256,
-    eos_token_id: EosChoice = "config",
+    eos_token_id: Eos = "config",
     **how,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` (taken as it is; `chat_prompt` makes one) in pieces of whole characters.
@@ -92,10 +98,10 @@ def stream(
     if not ids:
         raise UserError("the prompt is empty: there is nothing to continue")
     generator = how.pop("generator", None)
-    eos = model.cfg.eos_token_id if eos_token_id == "config" else eos_token_id
+    eos = stop_ids(model, eos_token_id)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
     for (new,) in decode_steps(model, [ids], max_new_tokens, Sampling(**how), generator):
-        if new == eos:
+        if new in eos:
             break
         if piece := utf8.decode(tok.decode_bytes([new])):
             yield piece

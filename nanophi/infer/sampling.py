@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanophi.cli import UserError
+
 NEVER = float("-inf")
 
 
@@ -22,6 +24,17 @@ class Sampling:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+
+    def __post_init__(self):
+        for name, right, expected in (
+            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or above"),
+        ):
+            if not right:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: it must be {expected}")
 
 
 def penalize_repetition(logits: Tensor, history: list[list[int]], penalty: float) -> Tensor:

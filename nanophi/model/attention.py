@@ -1,7 +1,7 @@
 """Causal attention behind one signature, with the documents of a packed batch isolated from each other.
 
-`attend` chooses the backend; `manual` is the one to read, and every other one is tested equal to it. A mask is always
-one boolean matrix "query may see key", built here and nowhere else.
+`manual` is the backend to read, and every other one is tested equal to it. A mask is always a boolean matrix "query may
+see key".
 
     B batch, H heads, T queries, S keys, K head_dim
 """
@@ -59,28 +59,30 @@ def per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: f
     return torch.cat(out, dim=2).transpose(1, 2).reshape(batch, time, heads, width).transpose(1, 2)
 
 
+def choose_backend(backend: str, device: torch.device) -> str:
+    """What "auto" stands for on a device."""
+    return ("documents" if device.type == "cpu" else "sdpa") if backend == "auto" else backend
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None = None,
     visible: Tensor | None = None,
-    backend: str = "auto",
+    backend: str = "sdpa",
     dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention. q (B, H, T, K); k and v (B, H or fewer, S, K) -> (B, H, T, K).
 
-    Who sees whom is said by at most one of: `cu_seqlens` (documents of a packed batch, S == T), `visible` (bool, made
-    by the KV cache), or neither (plain causal, S == T). Fewer key heads than query heads are repeated (GQA).
+    Who sees whom is said by at most one of: `cu_seqlens` (documents of a packed batch, for the backend "documents"),
+    `visible` (bool, broadcastable to (B, 1, T, S)), or neither (plain causal). Fewer key heads are repeated (GQA).
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if backend == "auto":
-        backend = "documents" if q.device.type == "cpu" else "sdpa"
-    if backend == "documents" and cu_seqlens is not None:
-        return per_document(q, k, v, cu_seqlens, dropout)
     if cu_seqlens is not None:
-        visible = same_document(cu_seqlens, q.shape[0])
+        assert backend == "documents", f"the backend {backend} isolates documents by a mask"
+        return per_document(q, k, v, cu_seqlens, dropout)
     if backend == "manual":
         if visible is None:
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()

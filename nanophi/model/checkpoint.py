@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanophi.cli import UserError
@@ -35,15 +36,36 @@ def save(directory: str | Path, model: Phi, tok: Tokenizer | None = None) -> Non
         tok.save(directory)
     state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in model.state_dict().items()}
     with replacing(directory / WEIGHTS) as beside:
-        save_file(state, beside, metadata={"format": "pt"})  # one key: several come in a different order each time
+        try:
+            save_file(state, beside, metadata={"format": "pt"})  # one key: several come in a different order each time
+        except SafetensorError as error:  # a full disk, for one
+            raise UserError(f"cannot write {directory / WEIGHTS}: {error}") from None
+    (directory / WEIGHTS_INDEX).unlink(missing_ok=True)  # of a split model that stood here: it would be read first
 
 
-def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Phi, Tokenizer | None]:
-    """Read any PhiForCausalLM directory with safetensors -> (model in fp32 and eval mode, tokenizer or None)."""
+def pick_device(name: str) -> str:
+    """ "auto" -> "cuda" where there is one, else "cpu"; another name is tried, and refused where there is no such."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {error}") from None
+    return name
+
+
+def load(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer | None]:
+    """Read any PhiForCausalLM directory with safetensors -> (model in fp32 and eval mode, tokenizer or None).
+
+    device: as `pick_device` takes it, "auto" among others.
+    """
     directory = Path(directory)
     if not (directory / "config.json").exists():
         raise UserError(f"no model in {directory}: config.json is missing; pretrain.py, sft.py and dpo.py write one")
-    cfg = PhiConfig.from_dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    try:
+        cfg = PhiConfig.from_dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{directory / 'config.json'} is no JSON: {error}") from None
     with torch.device("meta"):  # shapes only: the weights come from the file, there is nothing to initialise
         model = Phi(cfg)
     try:
@@ -51,7 +73,15 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Phi
     except RuntimeError as error:
         raise UserError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
     tok = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
-    return model.to(device).requires_grad_().eval(), tok
+    return model.to(pick_device(device)).requires_grad_().eval(), tok
+
+
+def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer]:
+    """`load`, for those who cannot go on without a tokenizer."""
+    model, tok = load(directory, device)
+    if tok is None:
+        raise UserError(f"{directory} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory")
+    return model, tok
 
 
 def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -63,5 +93,8 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     for name in names:
         if not (directory / name).exists():
             raise UserError(f"{directory / name} is missing; only safetensors weights are read")
-        state |= load_file(directory / name)
+        try:
+            state |= load_file(directory / name)
+        except SafetensorError as error:
+            raise UserError(f"{directory / name} is damaged: {error}") from None
     return state

@@ -34,7 +34,7 @@ class PhiConfig:
     initializer_range: float = 0.02
     """standard deviation of every Linear and Embedding weight at creation"""
     pad_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | list[int] = 1
     bos_token_id: int = 3
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class PhiConfig:
         for key, value, expected in (
             ("hidden_act", config.get("hidden_act", "gelu_new"), "gelu_new"),
             ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
-            ("rope_type", rope.get("rope_type", "default"), "default"),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
         ):
             if value != expected:
                 raise UserError(f"config.json has {key} {value!r}; only {expected!r} is supported")

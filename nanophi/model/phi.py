@@ -7,8 +7,8 @@ Parallel blocks as in GPT-J and Phi-1.5 / Phi-2: attention and MLP read the same
            └───────────────────────────┴─ + ─> x
 
 Parameter names are those of transformers' PhiForCausalLM, so `state_dict()` of either loads into the other. The same
-weights give the same logits (tests/test_parity.py); what differs is that packed documents are isolated and that the KV
-cache is preallocated.
+weights give the same logits (tests/model/test_phi.py); what differs is that packed documents are isolated and that
+the KV cache is preallocated.
 
 Initialisation: every Linear and Embedding weight Normal(0, initializer_range), every bias 0, LayerNorm 1 and 0; no
 scaling with depth. The first loss is therefore close to ln(vocab_size).
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanophi.model.attention import BACKENDS, attend, document_positions
+from nanophi.model.attention import BACKENDS, attend, choose_backend, document_positions, same_document
 from nanophi.model.config import PhiConfig
 
 MASKED_BIAS = -1e4  # lm_head.bias of ids that no tokenizer uses: a probability of exactly 0 in every dtype, and finite
@@ -178,18 +178,20 @@ class Phi(nn.Module):
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the states before the head (B, T, D): what the chunked loss reads. Arguments as `forward`."""
-        time = ids.shape[1]
+        time, backend, visible = ids.shape[1], choose_backend(self.attention, ids.device), None
         if cache is not None:
             assert cu_seqlens is None, "a KV cache holds one document per row"
             positions, visible = cache.positions(time), cache.visible(time)
         elif cu_seqlens is not None:
-            positions, visible = document_positions(cu_seqlens).view(ids.shape), None
+            positions = document_positions(cu_seqlens).view(ids.shape)
+            if backend != "documents":  # the mask is made once, for all layers
+                cu_seqlens, visible = None, same_document(cu_seqlens, len(ids))
         else:
-            positions, visible = torch.arange(time, device=ids.device)[None], None
+            positions = torch.arange(time, device=ids.device)[None]
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
         for i, block in enumerate(self.model.layers):
-            x = block(x, rotary, i, cache, cu_seqlens=cu_seqlens, visible=visible, backend=self.attention)
+            x = block(x, rotary, i, cache, cu_seqlens=cu_seqlens, visible=visible, backend=backend)
         if cache is not None:
             cache.length += time
         return self.model.final_layernorm(x)

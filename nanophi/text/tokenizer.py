@@ -179,8 +179,8 @@ class Tokenizer:
     # Decoding
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> the exact bytes. An id beyond the vocabulary is a KeyError."""
-        return b"".join(self.id_to_bytes[int(i)] for i in ids)
+        """Ids -> the exact bytes. A model may have more rows than there are tokens; such an id spells nothing."""
+        return b"".join(self.id_to_bytes.get(int(i), b"") for i in ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD."""

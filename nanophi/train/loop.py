@@ -11,11 +11,12 @@ weights, the optimizers, the random generator and one integer, and a resumed run
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ import nanophi
 from nanophi.cli import Progress, UserError, flag
 from nanophi.files import replacing, write_json, write_text
 from nanophi.model import checkpoint
+from nanophi.model.checkpoint import pick_device
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.losses import LossFn
@@ -40,40 +42,55 @@ class TrainConfig:
     """What pretrain.py, sft.py and dpo.py have in common."""
 
     out: str = flag(help="run directory: the newest checkpoint and its history")
-    steps: int | None = flag(None, help="optimizer steps; --epochs instead counts passes over the data")
-    epochs: float | None = flag(None, help="passes over the data (default: 1 where --steps is not given)")
-    batch_tokens: int = flag(16384, help="tokens of one optimizer step over all devices")
-    micro_batch: int = flag(8, help="rows (or pairs) a device holds at once; changes memory, not the result")
-    context: int | None = flag(None, help="tokens of a row (default: the model's)")
-    lr: float = flag(2e-3, help="peak learning rate; with muon that of the matrices, the rest has half of it")
+    steps: int | None = flag(None, at_least=1, help="optimizer steps; --epochs instead counts passes over the data")
+    epochs: float | None = flag(None, above=0, help="passes over the data (1 where --steps is not given either)")
+    micro_batch: int = flag(8, at_least=1, help="rows (or pairs) a device holds at once; changes memory alone")
+    context: int | None = flag(None, at_least=2, help="tokens of a row (default: the model's)")
+    lr: float = flag(2e-3, above=0, help="peak learning rate; with muon that of the matrices, the rest has half of it")
     optimizer: Literal["muon", "adamw", "adafactor"] = flag("muon", help="adafactor is the original's")
-    weight_decay: float = flag(0.1, help="decoupled; biases and norms have none")
+    weight_decay: float = flag(0.1, at_least=0, help="decoupled; biases and norms have none")
     schedule: Literal["wsd", "cosine", "constant"] = flag("wsd", help="of the learning rate, after the warm-up")
-    warmup: int = flag(20, help="steps until the peak learning rate")
-    decay: float = flag(0.3, help="share of the steps in which wsd falls to zero")
-    clip: float = flag(1.0, help="largest norm of the gradient")
-    seed: int = flag(0, help="of weights, data order and dropout")
+    warmup: int = flag(20, at_least=0, help="steps until the peak learning rate")
+    decay: float = flag(0.3, at_least=0, help="share of the steps in which wsd falls to zero")
+    clip: float = flag(1.0, above=0, help="largest norm of the gradient")
+    seed: int = flag(0, at_least=0, help="of weights, data order and dropout")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", help="compute; weights are fp32. auto: bf16 on CUDA")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
-    save_every: int = flag(500, help="steps between checkpoints")
-    keep: int = flag(1, help="older checkpoints kept as step-... beside the newest")
-    eval_every: int = flag(100, help="steps between validations")
+    save_every: int = flag(500, at_least=1, help="steps between checkpoints")
+    keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
+    eval_every: int = flag(100, at_least=1, help="steps between validations")
     bos: bool = flag(False, help="put [BOS] before every document")
-    overwrite: bool = flag(False, help="delete the run that --out holds")
+    overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
     resume: str | None = flag(
         None, const="yes", help="go on from --out; `--resume auto` starts afresh where it is empty"
     )
 
 
-def device_of(cfg: TrainConfig) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+# What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
+MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
+MAY_DIFFER |= {"resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
 
 
 def total_steps(cfg: TrainConfig, steps_per_epoch: float) -> int:
     """--steps, or as many as --epochs needs."""
     if cfg.steps is not None and cfg.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
-    return cfg.steps if cfg.steps is not None else max(round((cfg.epochs or 1) * steps_per_epoch), 1)
+    epochs = 1 if cfg.epochs is None else cfg.epochs
+    return cfg.steps if cfg.steps is not None else max(round(epochs * steps_per_epoch), 1)
+
+
+def context_of(cfg: TrainConfig, model: Phi) -> int:
+    """--context, or the model's; a longer one would train positions that nobody learned before."""
+    longest = model.cfg.max_position_embeddings
+    if cfg.context is not None and cfg.context > longest:
+        raise UserError(f"--context {cfg.context} exceeds the {longest} tokens the model was made for")
+    return cfg.context or longest
+
+
+def precision(cfg: TrainConfig, device: str):
+    """The autocast context of a run: bf16 compute over fp32 weights, or nothing."""
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.startswith("cuda"))
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
 
 
 def claim(cfg: TrainConfig) -> None:
@@ -81,14 +98,21 @@ def claim(cfg: TrainConfig) -> None:
     out = Path(cfg.out)
     if cfg.resume not in (None, "yes", "auto"):
         raise UserError(f"--resume {cfg.resume}: it stands alone, or is `--resume auto`")
-    holds = [name for name in (STATE, METRICS, checkpoint.WEIGHTS) if (out / name).exists()]
+    holds = [path.name for path in _files_of_a_run(out) if path.exists()]
     if cfg.resume == "yes" and STATE not in holds:
         raise UserError(f"nothing to resume in {out}: no {STATE}; --resume auto would start afresh")
+    if cfg.resume == "auto" and checkpoint.WEIGHTS in holds and STATE not in holds and not cfg.overwrite:
+        raise UserError(f"{out} holds a model without its {STATE}: there is nothing to resume, name another --out")
     if cfg.resume is None and holds and not cfg.overwrite:
         raise UserError(f"{out} holds a run ({', '.join(holds)}): --resume goes on with it, --overwrite deletes it")
-    if cfg.resume is None and cfg.overwrite:
-        for old in [*(out / name for name in holds), *out.glob("step-*"), out / "best"]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    start = getattr(cfg, "init_from", None)
+    if start is not None and Path(start).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--out {out} is or holds --init-from {start}: training would overwrite what it starts from")
+
+
+def _files_of_a_run(out: Path) -> list[Path]:
+    """What tells that a directory holds a run; the state last, so that an interrupted deletion is still seen."""
+    return [*out.glob("step-*"), out / "best", out / METRICS, out / checkpoint.WEIGHTS, out / STATE]
 
 
 class _Interrupts:
@@ -124,57 +148,54 @@ def train(
 ) -> Phi:
     """Train `model` in place for `steps` (or cfg.steps) steps and leave its checkpoint in cfg.out.
 
-    batch_at(step) gives the step's batch, loss_fn its summed loss (see losses.py), evaluate(model) what is logged
-    every cfg.eval_every steps. resume: None, "yes" or "auto", as cfg.resume, which it overrides. data_id names the
-    data: a state trained on other data is not resumed. stop_at: save and return after that many steps.
-
-    SIGINT and SIGTERM save at the end of the step and leave by SystemExit(130 or 143).
+    batch_at(step) gives the step's batch, loss_fn its summed loss (see losses.py). evaluate(model) gives what is logged
+    every cfg.eval_every steps; its "val_loss" decides which model is the best. resume: None, "yes" or "auto", as
+    cfg.resume, which it overrides. data_id names the data: a state trained on other data is not resumed. stop_at: save
+    and return after that many steps. SIGINT and SIGTERM save at the step's end and leave by SystemExit(130 or 143).
     """
-    cfg.resume = resume or cfg.resume
+    resume = resume or cfg.resume
+    cfg = replace(cfg, resume=resume)
     claim(cfg)
     steps = steps if steps is not None else total_steps(cfg, 1)
-    out, device = Path(cfg.out), device_of(cfg)
-    for leftover in out.glob("step-*.tmp"):
-        shutil.rmtree(leftover)
+    out, device = Path(cfg.out), pick_device(cfg.device)
     model.to(device).train()
-    run = _Run(model, build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay), out, tok, data_id, cfg.keep)
-    if cfg.resume and (out / STATE).exists():
-        run.restore()
-        print(f"resume: {out} at step {run.step:,} of {steps:,}")
-    write_json(out / "run.json", _description(cfg, steps, data_id))
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.startswith("cuda"))
-    saved_at = run.step if cfg.resume and run.step else -1
+    run = _Run(model, build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay), cfg, tok, data_id)
+    torch.manual_seed(cfg.seed)  # of dropout; a resumed run gets the state it had
+    if resume and (out / STATE).exists():
+        run.restore(steps)
+    else:
+        for old in _files_of_a_run(out):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    versions = {"nanophi": nanophi.__version__, "torch": torch.__version__}
+    description = {"config": asdict(cfg), "steps": steps, "data_id": data_id, "versions": versions}
+    write_json(out / "run.json", description)
     with _Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
         while run.step < steps and run.step != stop_at and interrupts.signal is None:
             factor = schedule(cfg.schedule, run.step, steps, cfg.warmup, cfg.decay)
             began = time.perf_counter()
             batch = batch_at(run.step)
-            with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
-                line = _accumulate(model, loss_fn, batch, cfg.micro_batch, device)
+            with precision(cfg, device):
+                line = accumulate(model, loss_fn, batch, cfg.micro_batch, device)
             line["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
-            run.update(factor)
-            run.count(line, batch, cfg.lr * factor, time.perf_counter() - began)
+            line["lr"] = run.update(factor)
+            run.count(line, batch, time.perf_counter() - began)
             last = run.step == steps
             if evaluate is not None and (run.step % cfg.eval_every == 0 or last):
-                line |= evaluate(model)
+                with precision(cfg, device):
+                    line |= evaluate(model)
                 bar.say(_log_line(line, steps) + f"  val {line['val_loss']:.3f}")
             run.log(line)
             bar.update(1, _log_line(line, steps).split("  ", 1)[1])
             if run.step % cfg.save_every == 0 and not last:
                 run.save()
-                saved_at = run.step
-            if "val_loss" in line and line["val_loss"] < run.best:
-                run.best = line["val_loss"]
-                checkpoint.save(out / "best", model, tok)
-    if saved_at != run.step or run.step >= steps:  # at the end in any case: a kill may have left older weights beside
-        run.save()
+        run.save()  # the last step's, or the one at which it was stopped
     if interrupts.signal is not None and run.step < steps:
         print(f"interrupted: saved step {run.step:,} of {steps:,} in {out}; go on with --resume")
         raise SystemExit(128 + interrupts.signal)
     return model.eval()
 
 
-def _accumulate(model: Phi, loss_fn: LossFn, batch: Batch, micro_batch: int, device: str) -> dict[str, float]:
+def accumulate(model: Phi, loss_fn: LossFn, batch: Batch, micro_batch: int, device: str) -> dict[str, float]:
     """Gradients of the mean loss over the whole step, in micro-steps; returns the means of loss and metrics."""
     for p in model.parameters():
         p.grad = None
@@ -196,61 +217,69 @@ def _log_line(line: dict, steps: int) -> str:
     return f"{text}  {line['tokens_per_s']:,.0f} tok/s"
 
 
-def _description(cfg: TrainConfig, steps: int, data_id: str) -> dict:
-    versions = {"nanophi": nanophi.__version__, "torch": torch.__version__}
-    return {"config": asdict(cfg), "steps": steps, "data_id": data_id, "versions": versions}
-
-
 class _Run:
     """The state of a run and its files."""
 
-    def __init__(self, model: Phi, optimizers, out: Path, tok: Tokenizer | None, data_id: str, keep: int):
-        self.model, self.optimizers, self.out, self.tok, self.keep = model, optimizers, out, tok, keep
-        self.data_id = data_id
+    def __init__(self, model: Phi, optimizers, cfg: TrainConfig, tok: Tokenizer | None, data_id: str):
+        self.model, self.optimizers, self.tok = model, optimizers, tok
+        self.out, self.keep = Path(cfg.out), cfg.keep
+        # What fixes the result beside the step; strings, so that the state loads with weights_only=True.
+        self.settings = {name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER}
+        self.settings |= {"model": str(model.cfg), "data": data_id}
         self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, float("inf")
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
-    def update(self, factor: float) -> None:
-        """One step of every optimizer at `factor` times its peak learning rate."""
+    def update(self, factor: float) -> float:
+        """One step of every optimizer at `factor` times its peak learning rate; returns the first group's rate."""
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             optimizer.step()
+        return self.optimizers[0].param_groups[0]["lr"]
 
-    def count(self, line: dict, batch: Batch, lr: float, seconds: float) -> None:
+    def count(self, line: dict, batch: Batch, seconds: float) -> None:
         """Advance the counters and complete the step's line of metrics."""
         self.step += 1
         self.tokens += batch.real_tokens
         self.seconds += seconds
-        line |= {"step": self.step, "tokens": self.tokens, "lr": lr, "seconds": round(self.seconds, 3)}
+        line |= {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
         line["tokens_per_s"] = round(batch.real_tokens / seconds, 1)
 
     def log(self, line: dict) -> None:
+        """Append the step to metrics.jsonl; keep the model where it is the best so far."""
         first = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
         ordered = {name: line[name] for name in first} | line
         with open(self.out / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(ordered) + "\n")
+        if line.get("val_loss", float("inf")) < self.best:
+            self.best = line["val_loss"]
+            checkpoint.save(self.out / "best", self.model, self.tok)
 
     def save(self) -> None:
-        """Keep the state that is there as step-..., then replace it file by file; train_state.pt alone is what a
-        resume reads, so a kill between two files harms nothing."""
+        """Keep the state that is there as step-..., then replace it file by file. train_state.pt alone is what a
+        resume reads, and it writes the others again, so a kill between two files harms nothing."""
         self._keep_previous()
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "best": self.best,
-            "data_id": self.data_id,
+            "settings": self.settings,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
         with replacing(self.out / STATE) as beside:
-            torch.save(state, beside)
+            try:
+                torch.save(state, beside)
+            except RuntimeError as error:  # a full disk, for one
+                raise UserError(f"cannot write {self.out / STATE}: {error}") from None
         checkpoint.save(self.out, self.model, self.tok)
 
     def _keep_previous(self) -> None:
+        for leftover in self.out.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
         if self.keep and (self.out / STATE).exists():
             previous = torch.load(self.out / STATE, weights_only=True, mmap=True, map_location="cpu")["step"]
             target = self.out / f"step-{previous:06d}"
@@ -265,24 +294,34 @@ class _Run:
         for old in sorted(self.out.glob("step-*"))[: -self.keep or None]:
             shutil.rmtree(old)
 
-    def restore(self) -> None:
-        """Load train_state.pt, refuse one of other data, and drop what metrics.jsonl holds beyond its step."""
-        state = torch.load(self.out / STATE, weights_only=True, map_location="cpu")
-        if state["data_id"] != self.data_id:
-            raise UserError(
-                f"{self.out} was trained on other data ({state['data_id']}, now {self.data_id}): resume with the data "
-                "and the settings of the first start, or give another --out"
-            )
+    def restore(self, steps: int) -> None:
+        """Load train_state.pt, refuse one of other data or settings, and write the files that may be older or newer."""
+        path = self.out / STATE
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} is damaged ({error}); an older state may lie in {self.out}/step-*") from None
+        theirs = state["settings"]
+        different = [
+            f"{name} was {theirs.get(name)}, is {self.settings.get(name)}"
+            for name in sorted(theirs.keys() | self.settings.keys())
+            if theirs.get(name) != self.settings.get(name)
+        ]
+        if different:
+            raise UserError(f"{self.out} cannot be resumed, as this would give another model: {'; '.join(different)}")
+        if state["step"] > steps:
+            raise UserError(f"{self.out} is at step {state['step']:,}, beyond the {steps:,} asked for: raise --steps")
         self.step, self.tokens = state["step"], state["tokens"]
         self.seconds, self.best = state["seconds"], state["best"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        path = self.out / METRICS
-        write_text(path, _metrics_until(path, self.step))
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        write_text(self.out / METRICS, _metrics_until(self.out / METRICS, self.step))
+        checkpoint.save(self.out, self.model, self.tok)
+        print(f"resume: {self.out} at step {self.step:,} of {steps:,}")
 
 
 def _metrics_until(path: Path, step: int) -> str:

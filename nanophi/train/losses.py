@@ -24,12 +24,12 @@ LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 class _HeadCrossEntropy(torch.autograd.Function):
     """sum of -log softmax(hidden W^T + b)[target], never holding more than CHUNK rows of logits.
 
-    The gradient of cross entropy is softmax - onehot, known as soon as the logits are, so forward computes it too and
-    backward only scales: the logits exist once, and are not recomputed.
+    The gradient of cross entropy is softmax - onehot, known as soon as the logits are, so forward computes it too
+    (where `learning`) and backward only scales: the logits exist once, and are not recomputed.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learning: bool) -> Tensor:
         compute = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -40,6 +40,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
             logits = torch.addmm(bias.to(rows.dtype), rows, compute.t()).float()  # (chunk, V)
             log_sum = logits.logsumexp(-1, keepdim=True)
             loss += (log_sum - logits.gather(1, target)).sum()
+            if not learning:
+                continue
             d_logits = logits.sub_(log_sum).exp_()  # softmax, in place
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
             d_bias += d_logits.sum(0)
@@ -51,12 +53,15 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        return *(grad * d_loss for grad in ctx.saved_tensors), None
+        return *(grad * d_loss for grad in ctx.saved_tensors), None, None
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of the head's logits. hidden (N, D), weight (V, D), bias (V,), targets (N,) -> ()."""
-    return _HeadCrossEntropy.apply(hidden, weight, bias, targets)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # once, or autocast would cast the weight anew for every chunk
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _HeadCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
 
 
 def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:

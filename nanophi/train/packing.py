@@ -19,6 +19,7 @@ from torch import Tensor
 from nanophi.cli import UserError
 
 IGNORE = -100  # target of a position where nothing is learned
+PAD = 0  # [PAD]; no text encodes to it, so that it marks padding
 
 
 @dataclass
@@ -28,12 +29,16 @@ class Batch:
     ids: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE where nothing is learned
     cu_seqlens: Tensor  # (documents + 1,) int32, boundaries in the flattened batch, each multiple of T among them
-    real_tokens: int  # inputs that are no padding
     rows_per_sample: int = 1  # 2 for preference pairs: row 2i is chosen, row 2i + 1 rejected
     reference: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids) // self.rows_per_sample
+
+    @property
+    def real_tokens(self) -> int:
+        """Inputs that are no padding."""
+        return int((self.ids != PAD).sum())
 
     def cut(self, start: int, stop: int) -> "Batch":
         """Samples [start, stop), as a batch of their own."""
@@ -100,8 +105,8 @@ class Packed:
     be learned, or None to learn every token. bos_id is put before each document where given.
     """
 
-    def __init__(self, documents, context: int, batch_rows: int, seed: int, masks=None, bos_id=None, pad_id: int = 0):
-        self.documents, self.masks, self.bos_id, self.pad_id = documents, masks, bos_id, pad_id
+    def __init__(self, documents, context: int, batch_rows: int, seed: int, masks=None, bos_id: int | None = None):
+        self.documents, self.masks, self.bos_id = documents, masks, bos_id
         self.context, self.batch_rows, self.seed = context, batch_rows, seed
         lengths = getattr(documents, "lengths", None)
         if lengths is None:
@@ -158,8 +163,8 @@ class Packed:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         shape = (len(rows), self.context)
-        ids, targets = np.full(shape, self.pad_id, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
-        boundaries, real = [0], 0
+        ids, targets = np.full(shape, PAD, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
+        boundaries = [0]
         for i, row in enumerate(rows):
             at = 0
             for piece in self.rows[row]:
@@ -169,23 +174,27 @@ class Packed:
                 boundaries.append(i * self.context + at)
             if at < self.context:  # the padding is a document of its own, without targets
                 boundaries.append((i + 1) * self.context)
-            real += at
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), cu_seqlens, real)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), cu_seqlens)
 
     def _piece(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets) of one piece."""
         index, start = self.piece_document[piece], int(self.piece_start[piece])
         stop = start + int(self.piece_length[piece]) + 1
-        document = np.asarray(self.documents[index]).astype(np.int64)
-        learned = None if self.masks is None else np.asarray(self.masks[index])
-        if self.bos_id is not None:
-            document = np.concatenate([[self.bos_id], document])
-            learned = None if learned is None else np.concatenate([[False], learned])
-        targets = document[start + 1 : stop]
-        if learned is not None:
-            targets = np.where(learned[start + 1 : stop], targets, IGNORE)
-        return document[start : stop - 1], targets
+        tokens = self._slice(self.documents[index], start, stop, self.bos_id)
+        targets = tokens[1:]
+        if self.masks is not None:
+            learned = self._slice(self.masks[index], start, stop, None if self.bos_id is None else False)
+            targets = np.where(learned[1:], targets, IGNORE)
+        return tokens[:-1], targets
+
+    @staticmethod
+    def _slice(document, start: int, stop: int, first) -> np.ndarray:
+        """[start, stop) of a document that begins with `first` where that is not None."""
+        if first is None:
+            return np.asarray(document[start:stop]).astype(np.int64)
+        rest = np.asarray(document[max(start - 1, 0) : stop - 1]).astype(np.int64)
+        return np.concatenate([[first], rest]) if start == 0 else rest
 
 
 @dataclass
@@ -199,10 +208,10 @@ class Pair:
 class Pairs:
     """Preference pairs as batches: row 2i holds the chosen answer of pair i, row 2i + 1 the rejected one."""
 
-    def __init__(self, pairs: list[Pair], batch_pairs: int, seed: int, pad_id: int = 0):
+    def __init__(self, pairs: list[Pair], batch_pairs: int, seed: int):
         if not pairs:
             raise UserError("there is no preference pair to learn from")
-        self.pairs, self.batch_pairs, self.seed, self.pad_id = pairs, batch_pairs, seed, pad_id
+        self.pairs, self.batch_pairs, self.seed = pairs, batch_pairs, seed
         self.reference: Tensor | None = None  # (pairs, 2), filled before training
 
     def __len__(self) -> int:
@@ -214,27 +223,28 @@ class Pairs:
 
     @property
     def data_id(self) -> str:
+        """Names the pairs, what the reference thinks of them, and how they are cut into steps."""
         sides = [side for pair in self.pairs for side in (*pair.chosen, *pair.rejected)]
-        return digest([self.batch_pairs, self.seed], *sides)
+        reference = [] if self.reference is None else self.reference.view(torch.int32).numpy()
+        return digest([self.batch_pairs, self.seed], reference, *sides)
 
     def batch_at(self, step: int) -> Batch:
         first = step * self.batch_pairs
         places = [divmod(index, len(self.pairs)) for index in range(first, first + self.batch_pairs)]
-        orders = {epoch: shuffled(self.seed, epoch, len(self.pairs)) for epoch, _ in places}
+        orders = {epoch: shuffled(self.seed, epoch, len(self.pairs)) for epoch in {epoch for epoch, _ in places}}
         return self.batch([int(orders[epoch][place]) for epoch, place in places])
 
     def batch(self, indices: Sequence[int]) -> Batch:
         rows = [side for i in indices for side in (self.pairs[i].chosen, self.pairs[i].rejected)]
         time = max(len(ids) for ids, _ in rows) - 1
-        ids = np.full((len(rows), time), self.pad_id, dtype=np.int64)
+        ids = np.full((len(rows), time), PAD, dtype=np.int64)
         targets = np.full((len(rows), time), IGNORE, dtype=np.int64)
-        boundaries, real = [0], 0
+        boundaries = [0]
         for i, (tokens, mask) in enumerate(rows):
             n = len(tokens) - 1
             ids[i, :n] = tokens[:-1]
             targets[i, :n] = np.where(mask[1:], tokens[1:], IGNORE)
             boundaries += [i * time + n, (i + 1) * time] if n < time else [(i + 1) * time]
-            real += n
         reference = None if self.reference is None else self.reference[list(indices)].flatten()
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), cu_seqlens, real, 2, reference)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), cu_seqlens, 2, reference)

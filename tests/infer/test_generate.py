@@ -53,6 +53,7 @@ def test_eos_ends_the_answer_and_is_in_it():
     assert stopped == free[: free.index(free[4]) + 1]
     model.cfg.eos_token_id = free[4]  # the config's is the default
     assert generate(model, PROMPT, max_new_tokens=10) == stopped
+    assert generate(model, PROMPT, max_new_tokens=10, eos_token_id=[2, free[4]]) == stopped
 
 
 def force(model, ids):

@@ -1,5 +1,6 @@
 """Each filter against transformers' processor of the same name."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from nanophi.cli import UserError
 from nanophi.infer.sampling import Sampling, choose, forbid_repeated_ngrams, keep_top_k, keep_top_p, penalize_repetition
 
 histories = st.lists(st.integers(0, 9), min_size=1, max_size=20)
@@ -50,6 +52,15 @@ def test_greedy_takes_the_first_maximum_after_the_penalties():
     assert choose(logits, [[9 % 4]], Sampling()) == [1]
     assert choose(logits, [[1]], Sampling(repetition_penalty=2.0)) == [2]
     assert choose(logits, [[3, 1, 3]], Sampling(no_repeat_ngram_size=2)) == [2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}, {"no_repeat_ngram_size": -1}],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(UserError, match="is out of range"):
+        Sampling(**settings)
 
 
 def test_sampling_is_reproducible_and_follows_the_probabilities():

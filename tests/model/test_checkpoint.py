@@ -59,6 +59,7 @@ def test_legacy_rope_keys_are_read(tmp_path):
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings True"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type 'linear'"),
         ({"hidden_size": 64}, "does not fit its config.json"),
         ({"num_hidden_layers": 1}, "does not fit its config.json"),
     ],
@@ -75,9 +76,28 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no model in"):
         nanophi.load(tmp_path)
     nanophi.save(tmp_path, tiny_model())
-    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        nanophi.load(tmp_path)
+    path.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):
         nanophi.load(tmp_path)
+
+
+def test_saving_over_a_split_model_leaves_no_index_of_it(tmp_path):
+    """The old index was read first, and with it the old weights."""
+    hf = PhiForCausalLM(HFConfig(**tiny_model().cfg.to_dict()))
+    hf.save_pretrained(tmp_path, max_shard_size="60KB")
+    model = tiny_model(seed=3)
+    nanophi.save(tmp_path, model)
+    assert torch.equal(nanophi.load(tmp_path)[0](IDS), model(IDS))
+
+
+def test_unknown_devices_are_named():
+    for name in ("foo", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
+            nanophi.model.checkpoint.pick_device(name)
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
@@ -85,17 +105,3 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         nanophi.save(tmp_path / name, tiny_model())
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model = tiny_model()
-    nanophi.save(tmp_path, model)
-
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("nanophi.model.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        nanophi.save(tmp_path, tiny_model(seed=1))
-    assert torch.equal(nanophi.load(tmp_path)[0](IDS), model(IDS))
-    assert not list(tmp_path.glob("*.tmp"))

@@ -152,11 +152,13 @@ def test_forbidden_ids_are_never_likely_and_can_be_allowed():
 
 
 def test_dropout_only_when_training():
-    model = tiny_model(resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5)
     ids = tokens(1, 10)
-    assert torch.equal(model(ids), model(ids))
-    model.train()
-    assert not torch.equal(model(ids), model(ids))
+    for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):
+        model = tiny_model(**{name: 0.5})
+        assert torch.equal(model(ids), model(ids))
+        model.train()
+        for model.attention in ("manual", "sdpa"):
+            assert not torch.equal(model(ids), model(ids)), name
 
 
 @pytest.mark.parametrize(

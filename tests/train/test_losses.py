@@ -29,6 +29,8 @@ def test_chunked_cross_entropy_equals_the_plain_one(n):
     ours = head_cross_entropy(*inputs, targets)
     theirs = F.cross_entropy(F.linear(*plain), targets, reduction="sum")
     torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        assert head_cross_entropy(*inputs, targets) == ours
     (ours * 0.3).backward()
     (theirs * 0.3).backward()
     for a, b in zip(inputs, plain, strict=True):
@@ -92,11 +94,12 @@ def test_dpo_starts_at_ln_2_and_reports_rewards(tok):
 
 def test_validation_loss_in_bits_per_byte(tok):
     """A model that knows nothing needs log2(V) bits a token; [EOS] costs bits but spells no byte."""
-    model = tiny_model(spread=0.0)
+    model = tiny_model(spread=0.0, resid_pdrop=0.5).train()
     with torch.no_grad():
         model.lm_head.weight.zero_()
     document = torch.tensor([*tok.encode("感冒了要多喝水"), tok.eos_id]).numpy()
     result = validation_loss(model, Packed([document], 64, 1, 0).in_order(), tok.byte_lengths())
+    assert model.training  # as it was: dropout once stayed off after the first validation
     text_bytes = sum(len(tok.decode_bytes([i])) for i in document[1:-1])
     assert result["val_loss"] == pytest.approx(math.log(448), abs=1e-5)
     assert result["val_bits_per_byte"] == pytest.approx((len(document) - 1) * math.log2(448) / text_bytes, rel=1e-5)

@@ -72,6 +72,7 @@ def test_every_parameter_has_exactly_one_optimizer(name, count):
     for group in groups:
         if group["weight_decay"] == 0:
             assert all(p.dim() == 1 for p in group["params"])
+    assert {group["lr"] for group in groups} == ({1e-3, 5e-4} if name == "muon" else {1e-3})
     if name == "muon":
         assert len(groups[0]["params"]) == 2 * 6  # q, k, v, dense, fc1, fc2 of both blocks; not embedding and head
 
