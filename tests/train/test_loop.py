@@ -199,9 +199,10 @@ def test_the_loop_is_the_loop_written_out(tmp_path):
         loss.backward()
         assert torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5) > 0.5  # so that it does clip
         optimizer.step()
+    start = dict(tiny_model().named_parameters())
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         if "k_proj.bias" not in name:  # its gradient is zero but for rounding, which AdamW makes as large as any
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+            assert (a - b).norm() < 1e-3 * (b - start[name]).norm(), name
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
@@ -259,9 +260,7 @@ def test_a_damaged_state_and_a_full_disk_are_said(tmp_path):
     old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for limit, message in ((100_000, "cannot write .*model.safetensors"), (200_000, "cannot write .*train_state.pt")):
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (limit, old_limit[1])
-        )  # what torch and safetensors see of a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old_limit[1]))  # fails as a full disk does
         try:
             with pytest.raises(UserError, match=message):
                 run(tmp_path, pretraining, resume="yes")
