@@ -38,8 +38,8 @@ class Config:
     data: str = flag(str(ROOT / "data" / "demo"), help="documents.jsonl, sft.jsonl and dpo.jsonl")
     out: str = flag("out/demo", help="where everything goes")
     vocab_size: int = flag(2048, help="tokens")
-    pretrain_epochs: float = flag(10, help="passes over the documents")
-    sft_epochs: float = flag(50, help="passes over the questions")
+    pretrain_epochs: float = flag(6, help="passes over the documents")
+    sft_epochs: float = flag(40, help="passes over the questions")
     dpo_epochs: float = flag(6, help="passes over the preference pairs")
 
 
@@ -141,7 +141,7 @@ def main(cfg: Config) -> dict:
         lambda: pretrain.main(
             pretrain.Config(
                 data=tokens, tokenizer=tokenizer, out=run_of["pretrain"], preset="demo", epochs=cfg.pretrain_epochs,
-                lr=6e-3, eval_every=40, batch_tokens=2048, **common,
+                lr=6e-3, eval_every=20, batch_tokens=2048, **common,
             )
         ),
         lambda _: "validation {val_bits_per_byte:.2f} bits per byte".format(**read_metrics(run_of["pretrain"])[-1]),
@@ -184,7 +184,7 @@ def main(cfg: Config) -> dict:
     for question, _, answer, ended in found["dpo"][:8]:
         print(f"提问：{question}\n回答：{answer}{' [EOS]' if ended else ' (no end)'}\n")
     unknown = [{"instruction": q, "output": ""} for q in ("感冒了可以运动吗？", "怎样种一棵苹果树？")]
-    print("Two questions it was not taught; with so little text, expect fluent nonsense:\n")
+    print("Two questions it was not taught; with so little text, expect the answer to another one, or nonsense:\n")
     for question, _, answer, ended in answers(run_of["dpo"], unknown):
         print(f"提问：{question}\n回答：{answer}{' [EOS]' if ended else ' (no end)'}\n")
     print(stages.table())

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nanophi
 
@@ -113,6 +114,22 @@ def test_every_room_is_installed():
     rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and not p.name.startswith("__")}
     assert all((PACKAGE / room / "__init__.py").exists() for room in rooms)
     assert rooms == {"text", "model", "train", "infer"}
+
+
+def test_readme_tells_the_presets_as_they_are():
+    from nanophi.model.config import PRESETS, PhiConfig
+    from nanophi.model.phi import Phi
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in PRESETS:
+        cfg = PhiConfig.preset(name)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Phi(cfg).parameters())
+        shape = f"{cfg.hidden_size}, {cfg.num_attention_heads}, {cfg.num_hidden_layers}, {cfg.intermediate_size}"
+        assert f"| `{name}` | {shape} | {cfg.vocab_size:,} | {parameters:,} |" in readme
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent != PACKAGE and path.name != "__init__.py":
+            assert f"`{path.name}`" in readme, f"README's table of files lacks {path.name}"
 
 
 def test_nothing_of_this_machine_is_in_the_repository():

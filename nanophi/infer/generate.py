@@ -92,7 +92,8 @@ def stream(
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` (taken as it is; `chat_prompt` makes one) in pieces of whole characters.
 
-    [EOS] ends the stream and is not part of it. how: temperature, top_k, ... as in `generate`.
+    [EOS] ends the stream and is not part of it; nor is a character that max_new_tokens cuts in half.
+    how: temperature, top_k, ... as in `generate`.
     """
     ids = tok.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
@@ -105,5 +106,3 @@ def stream(
             break
         if piece := utf8.decode(tok.decode_bytes([new])):
             yield piece
-    if piece := utf8.decode(b"", final=True):
-        yield piece

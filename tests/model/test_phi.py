@@ -70,6 +70,15 @@ def test_parity_at_the_shape_of_the_released_model():
     assert abs(loss / torch.tensor(35840.0).log() - 1) < 0.02  # so small weights predict nothing yet
 
 
+def test_the_first_loss_of_the_demo_shape_is_ln_vocab():
+    torch.manual_seed(0)
+    model = Phi(PhiConfig.preset("demo"))
+    model.set_vocabulary(2000)
+    ids = tokens(2, 256, vocab=2000)
+    loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(loss / torch.tensor(2000.0).log() - 1) < 0.02
+
+
 PARAMETERS = {
     "demo": 2_566_784,
     "phi2-chinese-0.2b": 193_651_200,
