@@ -13,6 +13,7 @@ Standard library only, and below all rooms, so that each of them may use it:
 
 import argparse
 import dataclasses
+import io
 import os
 import sys
 import time
@@ -40,7 +41,7 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):  # own first
         kind, options = hints[field.name], {"dest": field.name}
         if isinstance(kind, types.UnionType):  # `int | None`: the flag takes an int, its absence says None
             kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
@@ -91,6 +92,8 @@ def run(cls: type, main, argv: list[str] | None = None) -> None:
     """
     description = sys.modules[main.__module__].__doc__ or ""
     cfg = cls(**vars(parser_for(cls, description).parse_args(argv)))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # lines reach a log file in the order of those on stderr
     try:
         main(cfg)
         sys.stdout.flush()  # a reader that has gone away is noticed here, not in the interpreter's shutdown

@@ -1,0 +1,1 @@
+"""Weights -> text. Imports text and model."""

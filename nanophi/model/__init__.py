@@ -1,0 +1,1 @@
+"""Token ids -> logits. Imports text.tokenizer alone, in checkpoint.py."""

@@ -1,0 +1,1 @@
+"""Raw text -> token ids. Imports nothing of the other rooms."""

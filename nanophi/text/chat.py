@@ -9,8 +9,14 @@ The mask comes from joining segments, never from searching ids: BPE may merge ":
 one string because some splits join its parts ("？\\n" is one pre-token there). The next turn follows [EOS] directly.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from nanophi.cli import UserError
-from nanophi.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the tokenizer saves the template, so it imports this file
+    from nanophi.text.tokenizer import Tokenizer
 
 PROMPT = "##提问:\n{question}\n##回答:\n"
 

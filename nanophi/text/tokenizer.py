@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nanophi.cli import UserError
 from nanophi.files import write_json
+from nanophi.text.chat import JINJA_TEMPLATE
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6, the original's order
 
@@ -250,8 +251,6 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as AutoTokenizer 4.57 and 5 read."""
-        from nanophi.text.chat import JINJA_TEMPLATE
-
         directory = Path(directory)
         roles = {
             f"{name.strip('[]').lower()}_token": name

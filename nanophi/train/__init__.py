@@ -1,0 +1,1 @@
+"""Tokens + model -> weights. Imports text and model."""
