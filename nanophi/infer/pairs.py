@@ -1,8 +1,98 @@
-"""How alike two answers are: one function, for everything that compares answers."""
+"""Preference pairs as the original made them: the rejected answer is what an early checkpoint says.
 
+    python sft.py ... --out out/sft --keep-at 0.5                     leaves the half-taught model in out/sft-early
+    python -m nanophi.infer.pairs --model out/sft-early --data sft.jsonl --out pairs.jsonl
+
+A pair teaches nothing where both answers are nearly the same: it is dropped from a similarity of 0.9 on.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from difflib import SequenceMatcher
+
+from nanophi.cli import Progress, UserError, flag, run
+from nanophi.infer.generate import generate
+from nanophi.model.checkpoint import load_with_tokenizer
+from nanophi.model.phi import Phi
+from nanophi.text.chat import chat_prompt
+from nanophi.text.corpus import messages_of, preference_of, read_rows, write_rows
+from nanophi.text.tokenizer import Tokenizer
 
 
 def similarity(a: str, b: str) -> float:
     """0 (nothing in common) to 1 (equal): twice the matched characters over all characters of both."""
     return SequenceMatcher(None, a, b, autojunk=False).ratio()
+
+
+def fault(chosen: str, rejected: str, threshold: float) -> str | None:
+    """Why a pair is of no use: "empty", "equal" or "similar"; None where it is."""
+    if not chosen.strip() or not rejected.strip():
+        return "empty"
+    if chosen == rejected:
+        return "equal"
+    return "similar" if similarity(chosen, rejected) > threshold else None
+
+
+def questions_of(row: dict) -> tuple[str, str]:
+    """(prompt, chosen) of a conversation's first turn, or of a row that has them already."""
+    if (preference := preference_of(row)) is not None:
+        return preference[:2]
+    if "prompt" in row and "chosen" in row:
+        return row["prompt"], row["chosen"]
+    messages = [message for message in messages_of(row) if message["role"] != "system"]
+    if len(messages) < 2:
+        raise UserError(f"a conversation without an answer gives no pair: {str(row)[:60]}")
+    return messages[0]["content"], messages[1]["content"]
+
+
+def answer_all(model: Phi, tok: Tokenizer, prompts: list[str], batch: int, max_new_tokens: int) -> Iterator[str]:
+    """Greedy answers, `batch` prompts at a time, in order."""
+    with Progress("answers", len(prompts)) as bar:
+        for first in range(0, len(prompts), batch):
+            ids = [chat_prompt(prompt, tok) for prompt in prompts[first : first + batch]]
+            for answer in generate(model, ids, max_new_tokens=max_new_tokens):
+                yield tok.decode(answer, skip_special_tokens=True).strip()
+                bar.update()
+
+
+def make_pairs(
+    questions: Iterable[tuple[str, str]], answers: Iterable[str], threshold: float
+) -> tuple[list[dict], Counter]:
+    """(prompt, chosen) and rejected answers -> preference rows, and how many were dropped for which fault."""
+    rows, dropped = [], Counter()
+    for (prompt, chosen), rejected in zip(questions, answers, strict=True):
+        if reason := fault(chosen, rejected, threshold):
+            dropped[reason] += 1
+        else:
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows, dropped
+
+
+@dataclass(kw_only=True)
+class Config:
+    model: str = flag(help="the checkpoint whose answers are rejected, sft.py's --keep-at leaves one")
+    data: list[str] = flag(help="conversations (their first turns), or rows with prompt and chosen")
+    out: str = flag(help="the .jsonl of {prompt, chosen, rejected} to write")
+    similar: float = flag(0.9, above=0, help="a pair more similar than this is dropped")
+    batch: int = flag(16, at_least=1, help="prompts answered at once")
+    max_new_tokens: int = flag(200, at_least=1, help="longest rejected answer")
+    device: str = flag("auto", help="auto: cuda where there is one, else cpu")
+
+
+def main(cfg: Config) -> dict:
+    """Answer every prompt and write the pairs; returns the counts it prints."""
+    questions = [questions_of(row) for row in read_rows(cfg.data)]
+    model, tok = load_with_tokenizer(cfg.model, cfg.device)
+    answers = answer_all(model, tok, [prompt for prompt, _ in questions], cfg.batch, cfg.max_new_tokens)
+    rows, dropped = make_pairs(questions, answers, cfg.similar)
+    write_rows(cfg.out, rows)
+    reasons = ", ".join(f"{dropped[reason]:,} {reason}" for reason in ("similar", "equal", "empty"))
+    print(
+        f"pairs: {len(questions):,} answers of {cfg.model}; dropped {reasons}; wrote {len(rows):,} pairs to {cfg.out}"
+    )
+    return {"prompts": len(questions), "pairs": len(rows)} | dropped
+
+
+if __name__ == "__main__":
+    run(Config, main)

@@ -6,6 +6,7 @@ weights, the optimizers, the random generator and one integer, and a resumed run
     <out>/                   the newest state: a checkpoint directory, train_state.pt, metrics.jsonl, run.json
     <out>/step-000500/       older ones that are kept, complete
     <out>/best/              the model of the lowest validation loss
+    <out>-early/             the model of --keep-at, whose answers DPO may reject
 """
 
 import contextlib
@@ -58,6 +59,7 @@ class TrainConfig:
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
     save_every: int = flag(500, at_least=1, help="steps between checkpoints")
     keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
+    keep_at: float | None = flag(None, above=0, help="keep the model of this share of the steps in <out>-early")
     eval_every: int = flag(100, at_least=1, help="steps between validations")
     bos: bool = flag(False, help="put [BOS] before every document")
     overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
@@ -68,7 +70,7 @@ class TrainConfig:
 
 # What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
 MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
-MAY_DIFFER |= {"resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
+MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
 
 
 def total_steps(cfg: TrainConfig, steps_per_epoch: float) -> int:
@@ -186,6 +188,8 @@ def train(
                 bar.say(_log_line(line, steps) + f"  val {line['val_loss']:.3f}")
             run.log(line)
             bar.update(1, _log_line(line, steps).split("  ", 1)[1])
+            if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1):
+                checkpoint.save(f"{cfg.out}-early", model, tok)
             if run.step % cfg.save_every == 0 and not last:
                 run.save()
         run.save()  # the last step's, or the one at which it was stopped

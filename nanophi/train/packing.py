@@ -199,7 +199,7 @@ class Packed:
 
 @dataclass
 class Pair:
-    """One preference pair: the two conversations as (ids, mask), and the reference model's log-probabilities."""
+    """One preference pair: the two conversations, each as (ids, mask)."""
 
     chosen: tuple[list[int], list[bool]]
     rejected: tuple[list[int], list[bool]]

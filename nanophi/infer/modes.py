@@ -1,0 +1,88 @@
+"""Ways to reply to a question: chat, from documents, two models beside each other.
+
+Each is made with what it needs and then called with one question after the other. `say(ids) -> text` generates from a
+prompt and shows the answer as it comes.
+"""
+
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable
+
+from nanophi.infer.rag import NOT_FOUND, Index, question_with
+from nanophi.text.chat import chat_prompt
+from nanophi.text.tokenizer import Tokenizer
+
+Say = Callable[[list[int]], str]
+Reply = Callable[[str], None]
+
+
+def chatting(say: Say, tok: Tokenizer, context: int, history: int = 0, bos: bool = False) -> Reply:
+    """Remember the last `history` turns, fewer where they do not fit into `context` tokens."""
+    messages: list[dict] = []
+
+    def reply(question: str) -> None:
+        nonlocal messages
+        asked = [*(messages[-2 * history :] if history else []), {"role": "user", "content": question}]
+        while len(prompt := chat_prompt(asked, tok, bos)) >= context and asked[1:]:
+            asked = asked[2:]  # the oldest turn goes
+        messages = [*asked, {"role": "assistant", "content": say(prompt)}]
+
+    return reply
+
+
+def retrieving(say: Say, tok: Tokenizer, index: Index, chunks: int, threshold: float, bos: bool = False) -> Reply:
+    """Answer from the best chunks and name them on standard error; what no chunk speaks of is not answered."""
+
+    def reply(question: str) -> None:
+        found = index.search(question, chunks)
+        score = found[0][0] if found else 0.0
+        if score < threshold:
+            print(NOT_FOUND)
+            print(f"(best score {score:.2f} is below the threshold {threshold:.2f})", file=sys.stderr)
+            return
+        say(chat_prompt(question_with(found, question), tok, bos))
+        for score, chunk in found:
+            print(f"[{score:.2f}, threshold {threshold:.2f}] {chunk.source}: {chunk.text[:40]!r}", file=sys.stderr)
+
+    return reply
+
+
+def comparing(answers: dict[str, Callable[[str], str]]) -> Reply:
+    """Put the answers of several models in columns; answers: a title and a function from question to answer each."""
+
+    def reply(question: str) -> None:
+        print(side_by_side(list(answers), [answer(question) for answer in answers.values()]))
+
+    return reply
+
+
+def display_width(text: str) -> int:
+    """Columns a text takes in a terminal: 2 for each Chinese (wide) character, 0 for combining ones, else 1."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns, broken between characters as Chinese is."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for char in paragraph:
+            if display_width(line + char) > width:
+                lines.append(line)
+                line = ""
+            line += char
+        lines.append(line)
+    return lines
+
+
+def side_by_side(titles: list[str], texts: list[str], width: int | None = None) -> str:
+    """Texts in columns under their titles; width: of the whole (default: the terminal's)."""
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    column = max((width - 3 * (len(texts) - 1)) // len(texts), 10)
+    cells = [
+        [*wrap(title, column), "-" * column, *wrap(text, column)] for title, text in zip(titles, texts, strict=True)
+    ]
+    height = max(map(len, cells))
+    rows = zip(*(cell + [""] * (height - len(cell)) for cell in cells), strict=True)
+    return "\n".join(" | ".join(line + " " * (column - display_width(line)) for line in row).rstrip() for row in rows)

@@ -1,0 +1,99 @@
+"""Evaluation: every token is scored once, with as much context as it can have; choices against a rigged model."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nanophi
+from nanophi.cli import UserError
+from nanophi.infer.evaluate import Config, as_text, choose_option, main, read_subjects, score_text, windows
+from tests.conftest import TEXTS, tiny_model
+
+
+@given(length=st.integers(0, 200), context=st.integers(2, 40), share=st.floats(0, 1))
+def test_windows_score_each_token_once_with_enough_context(length, context, share):
+    stride = max(1, round(share * context))
+    targets = []
+    for start, first, stop in windows(length, context, stride):
+        assert stop - 1 - start <= context
+        assert first - start >= min(first, context - stride)  # inputs before the first target
+        targets += range(first, stop)
+    assert targets == list(range(1, length))
+
+
+def test_score_is_that_of_the_plain_model(tok):
+    model = tiny_model(max_position_embeddings=64)
+    text = TEXTS[0]
+    ids = torch.tensor([*tok.encode(text), tok.eos_id])
+    assert len(ids) <= 65
+    score = score_text(model, tok, text, stride=32)
+    logps = model(ids[None])[0, :-1].log_softmax(-1)
+    assert score.nats == pytest.approx(-logps.gather(1, ids[1:, None]).sum().item(), rel=1e-5)
+    assert score.tokens == len(ids) - 1
+    assert score.bytes == len(text.encode()) - len(tok.decode_bytes(ids[:1].tolist()))
+
+
+def test_sliding_window_sees_more_than_blocks(tok):
+    """With stride = context each block starts blind; a smaller stride can only give tokens more context."""
+    model, text = tiny_model(max_position_embeddings=16), TEXTS[0] + TEXTS[2]
+    ids = torch.tensor([*tok.encode(text), tok.eos_id])
+    by_hand = 0.0
+    for start, first, stop in windows(len(ids), 16, 4):
+        logps = model(ids[None, start : stop - 1])[0].log_softmax(-1)
+        by_hand -= sum(logps[t - 1 - start, ids[t]].item() for t in range(first, stop))
+    assert score_text(model, tok, text, stride=4).nats == pytest.approx(by_hand, rel=1e-5)
+
+
+def write_csv(path, *answers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{i},问题{i}是什么,甲,乙,丙,丁,{answer}" for i, answer in enumerate(answers)]
+    path.write_text("\n".join(["id,question,A,B,C,D,answer", *rows]) + "\n", encoding="utf-8")
+
+
+def test_val_takes_examples_from_dev_and_dev_alone_leaves_one_out(tmp_path):
+    write_csv(tmp_path / "two/val/law_val.csv", "A", "B")
+    write_csv(tmp_path / "two/dev/law_dev.csv", "C")
+    (law,) = read_subjects(tmp_path / "two")
+    assert (law.name, len(law.questions), len(law.examples), law.left_out) == ("law", 2, 1, False)
+    write_csv(tmp_path / "one/dev/agronomy.csv", "A", "B", "C")
+    (agronomy,) = read_subjects(tmp_path / "one")
+    assert agronomy.left_out
+    assert agronomy.examples == agronomy.questions
+    with pytest.raises(UserError, match="holds no val/"):
+        read_subjects(tmp_path)
+
+
+def test_the_likeliest_option_is_chosen_and_examples_that_do_not_fit_are_left_out(tok):
+    row = {"question": "天空是什么颜色", "A": "红", "B": "蓝", "C": "绿", "D": "黑", "answer": "B"}
+    assert as_text(row, True).endswith("答案：B\n\n")
+    length = len(tok.encode(as_text(row, False)))
+    model = tiny_model(max_position_embeddings=2 * length + 10)
+    with torch.no_grad():
+        model.lm_head.bias[tok.encode("C")[0]] = 100.0
+    assert choose_option(model, tok, row, []) == ("C", 0)
+    assert choose_option(model, tok, row, [row] * 5) == ("C", 1)
+
+
+def test_command_prints_both(tok, tmp_path, capsys):
+    model = tiny_model(max_position_embeddings=256)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[tok.encode("A")[0]] = 1e-3  # always A
+    nanophi.save(tmp_path / "model", model, tok)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:3]), encoding="utf-8")
+    write_csv(tmp_path / "ceval/val/law_val.csv", "A", "B", "A", "D")
+    data, choices = [str(tmp_path / "texts.txt")], str(tmp_path / "ceval")
+    result = main(Config(model=str(tmp_path / "model"), data=data, choices=choices))
+    assert result["accuracy"] == 0.5
+    assert result["standard_error"] == 0.25
+    bits = sum(len(tok.encode(text)) for text in TEXTS[:3]) * math.log2(448)
+    spelled = sum(len(tok.decode_bytes(tok.encode(text)[1:])) for text in TEXTS[:3])
+    assert result["bits_per_byte"] == pytest.approx(bits / spelled, rel=1e-3)
+    printed = capsys.readouterr().out
+    assert "2 of 4 right = 50.0%, standard error 25.0%, chance 25.0%" in printed
+    with pytest.raises(UserError, match="say what to evaluate"):
+        main(Config(model="x"))

@@ -1,0 +1,128 @@
+"""Chunks by the model's tokens, BM25 by hand, and an answer only where there is something to answer from."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanophi.cli import UserError
+from nanophi.infer.modes import chatting, comparing, display_width, retrieving, side_by_side, wrap
+from nanophi.infer.rag import NOT_FOUND, Chunk, Index, build_index, chunk, grams, question_with
+from nanophi.text.chat import chat_prompt
+
+
+@given(text=st.text(st.sampled_from("感冒了要多喝水。\n春天来ab "), max_size=200), size=st.integers(12, 40))
+def test_chunks_are_small_and_lose_nothing(tok, text, size):
+    chunks = chunk(text, tok, size, overlap=4)
+    assert all(len(tok.encode(part)) <= size for part in chunks)
+    rest = text
+    for part in chunks:  # each chunk stands in the text, none of the characters between them is more than white space
+        assert part in text
+    assert set("".join(text.split())) == set("".join("".join(chunks).split()))
+    assert sum(len("".join(part.split())) for part in chunks) >= len("".join(rest.split()))
+
+
+def test_chunks_end_at_sentences_where_they_can(tok):
+    text = "感冒了要多喝水。好好休息。发烧超过三天。应该去看医生。\n\n春天来了。小草发芽。"
+    size = len(tok.encode("感冒了要多喝水。好好休息。")) + 1
+    assert all(part.endswith("。") for part in chunk(text, tok, size, overlap=0))
+
+
+def test_grams():
+    assert grams("感冒了，AI") == ["感", "冒", "了", "感冒", "冒了", "a", "i", "ai"]
+
+
+def test_bm25_by_hand():
+    """Two chunks of 1 and 3 grams; the question is 甲: idf = ln(1 + (2 - 1 + 0.5) / 1.5), then the formula."""
+    index = Index([Chunk("甲", "a"), Chunk("乙丙", "b")])
+    ((score, found),) = index.search("甲")
+    idf = math.log(1 + 1.5 / 1.5)
+    expected = idf * 1 * 2.2 / (1 + 1.2 * (1 - 0.75 + 0.75 * 1 / 2)) / (idf * 2.2)
+    assert found.source == "a"
+    assert score == pytest.approx(expected)
+
+
+DOCUMENTS = [
+    "月亮本身不发光，它反射的是太阳的光。",
+    "感冒多由病毒引起，要多喝温水，好好休息。",
+    "黄河的水里有许多泥沙。",
+]
+
+
+@pytest.fixture
+def index(tok, tmp_path):
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    return build_index([str(tmp_path)], tok)
+
+
+def test_the_right_document_is_found(index):
+    for question, source in (
+        ("月亮为什么会发光？", "0.txt #1"),
+        ("感冒了要怎么办？", "1.txt #1"),
+        ("黄河的水黄吗", "2.txt #1"),
+    ):
+        score, best = index.search(question)[0]
+        assert best.source == source
+        assert 0.17 < score <= 1
+    assert index.search("！？") == []
+    assert index.search("今晚吃饺子")[:1] == [] or index.search("今晚吃饺子")[0][0] < 0.17
+
+
+def test_background_goes_into_the_question_and_sources_are_named(index, tok, capsys):
+    said = []
+    reply = retrieving(lambda ids: said.append(ids) or "", tok, index, chunks=1, threshold=0.17)
+    reply("月亮为什么会发光？")
+    found = index.search("月亮为什么会发光？", 1)
+    assert said == [chat_prompt(question_with(found, "月亮为什么会发光？"), tok)]
+    assert DOCUMENTS[0] in tok.decode(said[0])
+    assert "0.txt #1" in capsys.readouterr().err
+    reply("ABBA XYZZY?")
+    assert len(said) == 1  # the model was not asked
+    printed = capsys.readouterr()
+    assert printed.out == NOT_FOUND + "\n"
+    assert "is below the threshold 0.17" in printed.err
+
+
+def test_nothing_to_answer_from_is_said(tok, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no text to answer from"):
+        build_index([str(tmp_path)], tok)
+
+
+def test_chat_remembers_as_many_turns_as_asked_for_and_fit(tok):
+    asked = []
+
+    def say(ids):
+        asked.append(tok.decode(ids))
+        return "好。"
+
+    for history, expected in ((0, [1, 1, 1]), (1, [1, 2, 2]), (5, [1, 2, 3])):
+        asked.clear()
+        reply = chatting(say, tok, context=1000, history=history)
+        for question in ("一？", "二？", "三？"):
+            reply(question)
+        assert [text.count("##提问:") for text in asked] == expected
+    asked.clear()
+    one = len(chat_prompt("一？", tok))
+    reply = chatting(say, tok, context=2 * one, history=5)
+    for question in ("一？", "二？", "三？"):
+        reply(question)
+    assert [text.count("##提问:") for text in asked] == [1, 1, 1]
+
+
+def test_columns_line_up_with_wide_characters(capsys):
+    assert display_width("感冒a") == 5
+    assert wrap("感冒了\nab", 4) == ["感冒", "了", "ab"]
+    table = side_by_side(["甲", "B"], ["感冒了要休息", "ok"], width=23)
+    assert table.splitlines() == [
+        "甲         | B",
+        "---------- | ----------",
+        "感冒了要休 | ok",
+        "息         |",
+    ]
+    comparing({"x": lambda q: q + "一", "y": lambda q: q + "二"})("问")
+    printed = capsys.readouterr().out
+    assert "问一" in printed
+    assert "问二" in printed
