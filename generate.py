@@ -33,7 +33,7 @@ class Config:
     raw: bool = flag(False, help="continue --prompt as it is, without the template")
     history: int = flag(0, at_least=0, help="earlier turns that --chat shows the model; 0 suits single-turn teaching")
     chunks: int = flag(2, at_least=1, help="--rag: best chunks given to the model")
-    threshold: float = flag(0.17, at_least=0, help="--rag: best score (0 to 1) below which nothing counts as found")
+    threshold: float = flag(0.21, at_least=0, help="--rag: best score (0 to 1) below which nothing counts as found")
     max_new_tokens: int = flag(256, at_least=1, help="longest answer")
     temperature: float = flag(0.0, at_least=0, help="0 is greedy; higher is more varied")
     top_k: int | None = flag(None, help="sample from the k likeliest tokens")

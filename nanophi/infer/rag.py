@@ -67,48 +67,73 @@ def grams(text: str) -> list[str]:
     return [word[i : i + n] for word in words for n in (1, 2) for i in range(len(word) - n + 1)]
 
 
-class Index:
-    """BM25 over chunks. Scores are shares of the best score the question could reach, 0 to 1, so that one threshold
-    serves short and long questions."""
+class BM25:
+    """Scores of texts for a question, as shares of the best score the question could reach: 0 to 1, so that one
+    threshold serves short and long questions."""
 
-    def __init__(self, chunks: Iterable[Chunk]):
-        self.chunks = list(chunks)
-        self.postings: dict[str, list[tuple[int, int]]] = defaultdict(list)  # gram -> (chunk, how often)
-        self.lengths = []
-        for number, item in enumerate(self.chunks):
-            counts = Counter(grams(item.text))
+    def __init__(self, texts: Iterable[str]):
+        self.postings: dict[str, list[tuple[int, int]]] = defaultdict(list)  # gram -> (text, how often)
+        self.lengths: list[int] = []
+        for number, text in enumerate(texts):
+            counts = Counter(grams(text))
             self.lengths.append(sum(counts.values()))
             for gram, count in counts.items():
                 self.postings[gram].append((number, count))
         self.mean_length = sum(self.lengths) / max(len(self.lengths), 1)
 
     def weight(self, gram: str) -> float:
-        """Inverse document frequency: rare grams say more; one that no chunk has counts as if one had it."""
+        """Inverse document frequency: rare grams say more; one that no text has counts as if one had it."""
         found = max(len(self.postings.get(gram, ())), 1)
-        return math.log(1 + (len(self.chunks) - found + 0.5) / (found + 0.5))
+        return math.log(1 + (len(self.lengths) - found + 0.5) / (found + 0.5))
 
-    def search(self, question: str, k: int = 3) -> list[tuple[float, Chunk]]:
-        """The k best chunks, best first, with their scores."""
+    def scores(self, question: str) -> dict[int, float]:
+        """Text number -> score, for the texts that share anything with the question."""
         asked = set(grams(question))
         best = sum(self.weight(gram) for gram in asked) * (K1 + 1)
-        scores: Counter = Counter()
+        scores: dict[int, float] = defaultdict(float)
         for gram in asked:
             weight = self.weight(gram)
             for number, count in self.postings.get(gram, ()):
                 spread = K1 * (1 - B + B * self.lengths[number] / self.mean_length)
-                scores[number] += weight * count * (K1 + 1) / (count + spread)
-        return [(score / best, self.chunks[number]) for number, score in scores.most_common(k)]
+                scores[number] += weight * count * (K1 + 1) / (count + spread) / best
+        return scores
 
 
-def build_index(inputs: list[str], tok: Tokenizer, size: int = 96, overlap: int = 8) -> Index:
-    """Read documents (files, directories or globs), chunk them and index the chunks."""
-    chunks = []
-    for path in expand(inputs):
-        for number, text in enumerate(read_texts([path], "document"), start=1):
-            chunks += [Chunk(part, f"{path.name} #{number}") for part in chunk(text, tok, size, overlap)]
-    if not chunks:
+class Index:
+    """Chunks of documents. A chunk is as good as the mean of its own score and its whole document's: the chunk finds
+    the place, the document knows what the place is about."""
+
+    def __init__(self, documents: Iterable[tuple[str, str]], tok: Tokenizer, size: int = 96, overlap: int = 8):
+        """documents: (source, text) each."""
+        self.chunks: list[Chunk] = []
+        self.document_of: list[int] = []  # of each chunk
+        texts = []
+        for number, (source, text) in enumerate(documents):
+            texts.append(text)
+            parts = chunk(text, tok, size, overlap)
+            self.chunks += [Chunk(part, source) for part in parts]
+            self.document_of += [number] * len(parts)
+        self.by_chunk, self.by_document = BM25(c.text for c in self.chunks), BM25(texts)
+
+    def search(self, question: str, k: int = 3) -> list[tuple[float, Chunk]]:
+        """The k best chunks, best first, with their scores (0 to 1)."""
+        chunks, documents = self.by_chunk.scores(question), self.by_document.scores(question)
+        mean = {number: (own + documents[self.document_of[number]]) / 2 for number, own in chunks.items()}
+        best = sorted(mean, key=lambda number: (-mean[number], number))[:k]
+        return [(mean[number], self.chunks[number]) for number in best]
+
+
+def build_index(inputs: list[str], tok: Tokenizer) -> Index:
+    """Read documents (files, directories or globs) and index them."""
+    documents = [
+        (f"{path.name} #{number}", text)
+        for path in expand(inputs)
+        for number, text in enumerate(read_texts([path], "document"), start=1)
+        if text.strip()
+    ]
+    if not documents:
         raise UserError(f"{', '.join(inputs)}: no text to answer from")
-    return Index(chunks)
+    return Index(documents, tok)
 
 
 def question_with(found: list[tuple[float, Chunk]], question: str) -> str:

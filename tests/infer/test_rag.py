@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanophi.cli import UserError
 from nanophi.infer.modes import chatting, comparing, display_width, retrieving, side_by_side, wrap
-from nanophi.infer.rag import NOT_FOUND, Chunk, Index, build_index, chunk, grams, question_with
+from nanophi.infer.rag import BM25, NOT_FOUND, Index, build_index, chunk, grams, question_with
 from nanophi.text.chat import chat_prompt
 
 
@@ -34,13 +34,21 @@ def test_grams():
 
 
 def test_bm25_by_hand():
-    """Two chunks of 1 and 3 grams; the question is 甲: idf = ln(1 + (2 - 1 + 0.5) / 1.5), then the formula."""
-    index = Index([Chunk("甲", "a"), Chunk("乙丙", "b")])
-    ((score, found),) = index.search("甲")
-    idf = math.log(1 + 1.5 / 1.5)
-    expected = idf * 1 * 2.2 / (1 + 1.2 * (1 - 0.75 + 0.75 * 1 / 2)) / (idf * 2.2)
-    assert found.source == "a"
-    assert score == pytest.approx(expected)
+    """Two texts of 1 and 3 grams; the question is 甲丁, of 3 grams, one of which is found; all weigh the same here."""
+    scores = BM25(["甲", "乙丙"]).scores("甲丁")
+    idf = math.log(1 + (2 - 1 + 0.5) / 1.5)
+    expected = idf * 1 * 2.2 / (1 + 1.2 * (1 - 0.75 + 0.75 * 1 / 2)) / (3 * idf * 2.2)
+    assert scores == pytest.approx({0: expected})
+
+
+def test_a_chunk_gains_from_its_document(tok):
+    """Both have a chunk on 高度; only the document says which mountain it is about."""
+    filler = "这里风景很好，每年都有许多人来。"
+    documents = [(name, f"{name}是一座名山。{filler * 3}\n它的高度是一千米。") for name in ("泰山", "华山")]
+    index = Index(documents, tok, size=60)
+    score, best = index.search("华山的高度是多少？")[0]
+    assert best.source == "华山"
+    assert 0 < score <= 1
 
 
 DOCUMENTS = [
