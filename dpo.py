@@ -69,6 +69,7 @@ def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> torch.Tensor:
 def main(cfg: Config) -> Phi:
     claim(cfg)
     model, tok = load_with_tokenizer(cfg.init_from, cfg.device)
+    model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
     data = Pairs(read_pairs(read_rows(cfg.data), tok, context_of(cfg, model), cfg.bos), cfg.batch_pairs, cfg.seed)
     with precision(cfg, pick_device(cfg.device)):  # as the policy computes, or they would differ from the start
         data.reference = reference_logps(model, data, cfg.micro_batch)

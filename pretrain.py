@@ -65,6 +65,8 @@ def main(cfg: Config) -> Phi:
     torch.manual_seed(cfg.seed)
     model = Phi(shape)
     model.set_vocabulary(len(tok))
+    if cfg.dropout is not None:
+        model.set_dropout(cfg.dropout)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"pretrain: {parameters:,} parameters, {data.documents.lengths.sum():,} tokens in "

@@ -24,6 +24,8 @@ import sft
 import train_tokenizer
 from nanophi import generate, load
 from nanophi.cli import flag, run
+from nanophi.infer import pairs
+from nanophi.infer.modes import side_by_side
 from nanophi.infer.pairs import similarity
 from nanophi.text import clean, shards
 from nanophi.text.chat import chat_prompt
@@ -35,12 +37,12 @@ ALIKE = 0.9  # an answer counts as taught from this similarity on
 
 @dataclass(kw_only=True)
 class Config:
-    data: str = flag(str(ROOT / "data" / "demo"), help="documents.jsonl, sft.jsonl and dpo.jsonl")
+    data: str = flag(str(ROOT / "data" / "demo"), help="documents.jsonl, sft.jsonl, dpo.jsonl and heldout.jsonl")
     out: str = flag("out/demo", help="where everything goes")
     vocab_size: int = flag(2048, help="tokens")
     pretrain_epochs: float = flag(6, help="passes over the documents")
     sft_epochs: float = flag(40, help="passes over the questions")
-    dpo_epochs: float = flag(6, help="passes over the preference pairs")
+    dpo_epochs: float = flag(3, help="passes over the preference pairs")
 
 
 class Stages:
@@ -84,20 +86,36 @@ def peak_memory_gb() -> float:
         return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
-def answers(directory: str, rows: list[dict]) -> list[tuple[str, str, str, bool]]:
-    """Greedy answers of a checkpoint to the rows' questions: (question, taught, answer, whether it ended in [EOS])."""
+@dataclass
+class Answer:
+    """What a checkpoint says to one question, and what it was taught to say."""
+
+    question: str
+    taught: str
+    said: str
+    ended: bool
+
+    @property
+    def as_taught(self) -> bool:
+        return similarity(self.said, self.taught) >= ALIKE
+
+    def __str__(self) -> str:
+        return f"提问：{self.question}\n回答：{self.said}{' [EOS]' if self.ended else ' (no end)'}\n"
+
+
+def ask(directory: str, rows: list[dict], batch: int = 64) -> list[Answer]:
+    """Greedy answers of a checkpoint to every question of the rows, later turns with the turns before them."""
     model, tok = load(directory)
-    turns = [[message["content"] for message in messages_of(row)[:2]] for row in rows]
-    answered = generate(model, [chat_prompt(question, tok) for question, _ in turns], max_new_tokens=200)
-    found = []
-    for (question, taught), ids in zip(turns, answered, strict=True):
-        ended = ids[-1] == tok.eos_id
-        found.append((question, taught, tok.decode(ids[:-1] if ended else ids), ended))
+    found: list[Answer] = []
+    asked = [(turns[:i], turns[i]["content"]) for turns in map(messages_of, rows) for i in range(1, len(turns), 2)]
+    for first in range(0, len(asked), batch):
+        part = asked[first : first + batch]
+        answered = generate(model, [chat_prompt(turns, tok) for turns, _ in part], max_new_tokens=200)
+        for (turns, taught), ids in zip(part, answered, strict=True):
+            ended = ids[-1] == tok.eos_id
+            said = tok.decode(ids[:-1] if ended else ids)
+            found.append(Answer(turns[-1]["content"], taught, said, ended))
     return found
-
-
-def as_taught(found: list) -> int:
-    return sum(similarity(answer, taught) >= ALIKE for _, taught, answer, _ in found)
 
 
 def main(cfg: Config) -> dict:
@@ -107,96 +125,104 @@ def main(cfg: Config) -> dict:
         f"{torch.get_num_threads()} threads of {platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}"
     )
     text = {name: str(out / "text" / f"{name}.jsonl") for name in ("documents", "sft", "dpo")}
-    tokenizer, tokens, run_of = (
-        str(out / "tokenizer"),
-        str(out / "tokens"),
-        {n: str(out / n) for n in ("pretrain", "sft", "dpo")},
-    )
+    place = {name: str(out / name) for name in ("tokenizer", "tokens", "pretrain", "sft-early", "sft", "dpo")}
+    made_pairs = str(out / "text" / "pairs.jsonl")
+    common = {"save_every": 10_000, "keep": 0, "overwrite": True, "warmup": 10}
 
     def clean_all():
-        counts = [
-            clean.main(clean.Config(input=[str(data / f"{name}.jsonl")], out=path, dedup=name == "documents"))
-            for name, path in text.items()
-        ]
-        return counts[0]
+        for name, path in text.items():
+            config = clean.Config(input=[str(data / f"{name}.jsonl")], out=path, dedup=name == "documents")
+            counts[name] = clean.main(config)
+        return counts["documents"]
 
+    counts: dict[str, dict] = {}
     stages.run("clean", clean_all, lambda c: f"{c['read']} documents, {c['repeated']} repeated, {c['written']} kept")
     stages.run(
         "tokenizer",
         lambda: train_tokenizer.main(
-            train_tokenizer.Config(input=list(text.values()), out=tokenizer, vocab_size=cfg.vocab_size)
+            train_tokenizer.Config(input=list(text.values()), out=place["tokenizer"], vocab_size=cfg.vocab_size)
         ),
         lambda r: f"{r['tokens']:,} tokens",
     )
     stages.run(
         "shards",
         lambda: shards.main(
-            shards.Config(input=[text["documents"]], tokenizer=tokenizer, out=tokens, val_fraction=0.04)
+            shards.Config(
+                input=[text["documents"]], tokenizer=place["tokenizer"], out=place["tokens"], val_fraction=0.04
+            )
         ),
         lambda r: f"{r['tokens']:,} tokens, {r['characters'] / r['tokens']:.2f} characters each",
     )
-    common = {"save_every": 10_000, "keep": 0, "overwrite": True, "warmup": 10}
     stages.run(
         "pretrain",
         lambda: pretrain.main(
             pretrain.Config(
-                data=tokens, tokenizer=tokenizer, out=run_of["pretrain"], preset="demo", epochs=cfg.pretrain_epochs,
-                lr=6e-3, eval_every=20, batch_tokens=2048, **common,
+                data=place["tokens"], tokenizer=place["tokenizer"], out=place["pretrain"], preset="demo", lr=6e-3,
+                epochs=cfg.pretrain_epochs, eval_every=50, batch_tokens=2048, **common,
             )
         ),
-        lambda _: "validation {val_bits_per_byte:.2f} bits per byte".format(**read_metrics(run_of["pretrain"])[-1]),
+        lambda _: "validation {val_bits_per_byte:.2f} bits per byte".format(**read_metrics(place["pretrain"])[-1]),
     )  # fmt: skip
     stages.run(
         "sft",
         lambda: sft.main(
             sft.Config(
-                init_from=run_of["pretrain"],
-                data=[text["sft"]],
-                out=run_of["sft"],
-                epochs=cfg.sft_epochs,
-                lr=3e-3,
-                batch_tokens=2048,
-                **common,
+                init_from=place["pretrain"], data=[text["sft"]], out=place["sft"], epochs=cfg.sft_epochs, lr=3e-3,
+                batch_tokens=2048, keep_at=0.25, **common,
             )
         ),
-        lambda _: "loss {loss:.3f}".format(**read_metrics(run_of["sft"])[-1]),
+        lambda _: "loss {loss:.3f}".format(**read_metrics(place["sft"])[-1]),
+    )  # fmt: skip
+    stages.run(
+        "pairs",
+        lambda: pairs.main(pairs.Config(model=place["sft-early"], data=[text["sft"]], out=made_pairs, batch=64)),
+        lambda r: f"{r['pairs']} of {r['prompts']} kept",
     )
     stages.run(
         "dpo",
         lambda: dpo.main(
             dpo.Config(
-                init_from=run_of["sft"], data=[text["dpo"]], out=run_of["dpo"], epochs=cfg.dpo_epochs, batch_pairs=10,
-                lr=1e-4, **common | {"warmup": 3},
+                init_from=place["sft"], data=[text["dpo"], made_pairs], out=place["dpo"], epochs=cfg.dpo_epochs,
+                lr=1e-4, batch_pairs=16, **common | {"warmup": 3},
             )
         ),
-        lambda _: "margin {margin:.2f}, accuracy {accuracy:.0%}".format(**read_metrics(run_of["dpo"])[-1]),
+        lambda _: "margin {margin:.2f}, accuracy {accuracy:.0%}".format(**read_metrics(place["dpo"])[-1]),
     )  # fmt: skip
     rows = list(read_rows([text["sft"]]))
     found = stages.run(
         "answers",
-        lambda: {name: answers(run_of[name], rows) for name in ("sft", "dpo")},
-        lambda f: f"as taught: sft {as_taught(f['sft'])}, dpo {as_taught(f['dpo'])} of {len(rows)}",
+        lambda: {name: ask(place[name], rows) for name in ("sft", "dpo")},
+        lambda f: (
+            "as taught: "
+            + ", ".join(f"{name} {sum(a.as_taught for a in f[name])}" for name in f)
+            + f" of {len(f['dpo'])}"
+        ),
     )
     picture = out / "loss.png"
-    draw({"pretraining": [run_of["pretrain"]], "SFT": [run_of["sft"]], "DPO": [run_of["dpo"]]}, picture)
+    draw({"pretraining": [place["pretrain"]], "SFT": [place["sft"]], "DPO": [place["dpo"]]}, picture)
 
-    print("\n== What it answers (greedy, out/demo/dpo)\n")
-    for question, _, answer, ended in found["dpo"][:8]:
-        print(f"提问：{question}\n回答：{answer}{' [EOS]' if ended else ' (no end)'}\n")
-    unknown = [{"instruction": q, "output": ""} for q in ("感冒了可以运动吗？", "怎样种一棵苹果树？")]
-    print("Two questions it was not taught; with so little text, expect the answer to another one, or nonsense:\n")
-    for question, _, answer, ended in answers(run_of["dpo"], unknown):
-        print(f"提问：{question}\n回答：{answer}{' [EOS]' if ended else ' (no end)'}\n")
+    print(f"\n== What {place['dpo']} answers (greedy)\n")
+    for answer in found["dpo"][:6]:
+        print(answer)
+    held_out = list(read_rows([data / "heldout.jsonl"]))
+    rephrased = ask(place["dpo"], [{"instruction": row["question"], "output": row["output"]} for row in held_out])
+    print(f"== The {len(rephrased)} questions in other words, which it was never taught\n")
+    for row, answer in zip(held_out, rephrased, strict=True):
+        print(f"{answer}（taught as：{row['rephrases']}）\n")
+    print("== Before and after DPO, where they differ\n")
+    for before, after in [
+        pair for pair in zip(found["sft"], found["dpo"], strict=True) if pair[0].said != pair[1].said
+    ][:3]:
+        print(f"提问：{before.question}\n{side_by_side(['SFT', 'DPO'], [before.said, after.said], 100)}\n")
     print(stages.table())
-    ended = sum(e for *_, e in found["dpo"])
     print(f"\nloss curves: {picture}")
-    for name in ("sft", "dpo"):
-        print(
-            f"{run_of[name]} answers {as_taught(found[name])} of {len(rows)} trained questions as taught (>= {ALIKE})"
-        )
-    print(f"{ended} of {len(rows)} answers end with [EOS]")
-    print(f"\nChat with it:  {os.path.relpath(sys.executable)} generate.py --model {run_of['dpo']} --chat")
-    return {"as_taught": {name: as_taught(found[name]) for name in found}, "ended": ended, "questions": len(rows)}
+    for name, answers in found.items():
+        taught = sum(answer.as_taught for answer in answers)
+        print(f"{place[name]} answers {taught} of {len(answers)} trained questions as taught (>= {ALIKE})")
+    everything = found["dpo"] + rephrased
+    print(f"{sum(a.ended for a in everything)} of {len(everything)} answers end with [EOS]")
+    print(f"\nChat with it:  {os.path.relpath(sys.executable)} generate.py --model {place['dpo']} --chat")
+    return {"found": found, "rephrased": rephrased}
 
 
 if __name__ == "__main__":

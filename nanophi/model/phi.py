@@ -176,6 +176,13 @@ class Phi(nn.Module):
         bias[:tokens][bias[:tokens] <= MASKED_BIAS / 2] = 0.0
         bias[tokens:] = MASKED_BIAS
 
+    def set_dropout(self, share: float) -> None:
+        """The same dropout everywhere: embeddings, attention weights, and what both branches add."""
+        self.cfg.embd_pdrop = self.cfg.resid_pdrop = self.cfg.attention_dropout = share
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
+
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the states before the head (B, T, D): what the chunked loss reads. Arguments as `forward`."""
         time, backend, visible = ids.shape[1], choose_backend(self.attention, ids.device), None

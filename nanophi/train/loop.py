@@ -61,6 +61,9 @@ class TrainConfig:
     keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
     keep_at: float | None = flag(None, above=0, help="keep the model of this share of the steps in <out>-early")
     eval_every: int = flag(100, at_least=1, help="steps between validations")
+    dropout: float | None = flag(
+        None, at_least=0, help="of embeddings, attention and both branches (default: the model's)"
+    )
     bos: bool = flag(False, help="put [BOS] before every document")
     overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
     resume: str | None = flag(

@@ -20,6 +20,7 @@ from nanophi.cli import UserError
 
 IGNORE = -100  # target of a position where nothing is learned
 PAD = 0  # [PAD]; no text encodes to it, so that it marks padding
+MASK, UNK = 5, 6  # [MASK], and the last of the special tokens
 
 
 @dataclass
@@ -195,6 +196,20 @@ class Packed:
             return np.asarray(document[start:stop]).astype(np.int64)
         rest = np.asarray(document[max(start - 1, 0) : stop - 1]).astype(np.int64)
         return np.concatenate([[first], rest]) if start == 0 else rest
+
+
+def noisy_prompts(batch: Batch, share: float, keep: set[int], vocab: int, seed: int, step: int) -> Batch:
+    """Replace a `share` of the prompt's tokens, half of them by [MASK] and half by any token, anew each step.
+
+    An answer then hangs on no single word of its question, and a question in other words still finds it. Prompt tokens
+    are those whose successor is no target; special tokens and those in `keep` (the template's) stay.
+    """
+    random = np.random.default_rng([seed, step])
+    allowed = (batch.targets == IGNORE) & (batch.ids > UNK) & ~torch.isin(batch.ids, torch.tensor(sorted(keep)))
+    shape = tuple(batch.ids.shape)
+    chosen = allowed & torch.from_numpy(random.random(shape) < share)
+    other = np.where(random.random(shape) < 0.5, MASK, random.integers(UNK + 1, vocab, shape))
+    return replace(batch, ids=torch.where(chosen, torch.from_numpy(other), batch.ids))
 
 
 @dataclass

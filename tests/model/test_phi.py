@@ -164,6 +164,9 @@ def test_dropout_only_when_training():
     ids = tokens(1, 10)
     for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):
         model = tiny_model(**{name: 0.5})
+        model_set = tiny_model()
+        model_set.set_dropout(0.5)
+        assert vars(model_set.cfg)[name] == vars(model.cfg)[name]
         assert torch.equal(model(ids), model(ids))
         model.train()
         for model.attention in ("manual", "sdpa"):
