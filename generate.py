@@ -6,16 +6,18 @@
     python generate.py --model out/sft --compare out/dpo
 
 Greedy unless --temperature is given. With --prompt the answer alone goes to standard output (sources to standard
-error); without it, --chat, --rag and --compare ask for questions until /exit or Ctrl-D.
+error); without it, --chat, --rag and --compare ask for questions until /exit or Ctrl-D. /reset forgets what was said,
+/save FILE.jsonl keeps it, Ctrl-C stops an answer and not the program.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from nanophi.cli import UserError, flag, run
 from nanophi.infer.generate import stream
-from nanophi.infer.modes import Reply, chatting, comparing, retrieving
+from nanophi.infer.modes import Reply, chatting, comparing, converse, retrieving
 from nanophi.infer.rag import build_index
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
@@ -63,8 +65,8 @@ def answer(model: Phi, tok: Tokenizer, prompt: list[int], cfg: Config, show: boo
     return "".join(pieces)
 
 
-def mode(model: Phi, tok: Tokenizer, cfg: Config) -> Reply:
-    """What replies to a question, by the flags."""
+def mode(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]:
+    """What starts a conversation, by the flags."""
 
     def say(prompt: list[int]) -> str:
         return answer(model, tok, prompt, cfg)
@@ -73,11 +75,12 @@ def mode(model: Phi, tok: Tokenizer, cfg: Config) -> Reply:
         return lambda question: answer(model, tok, chat_prompt(question, tok, cfg.bos), cfg, show=False)
 
     if cfg.rag:
-        return retrieving(say, tok, build_index(cfg.rag, tok), cfg.chunks, cfg.threshold, cfg.bos)
+        index = build_index(cfg.rag, tok)
+        return lambda: retrieving(say, tok, index, cfg.chunks, cfg.threshold, cfg.bos)
     if cfg.compare:
         other = load_with_tokenizer(cfg.compare, cfg.device)
-        return comparing({cfg.model: answers_of(model, tok), cfg.compare: answers_of(*other)})
-    return chatting(say, tok, model.cfg.max_position_embeddings, cfg.history, cfg.bos)
+        return lambda: comparing({cfg.model: answers_of(model, tok), cfg.compare: answers_of(*other)})
+    return lambda: chatting(say, tok, model.cfg.max_position_embeddings, cfg.history, cfg.bos)
 
 
 def main(cfg: Config) -> None:
@@ -96,23 +99,11 @@ def main(cfg: Config) -> None:
     if cfg.raw:
         answer(model, tok, [tok.bos_id] * cfg.bos + tok.encode(cfg.prompt), cfg)
         return
-    reply = mode(model, tok, cfg)
+    start = mode(model, tok, cfg)
     if cfg.prompt is not None:
-        reply(cfg.prompt)
-        return
-    while True:
-        try:
-            question = input("提问> ").strip()
-        except EOFError:
-            print()
-            return
-        if question == "/exit":
-            return
-        try:
-            if question:
-                reply(question)
-        except UserError as error:  # a question too long for the model ends no chat
-            print(error)
+        start()(cfg.prompt)
+    else:
+        converse(start)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,12 @@ def test_every_room_is_installed():
     assert rooms == {"text", "model", "train", "infer"}
 
 
-def test_readme_tells_the_presets_as_they_are():
+@pytest.mark.parametrize("name_of_readme", ["README.md", "README_zh.md"])
+def test_readme_tells_presets_and_files_as_they_are(name_of_readme):
     from nanophi.model.config import PRESETS, PhiConfig
     from nanophi.model.phi import Phi
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / name_of_readme).read_text(encoding="utf-8")
     for name in PRESETS:
         cfg = PhiConfig.preset(name)
         with torch.device("meta"):

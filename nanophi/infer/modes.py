@@ -9,24 +9,28 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
+from nanophi.cli import UserError
 from nanophi.infer.rag import NOT_FOUND, Index, question_with
 from nanophi.text.chat import chat_prompt
+from nanophi.text.corpus import write_rows
 from nanophi.text.tokenizer import Tokenizer
 
 Say = Callable[[list[int]], str]
-Reply = Callable[[str], None]
+Reply = Callable[[str], str]  # a question in, its answer shown and returned
 
 
 def chatting(say: Say, tok: Tokenizer, context: int, history: int = 0, bos: bool = False) -> Reply:
     """Remember the last `history` turns, fewer where they do not fit into `context` tokens."""
     messages: list[dict] = []
 
-    def reply(question: str) -> None:
+    def reply(question: str) -> str:
         nonlocal messages
         asked = [*(messages[-2 * history :] if history else []), {"role": "user", "content": question}]
         while len(prompt := chat_prompt(asked, tok, bos)) >= context and asked[1:]:
             asked = asked[2:]  # the oldest turn goes
-        messages = [*asked, {"role": "assistant", "content": say(prompt)}]
+        answer = say(prompt)
+        messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
 
     return reply
 
@@ -34,16 +38,17 @@ def chatting(say: Say, tok: Tokenizer, context: int, history: int = 0, bos: bool
 def retrieving(say: Say, tok: Tokenizer, index: Index, chunks: int, threshold: float, bos: bool = False) -> Reply:
     """Answer from the best chunks and name them on standard error; what no chunk speaks of is not answered."""
 
-    def reply(question: str) -> None:
+    def reply(question: str) -> str:
         found = index.search(question, chunks)
         score = found[0][0] if found else 0.0
         if score < threshold:
             print(NOT_FOUND)
             print(f"(best score {score:.2f} is below the threshold {threshold:.2f})", file=sys.stderr)
-            return
-        say(chat_prompt(question_with(found, question), tok, bos))
+            return NOT_FOUND
+        answer = say(chat_prompt(question_with(found, question), tok, bos))
         for score, chunk in found:
             print(f"[{score:.2f}, threshold {threshold:.2f}] {chunk.source}: {chunk.text[:40]!r}", file=sys.stderr)
+        return answer
 
     return reply
 
@@ -51,10 +56,41 @@ def retrieving(say: Say, tok: Tokenizer, index: Index, chunks: int, threshold: f
 def comparing(answers: dict[str, Callable[[str], str]]) -> Reply:
     """Put the answers of several models in columns; answers: a title and a function from question to answer each."""
 
-    def reply(question: str) -> None:
-        print(side_by_side(list(answers), [answer(question) for answer in answers.values()]))
+    def reply(question: str) -> str:
+        said = [answer(question) for answer in answers.values()]
+        print(side_by_side(list(answers), said))
+        return said[0]
 
     return reply
+
+
+def converse(start: Callable[[], Reply]) -> None:
+    """Ask for questions until /exit or Ctrl-D. /reset forgets what was said, /save FILE.jsonl keeps it as a row that
+    sft.py reads, Ctrl-C stops an answer and not the program."""
+    reply, messages = start(), []
+    while True:
+        try:
+            question = input("提问> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, argument = question.partition(" ")
+        try:
+            if command == "/exit":
+                return
+            if command == "/reset":
+                reply, messages = start(), []
+            elif command == "/save":
+                path = argument.strip() or "chat.jsonl"
+                write_rows(path, [{"messages": messages}])
+                print(f"saved {len(messages) // 2} turns to {path}")
+            elif question:
+                answer = reply(question)
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except (UserError, OSError) as error:  # a question too long, a file that cannot be written: the chat goes on
+            print(error)
 
 
 def display_width(text: str) -> int:

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.infer.modes import chatting, comparing, display_width, retrieving, side_by_side, wrap
+from nanophi.infer.modes import chatting, comparing, converse, display_width, retrieving, side_by_side, wrap
 from nanophi.infer.rag import BM25, NOT_FOUND, Index, build_index, chunk, grams, question_with
 from nanophi.text.chat import chat_prompt
+from nanophi.text.corpus import messages_of, read_rows
 
 
 @given(text=st.text(st.sampled_from("感冒了要多喝水。\n春天来ab "), max_size=200), size=st.integers(12, 40))
@@ -118,6 +119,33 @@ def test_chat_remembers_as_many_turns_as_asked_for_and_fit(tok):
     for question in ("一？", "二？", "三？"):
         reply(question)
     assert [text.count("##提问:") for text in asked] == [1, 1, 1]
+
+
+def test_terminal_commands(tmp_path, monkeypatch, capsys):
+    def start():
+        said = []
+
+        def reply(question):
+            if question == "停":
+                raise KeyboardInterrupt
+            if question == "长":
+                raise UserError("too long: shorten it")
+            said.append(question)
+            return f"{question}，第{len(said)}句。"
+
+        return reply
+
+    path = tmp_path / "chat.jsonl"
+    lines = iter(["甲", "", "停", "长", "乙", f"/save {path}", "/reset", "丙", f"/save {path}/x.jsonl", "/exit", "丁"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    converse(start)
+    printed = capsys.readouterr().out
+    assert "[stopped]" in printed  # Ctrl-C stops the answer, and the chat goes on
+    assert "too long: shorten it" in printed
+    assert "saved 2 turns" in printed
+    assert next(lines) == "丁"
+    (row,) = read_rows([path])
+    assert [m["content"] for m in messages_of(row)] == ["甲", "甲，第1句。", "乙", "乙，第2句。"]
 
 
 def test_columns_line_up_with_wide_characters(capsys):
