@@ -40,9 +40,9 @@ class Config:
     data: str = flag(str(ROOT / "data" / "demo"), help="documents.jsonl, sft.jsonl, dpo.jsonl and heldout.jsonl")
     out: str = flag("out/demo", help="where everything goes")
     vocab_size: int = flag(2048, help="tokens")
-    pretrain_epochs: float = flag(6, help="passes over the documents")
-    sft_epochs: float = flag(40, help="passes over the questions")
-    dpo_epochs: float = flag(3, help="passes over the preference pairs")
+    pretrain_epochs: float = flag(4, help="passes over the documents")
+    sft_epochs: float = flag(26, help="passes over the questions")
+    dpo_epochs: float = flag(2, help="passes over the preference pairs")
 
 
 class Stages:
@@ -168,7 +168,7 @@ def main(cfg: Config) -> dict:
         lambda: sft.main(
             sft.Config(
                 init_from=place["pretrain"], data=[text["sft"]], out=place["sft"], epochs=cfg.sft_epochs, lr=3e-3,
-                batch_tokens=2048, keep_at=0.25, **common,
+                batch_tokens=2048, keep_at=0.25, prompt_noise=0.3, dropout=0.1, **common,
             )
         ),
         lambda _: "loss {loss:.3f}".format(**read_metrics(place["sft"])[-1]),
