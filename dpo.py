@@ -18,9 +18,10 @@ from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import preference_of, read_rows
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.loop import TrainConfig, claim, context_of, precision, total_steps, train
+from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn
 from nanophi.train.packing import Pair, Pairs
+from nanophi.train.rundir import claim
 
 
 @dataclass(kw_only=True)

@@ -14,9 +14,10 @@ from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.shards import TokenSet
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.loop import TrainConfig, claim, total_steps, train
+from nanophi.train.loop import TrainConfig, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.packing import Packed
+from nanophi.train.rundir import claim
 
 
 @dataclass(kw_only=True)

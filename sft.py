@@ -17,9 +17,10 @@ from nanophi.model.phi import Phi
 from nanophi.text.chat import PROMPT, encode_chat
 from nanophi.text.corpus import messages_of, read_rows
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.loop import TrainConfig, claim, context_of, total_steps, train
+from nanophi.train.loop import TrainConfig, context_of, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.packing import Packed, noisy_prompts
+from nanophi.train.rundir import claim
 
 
 @dataclass(kw_only=True)

@@ -2,17 +2,10 @@
 
 Everything about time is a pure function of the step: the batch, the learning rate. The state of a run is therefore the
 weights, the optimizers, the random generator and one integer, and a resumed run equals the unbroken one bit for bit.
-
-    <out>/                   the newest state: a checkpoint directory, train_state.pt, metrics.jsonl, run.json
-    <out>/step-000500/       older ones that are kept, complete
-    <out>/best/              the model of the lowest validation loss
-    <out>-early/             the model of --keep-at, whose answers DPO may reject
+rundir.py keeps it on disk.
 """
 
 import contextlib
-import json
-import os
-import pickle
 import shutil
 import signal
 import time
@@ -25,7 +18,7 @@ import torch
 
 import nanophi
 from nanophi.cli import Progress, UserError, flag
-from nanophi.files import replacing, write_json, write_text
+from nanophi.files import write_json
 from nanophi.model import checkpoint
 from nanophi.model.checkpoint import pick_device
 from nanophi.model.phi import Phi
@@ -33,9 +26,7 @@ from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.losses import LossFn
 from nanophi.train.optim import build_optimizers, schedule
 from nanophi.train.packing import Batch
-
-STATE = "train_state.pt"
-METRICS = "metrics.jsonl"
+from nanophi.train.rundir import STATE, Run, claim, files_of_a_run
 
 
 @dataclass(kw_only=True)
@@ -71,11 +62,6 @@ class TrainConfig:
     )
 
 
-# What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
-MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
-MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
-
-
 def total_steps(cfg: TrainConfig, steps_per_epoch: float) -> int:
     """--steps, or as many as --epochs needs."""
     if cfg.steps is not None and cfg.epochs is not None:
@@ -96,28 +82,6 @@ def precision(cfg: TrainConfig, device: str):
     """The autocast context of a run: bf16 compute over fp32 weights, or nothing."""
     bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.startswith("cuda"))
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
-
-
-def claim(cfg: TrainConfig) -> None:
-    """Refuse an --out that holds a run unless it is to be resumed or overwritten; scripts call it before long work."""
-    out = Path(cfg.out)
-    if cfg.resume not in (None, "yes", "auto"):
-        raise UserError(f"--resume {cfg.resume}: it stands alone, or is `--resume auto`")
-    holds = [path.name for path in _files_of_a_run(out) if path.exists()]
-    if cfg.resume == "yes" and STATE not in holds:
-        raise UserError(f"nothing to resume in {out}: no {STATE}; --resume auto would start afresh")
-    if cfg.resume == "auto" and checkpoint.WEIGHTS in holds and STATE not in holds and not cfg.overwrite:
-        raise UserError(f"{out} holds a model without its {STATE}: there is nothing to resume, name another --out")
-    if cfg.resume is None and holds and not cfg.overwrite:
-        raise UserError(f"{out} holds a run ({', '.join(holds)}): --resume goes on with it, --overwrite deletes it")
-    start = getattr(cfg, "init_from", None)
-    if start is not None and Path(start).resolve().is_relative_to(out.resolve()):
-        raise UserError(f"--out {out} is or holds --init-from {start}: training would overwrite what it starts from")
-
-
-def _files_of_a_run(out: Path) -> list[Path]:
-    """What tells that a directory holds a run; the state last, so that an interrupted deletion is still seen."""
-    return [*out.glob("step-*"), out / "best", out / METRICS, out / checkpoint.WEIGHTS, out / STATE]
 
 
 class _Interrupts:
@@ -164,12 +128,12 @@ def train(
     steps = steps if steps is not None else total_steps(cfg, 1)
     out, device = Path(cfg.out), pick_device(cfg.device)
     model.to(device).train()
-    run = _Run(model, build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay), cfg, tok, data_id)
+    run = Run(model, build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay), cfg, tok, data_id)
     torch.manual_seed(cfg.seed)  # of dropout; a resumed run gets the state it had
     if resume and (out / STATE).exists():
         run.restore(steps)
     else:
-        for old in _files_of_a_run(out):
+        for old in files_of_a_run(out):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     versions = {"nanophi": nanophi.__version__, "torch": torch.__version__}
     description = {"config": asdict(cfg), "steps": steps, "data_id": data_id, "versions": versions}
@@ -222,128 +186,3 @@ def _log_line(line: dict, steps: int) -> str:
         f"step {line['step']:,}/{steps:,}  loss {line['loss']:.3f}  lr {line['lr']:.1e}  grad {line['grad_norm']:.2f}"
     )
     return f"{text}  {line['tokens_per_s']:,.0f} tok/s"
-
-
-class _Run:
-    """The state of a run and its files."""
-
-    def __init__(self, model: Phi, optimizers, cfg: TrainConfig, tok: Tokenizer | None, data_id: str):
-        self.model, self.optimizers, self.tok = model, optimizers, tok
-        self.out, self.keep = Path(cfg.out), cfg.keep
-        # What fixes the result beside the step; strings, so that the state loads with weights_only=True.
-        self.settings = {name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER}
-        self.settings |= {"model": str(model.cfg), "data": data_id}
-        self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, float("inf")
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-
-    def update(self, factor: float) -> float:
-        """One step of every optimizer at `factor` times its peak learning rate; returns the first group's rate."""
-        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            optimizer.step()
-        return self.optimizers[0].param_groups[0]["lr"]
-
-    def count(self, line: dict, batch: Batch, seconds: float) -> None:
-        """Advance the counters and complete the step's line of metrics."""
-        self.step += 1
-        self.tokens += batch.real_tokens
-        self.seconds += seconds
-        line |= {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-        line["tokens_per_s"] = round(batch.real_tokens / seconds, 1)
-
-    def log(self, line: dict) -> None:
-        """Append the step to metrics.jsonl; keep the model where it is the best so far."""
-        first = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
-        ordered = {name: line[name] for name in first} | line
-        with open(self.out / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(ordered) + "\n")
-        if line.get("val_loss", float("inf")) < self.best:
-            self.best = line["val_loss"]
-            checkpoint.save(self.out / "best", self.model, self.tok)
-
-    def save(self) -> None:
-        """Keep the state that is there as step-..., then replace it file by file. train_state.pt alone is what a
-        resume reads, and it writes the others again, so a kill between two files harms nothing."""
-        self._keep_previous()
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "best": self.best,
-            "settings": self.settings,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        }
-        with replacing(self.out / STATE) as beside:
-            try:
-                torch.save(state, beside)
-            except RuntimeError as error:  # a full disk, for one
-                raise UserError(f"cannot write {self.out / STATE}: {error}") from None
-        checkpoint.save(self.out, self.model, self.tok)
-
-    def _keep_previous(self) -> None:
-        for leftover in self.out.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
-        if self.keep and (self.out / STATE).exists():
-            previous = torch.load(self.out / STATE, weights_only=True, mmap=True, map_location="cpu")["step"]
-            target = self.out / f"step-{previous:06d}"
-            if previous != self.step and not target.exists():
-                beside = target.with_suffix(".tmp")
-                beside.mkdir()
-                for file in self.out.iterdir():
-                    if file.is_file() and file.suffix != ".tmp" and file.name != METRICS:
-                        _link(file, beside / file.name)
-                write_text(beside / METRICS, _metrics_until(self.out / METRICS, previous))
-                os.replace(beside, target)
-        for old in sorted(self.out.glob("step-*"))[: -self.keep or None]:
-            shutil.rmtree(old)
-
-    def restore(self, steps: int) -> None:
-        """Load train_state.pt, refuse one of other data or settings, and write the files that may be older or newer."""
-        path = self.out / STATE
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} is damaged ({error}); an older state may lie in {self.out}/step-*") from None
-        theirs = state["settings"]
-        different = [
-            f"{name} was {theirs.get(name)}, is {self.settings.get(name)}"
-            for name in sorted(theirs.keys() | self.settings.keys())
-            if theirs.get(name) != self.settings.get(name)
-        ]
-        if different:
-            raise UserError(f"{self.out} cannot be resumed, as this would give another model: {'; '.join(different)}")
-        if state["step"] > steps:
-            raise UserError(f"{self.out} is at step {state['step']:,}, beyond the {steps:,} asked for: raise --steps")
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.seconds, self.best = state["seconds"], state["best"]
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
-        write_text(self.out / METRICS, _metrics_until(self.out / METRICS, self.step))
-        checkpoint.save(self.out, self.model, self.tok)
-        print(f"resume: {self.out} at step {self.step:,} of {steps:,}")
-
-
-def _metrics_until(path: Path, step: int) -> str:
-    """The lines of a metrics.jsonl up to a step."""
-    kept = ""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half
-            if json.loads(line)["step"] <= step:
-                kept += line + "\n"
-    return kept
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file that will be replaced, not rewritten; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

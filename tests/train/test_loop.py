@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from nanophi.cli import UserError
-from nanophi.train.loop import STATE, TrainConfig, accumulate, train
+from nanophi.train.loop import TrainConfig, accumulate, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, next_token_loss
 from nanophi.train.packing import Packed, Pair, Pairs
+from nanophi.train.rundir import STATE
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,7 +245,7 @@ def test_leftovers_of_an_interrupted_deletion_are_still_a_run(tmp_path):
 def test_a_shipped_model_is_not_trained_over_by_resume_auto(tmp_path):
     run(tmp_path, pretraining, steps=2)
     (tmp_path / STATE).unlink()  # "deleting it ships the model"
-    with pytest.raises(UserError, match="holds a model without its train_state"):
+    with pytest.raises(UserError, match=r"holds model\.safetensors without a train_state"):
         run(tmp_path, pretraining, resume="auto")
 
 
