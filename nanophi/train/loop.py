@@ -67,7 +67,13 @@ def total_steps(cfg: TrainConfig, steps_per_epoch: float) -> int:
     if cfg.steps is not None and cfg.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
     epochs = 1 if cfg.epochs is None else cfg.epochs
-    return cfg.steps if cfg.steps is not None else max(round(epochs * steps_per_epoch), 1)
+    steps = cfg.steps if cfg.steps is not None else max(round(epochs * steps_per_epoch), 1)
+    if steps <= cfg.warmup:
+        print(
+            f"note: {steps} steps end within the warm-up of {cfg.warmup}, so little will be learned; "
+            "raise --epochs or take fewer tokens (or pairs) a step"
+        )
+    return steps
 
 
 def context_of(cfg: TrainConfig, model: Phi) -> int:

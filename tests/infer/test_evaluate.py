@@ -36,6 +36,16 @@ def test_score_is_that_of_the_plain_model(tok):
     assert score.bytes == len(text.encode()) - len(tok.decode_bytes(ids[:1].tolist()))
 
 
+def test_score_is_transformers_loss_converted(tok):
+    from tests.model.test_phi import hf_twin
+
+    model, text = tiny_model(max_position_embeddings=64), TEXTS[3]
+    ids = torch.tensor([[*tok.encode(text), tok.eos_id]])
+    assert ids.shape[1] <= 65
+    theirs = hf_twin(model)(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert score_text(model, tok, text, stride=64).nats == pytest.approx(theirs, rel=1e-5)
+
+
 def test_sliding_window_sees_more_than_blocks(tok):
     """With stride = context each block starts blind; a smaller stride can only give tokens more context."""
     model, text = tiny_model(max_position_embeddings=16), TEXTS[0] + TEXTS[2]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanophi.cli import UserError
-from nanophi.train.loop import TrainConfig, accumulate, train
+from nanophi.train.loop import TrainConfig, accumulate, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, next_token_loss
 from nanophi.train.packing import Packed, Pair, Pairs
 from nanophi.train.rundir import STATE
@@ -105,6 +105,14 @@ def test_dpo_logs_rewards_and_widens_the_margin(tmp_path):
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=0.05)  # dropout is on
     assert lines[-1]["margin"] > 0.5
     assert {"rewards_chosen", "rewards_rejected", "accuracy"} <= set(lines[0])
+
+
+def test_a_run_too_short_to_learn_is_said(capsys):
+    """A small text with the default batch gave six steps, all of them warm-up, and a model that had learned nothing."""
+    assert total_steps(config("x", steps=None, epochs=2.0, warmup=20), steps_per_epoch=3.2) == 6
+    assert "6 steps end within the warm-up of 20" in capsys.readouterr().out
+    assert total_steps(config("x", steps=30, warmup=20), 1) == 30
+    assert capsys.readouterr().out == ""
 
 
 def test_micro_batches_do_not_change_the_result():
