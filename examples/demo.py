@@ -40,9 +40,9 @@ class Config:
     data: str = flag(str(ROOT / "data" / "demo"), help="documents.jsonl, sft.jsonl, dpo.jsonl and heldout.jsonl")
     out: str = flag("out/demo", help="where everything goes")
     vocab_size: int = flag(2048, help="tokens")
-    pretrain_epochs: float = flag(4, help="passes over the documents")
+    pretrain_epochs: float = flag(3, help="passes over the documents")
     sft_epochs: float = flag(26, help="passes over the questions")
-    dpo_epochs: float = flag(2, help="passes over the preference pairs")
+    dpo_epochs: float = flag(1, help="passes over the preference pairs")
 
 
 class Stages:
