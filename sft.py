@@ -29,7 +29,7 @@ class Config(TrainConfig):
     data: list[str] = flag(help="conversations: files, directories or globs")
     batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
     prompt_noise: float = flag(
-        0.0, at_least=0, help="share of a question's tokens replaced, anew each step; 0.4 helps small sets"
+        0.0, at_least=0, help="share of a question's tokens replaced, anew each step; 0.3 helps small sets"
     )
     val_data: str | None = flag(None, help="conversations to validate on")
 

@@ -32,17 +32,13 @@ class Chunk:
 
 def split_by_length(text: str, tok: Tokenizer, size: int, separators: tuple[str, ...] = SEPARATORS) -> list[str]:
     """Cut a text into pieces of at most `size` tokens, at the first separator that makes them small enough."""
-    if len(tok.encode(text)) <= size:
+    if len(tok.encode(text)) <= size or len(text) == 1:
         return [text]
-    if not separators:  # no separator helps: halve it
-        half = len(text) // 2
-        return (
-            [text]
-            if half == 0
-            else [p for part in (text[:half], text[half:]) for p in split_by_length(part, tok, size, ())]
-        )
-    pieces = re.split(f"(?<={re.escape(separators[0])})", text)  # each keeps its separator
-    return [p for piece in pieces if piece for p in split_by_length(piece, tok, size, separators[1:])]
+    if separators:
+        pieces = re.split(f"(?<={re.escape(separators[0])})", text)  # each keeps its separator
+    else:  # none helps: halve it
+        pieces = [text[: len(text) // 2], text[len(text) // 2 :]]
+    return [part for piece in pieces if piece for part in split_by_length(piece, tok, size, separators[1:])]
 
 
 def chunk(text: str, tok: Tokenizer, size: int = 96, overlap: int = 8) -> list[str]:
