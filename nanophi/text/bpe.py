@@ -4,7 +4,7 @@ Two implementations of one rule: `learn_merges_naive` to read, `learn_merges` to
 HF tokenizers' BpeTrainer, merge for merge. The rule: merge the most frequent adjacent pair; among equals the one with
 the smaller ids; stop below `min_frequency`. Pairs are counted raw ("aaa" holds two "aa") and merged left to right.
 
-    words   {word: how often}, a word being one pre-token of the split, as a tuple of byte ids
+    words   {word: how often}, a word being one pre-token of the split, as a tuple of ids of bytes or characters
     pair    two adjacent token ids        merges  the pairs chosen so far, in order        ids  a word being merged
 """
 
@@ -14,16 +14,17 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from nanophi.cli import Progress, UserError
-from nanophi.text.tokenizer import ALPHABET, SPECIAL_TOKENS, Tokenizer, split_pattern
+from nanophi.text.levels import Level, level_named
+from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Pair = tuple[int, int]
 
 
-def count_words(texts: Iterable[str]) -> Counter:
+def count_words(texts: Iterable[str], level: Level) -> Counter:
     """Texts -> how often each pre-token occurs."""
-    words, pattern = Counter(), split_pattern()
+    words = Counter()
     for text in texts:
-        words.update(pattern.findall(text))
+        words.update(level.words(level.normalized(text)))
     return words
 
 
@@ -118,24 +119,34 @@ def _merge_everywhere(pair: Pair, new: int, corpus, weights, counts, where) -> s
     return made
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int = 40960, min_frequency: int = 2, level: str = "byte") -> Tokenizer:
-    """Learn a tokenizer from texts. vocab_size counts the 7 special tokens and the 256 bytes; fewer tokens come out
-    where the text runs out of pairs that occur `min_frequency` times."""
-    if level != "byte":
-        raise UserError(f"level {level!r} is not known; there is 'byte'")
-    smallest = len(SPECIAL_TOKENS) + len(ALPHABET)
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size} is too small: the special tokens and the bytes alone are {smallest}")
-    byte_id = {byte: i for i, byte in enumerate(ALPHABET, start=len(SPECIAL_TOKENS))}
-    words = {
-        tuple(byte_id[byte] for byte in word.encode("utf-8", "surrogatepass")): count
-        for word, count in count_words(texts).items()
-    }
-    if not words:
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int = 40960,
+    min_frequency: int = 2,
+    level: str = "byte",
+    byte_fallback: bool = False,
+) -> Tokenizer:
+    """Learn a tokenizer from texts. vocab_size counts the 7 special tokens and the 256 bytes, or at the level "char"
+    all characters of the texts (and with byte_fallback the bytes too); fewer tokens come out where the text runs out
+    of pairs that occur `min_frequency` times."""
+    split, first = level_named(level, byte_fallback), len(SPECIAL_TOKENS)
+
+    def first_merge_id(alphabet: list[str], what: str) -> int:
+        smallest = first + len(alphabet)
+        if vocab_size < smallest:
+            raise UserError(f"vocab_size {vocab_size} is too small: the special tokens and the {what} are {smallest}")
+        return smallest
+
+    first_merge_id(split.alphabet(()), "bytes")  # before the texts are read
+    counted = count_words(texts, split)
+    if not counted:
         raise UserError("there is no text to train a tokenizer on")
+    tokens = split.alphabet(counted)
+    smallest = first_merge_id(tokens, "characters of this text")
+    ids = {symbol: i for i, symbol in enumerate(tokens, start=first)}
+    words = {tuple(ids[symbol] for symbol in split.symbols(word)): count for word, count in counted.items()}
     merges = learn_merges(words, smallest, vocab_size - smallest, min_frequency)
-    tokens = [bytes([byte]) for byte in ALPHABET]
     for left, right in merges:
-        tokens.append(tokens[left - len(SPECIAL_TOKENS)] + tokens[right - len(SPECIAL_TOKENS)])
+        tokens.append(tokens[left - first] + tokens[right - first])
     assert len(set(tokens)) == len(tokens), "two merges spell the same token"
-    return Tokenizer(tokens, merges)
+    return Tokenizer(split, tokens, merges)

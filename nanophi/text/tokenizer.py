@@ -1,10 +1,11 @@
-"""Byte-level BPE: text <-> token ids, and the tokenizer.json that every engine reads.
+"""BPE: text <-> token ids, and the tokenizer.json that every engine reads.
 
-    text --split--> pre-tokens --UTF-8--> bytes --merges--> ids
+    text --split--> words (pre-tokens) --level--> symbols (bytes or characters) --merges--> ids
 
-A token is a byte string. tokenizer.json spells it with GPT-2's 256 stand-in characters (one printable character a
-byte, so that a Chinese character shows as three of them); inside this class it is plain bytes. The ids are those of HF
-tokenizers on the same file, and all 256 bytes are always in the vocabulary, so any text survives the round trip.
+The vocabulary holds tokens as tokenizer.json spells them: at byte level with GPT-2's 256 stand-in characters (one
+printable character a byte, so that a Chinese character shows as three of them), at char level as they are, "▁" being a
+space. text/levels.py has what differs between the two. The ids are those of HF tokenizers on the same file. At byte
+level all 256 bytes are always in the vocabulary, so any text survives the round trip.
 
 Special tokens are recognised in text only where the caller asks (`specials=True`): a user who types [EOS] gets its
 five characters. Tokens added with `add_tokens` are always recognised, as in HF.
@@ -21,33 +22,11 @@ from pathlib import Path
 from nanophi.cli import UserError
 from nanophi.files import write_json
 from nanophi.text.chat import JINJA_TEMPLATE
+from nanophi.text.levels import BYTE_TOKENS, Level, level_of, utf8
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6, the original's order
 
-# GPT-2's split (Radford et al. 2019): contractions, words, numbers and symbols each with the space before, white space.
-# Chinese has no spaces, so a whole clause between two punctuation marks is one pre-token.
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
 MEMO_ENTRIES = 200_000  # pre-tokens whose ids are remembered; about 60 MB
-
-
-def byte_characters() -> list[str]:
-    """GPT-2's stand-in character of each byte value: itself where printable in Latin-1, else one from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    spare = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
-
-
-BYTE_TO_CHAR = byte_characters()
-CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
-# The alphabet's ids follow the stand-in characters, not the byte values: that is how HF's trainer orders them.
-ALPHABET = sorted(range(256), key=lambda byte: BYTE_TO_CHAR[byte])
-
-
-def split_pattern():
-    import regex  # here, so that the model and the training loop run without it
-
-    return regex.compile(GPT2_SPLIT)
 
 
 def _split_at(tokens: Collection[str], text: str) -> list[str]:
@@ -59,26 +38,13 @@ def _split_at(tokens: Collection[str], text: str) -> list[str]:
     return regex.split(f"({'|'.join(regex.escape(t) for t in sorted(tokens, key=len, reverse=True))})", text)
 
 
-def _refuse_what_is_not_implemented(data: dict, path: Path) -> None:
-    """A tokenizer.json with other settings would load and give other ids: better to say so."""
-    splits, model = data.get("pre_tokenizer") or {}, data.get("model") or {}
-    flags = [token.get(name) for token in data.get("added_tokens", []) for name in ("lstrip", "rstrip", "single_word")]
-    for right, what in (
-        (model.get("type") == "BPE" and splits.get("type") == "ByteLevel", "only byte-level BPE is read"),
-        (splits.get("use_regex", True) and not splits.get("add_prefix_space"), "only GPT-2's split is read"),
-        (not data.get("normalizer"), "a normalizer is not supported"),
-        ((data.get("post_processor") or {}).get("type") in (None, "ByteLevel"), "a post-processor is not supported"),
-        (not model.get("ignore_merges") and not any(flags), "ignore_merges, strip and single_word are not supported"),
-    ):
-        if not right:
-            raise UserError(f"{path}: {what}")
-
-
 class Tokenizer:
-    """`vocab` maps each ordinary token's bytes to its id; `merges` maps a pair of ids to (rank, merged id)."""
+    """`vocab` maps each ordinary token's spelling to its id; `merges` maps a pair of ids to (rank, merged id)."""
 
-    def __init__(self, tokens: list[bytes], merges: list[tuple[int, int]], specials: list[str] = SPECIAL_TOKENS):
-        """tokens: the ordinary tokens, with ids from len(specials) on; merges: pairs of ids, most frequent first."""
+    def __init__(self, level: Level, tokens: list[str], merges: list[tuple[int, int]]):
+        """tokens: the ordinary tokens, with ids behind the special ones; merges: pairs of ids, most frequent first."""
+        specials = SPECIAL_TOKENS
+        self.level = level
         self.added = {text: i for i, text in enumerate(specials)}  # text -> id, of special and later added tokens
         self.specials = set(specials)
         self.vocab = {token: i for i, token in enumerate(tokens, start=len(specials))}
@@ -86,16 +52,15 @@ class Tokenizer:
         self._index()
 
     def _index(self) -> None:
-        self.id_to_bytes = {i: token for token, i in self.vocab.items()}
-        self.id_to_bytes |= {i: text.encode() for text, i in self.added.items()}
+        self.spelling = {i: token for token, i in self.vocab.items()}
+        self.id_to_bytes = {i: self.level.bytes_of(token) for i, token in self.spelling.items()}
+        self.id_to_bytes |= {i: utf8(text) for text, i in self.added.items()}
         self.merges = {
-            pair: (rank, self.vocab[self.id_to_bytes[pair[0]] + self.id_to_bytes[pair[1]]])
-            for rank, pair in enumerate(self.merge_list)
+            (left, right): (rank, self.vocab[self.spelling[left] + self.spelling[right]])
+            for rank, (left, right) in enumerate(self.merge_list)
         }
-        missing = [byte for byte in range(256) if bytes([byte]) not in self.vocab]
-        if missing:
-            raise UserError(f"not a byte-level vocabulary: {len(missing)} of the 256 bytes are missing")
-        self.always = self.added.keys() - self.specials  # recognised in any text
+        # The tokens recognised in any text are looked for after normalization, as HF does it.
+        self.always = {self.level.normalized(text): i for text, i in self.added.items() if text not in self.specials}
         self._memo: dict[str, list[int]] = {}
         self.__dict__.pop("fingerprint", None)
 
@@ -130,8 +95,8 @@ class Tokenizer:
             if specials and part in self.specials:
                 ids.append(self.added[part])
             else:
-                for piece in _split_at(self.always, part):
-                    ids.extend([self.added[piece]] if piece in self.always else self._ordinary(piece))
+                for piece in _split_at(self.always, self.level.normalized(part)):
+                    ids.extend([self.always[piece]] if piece in self.always else self._ordinary(piece))
         return ids
 
     def encode_batch(self, texts: Iterable[str], specials: bool = False) -> list[list[int]]:
@@ -139,19 +104,23 @@ class Tokenizer:
 
     def _ordinary(self, text: str) -> list[int]:
         ids = []
-        for word in self._pattern.findall(text):
+        for word in self.level.words(text):
             found = self._memo.get(word)
             if found is None:
-                found = self._merge([self.vocab[bytes([byte])] for byte in word.encode("utf-8", "surrogatepass")])
+                found = self._merge([i for symbol in self.level.symbols(word) for i in self._start(symbol)])
                 if len(self._memo) >= MEMO_ENTRIES:
                     self._memo.clear()
                 self._memo[word] = found
             ids.extend(found)
         return ids
 
-    @cached_property
-    def _pattern(self):
-        return split_pattern()
+    def _start(self, symbol: str) -> list[int]:
+        """A symbol's id; for a character that is no token its bytes' ids where there are such tokens, else [UNK]."""
+        if symbol in self.vocab:
+            return [self.vocab[symbol]]
+        if self.level.byte_fallback:
+            return [self.vocab[BYTE_TOKENS[byte]] for byte in utf8(symbol)]
+        return [self.special_id("[UNK]")]
 
     def _merge(self, ids: list[int]) -> list[int]:
         """Apply the merges to one pre-token: always the best-ranked pair present, the leftmost first among equals.
@@ -199,9 +168,7 @@ class Tokenizer:
         before = len(self.added)
         for text in texts:
             if text and text not in self.added:
-                spelled = all(char in CHAR_TO_BYTE for char in text)
-                known = self.vocab.get(bytes(CHAR_TO_BYTE[char] for char in text)) if spelled else None
-                self.added[text] = len(self) if known is None else known  # HF too gives "cat" the id it has
+                self.added[text] = self.vocab.get(text, len(self))  # HF too gives "cat" the id it has
                 self._index()
         return len(self.added) - before
 
@@ -209,12 +176,7 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """The tokenizer.json of HF tokenizers."""
-
-        def spelled(token: bytes) -> str:
-            return "".join(BYTE_TO_CHAR[byte] for byte in token)
-
         as_first = {text: i for text, i in self.added.items() if text in self.specials}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         return {
             "version": "1.0",
             "truncation": None,
@@ -231,21 +193,18 @@ class Tokenizer:
                 }
                 for text, i in self.added.items()
             ],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
+            **self.level.settings(),
             "model": {
                 "type": "BPE",
                 "dropout": None,
-                "unk_token": None,
+                "unk_token": "[UNK]" if self.level.name == "char" else None,
                 "continuing_subword_prefix": None,
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
-                "byte_fallback": False,
+                "byte_fallback": self.level.byte_fallback,
                 "ignore_merges": False,
-                "vocab": as_first | {spelled(token): i for token, i in self.vocab.items()},
-                "merges": [[spelled(self.id_to_bytes[i]) for i in pair] for pair in self.merge_list],
+                "vocab": as_first | self.vocab,
+                "merges": [[self.spelling[i] for i in pair] for pair in self.merge_list],
             },
         }
 
@@ -277,19 +236,21 @@ class Tokenizer:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is no JSON: {error}") from None
-        _refuse_what_is_not_implemented(data, path)
+        level = level_of(data, path)
         model, added = data["model"], sorted(data["added_tokens"], key=lambda token: token["id"])
         specials = {token["content"] for token in added if token["special"]}
-        spelled = {token: i for token, i in model["vocab"].items() if token not in specials}
-        try:
-            vocab = {bytes(CHAR_TO_BYTE[char] for char in token): i for token, i in spelled.items()}
-        except KeyError as error:
-            raise UserError(f"{path}: only byte-level BPE is read; a token has the character {error}") from None
+        vocab = {token: i for token, i in model["vocab"].items() if token not in specials}
+        if missing := set(level.alphabet([])) - vocab.keys():
+            raise UserError(f"{path}: {len(missing)} of the 256 bytes are missing from the vocabulary")
         tok = cls.__new__(cls)
+        tok.level = level
         tok.added = {token["content"]: token["id"] for token in added}
         tok.specials = specials
         tok.vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         tok.merge_list = [(model["vocab"][left], model["vocab"][right]) for left, right in pairs]
-        tok._index()
+        try:
+            tok._index()
+        except KeyError as error:
+            raise UserError(f"{path}: tokens and merges do not fit together, at {error}") from None
         return tok
