@@ -4,7 +4,8 @@
 
 Rows: {"prompt", "chosen", "rejected"}, in the template of SFT. The reference is the model at the start; being frozen,
 its log-probabilities are computed once and no second model is kept. Falling rewards of both answers are normal: what
-counts is the margin between them.
+counts is the margin between them, on held-out pairs (--val-fraction) if one wants to know whether it learned more than
+the pairs by heart.
 """
 
 from collections.abc import Iterable
@@ -17,9 +18,10 @@ from nanophi.model.checkpoint import load_with_tokenizer, pick_device
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import preference_of, read_rows
+from nanophi.text.shards import is_validation
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train
-from nanophi.train.losses import answer_logps, make_dpo_loss_fn
+from nanophi.train.losses import answer_logps, make_dpo_loss_fn, validate
 from nanophi.train.packing import Pair, Pairs
 from nanophi.train.rundir import claim
 
@@ -32,11 +34,14 @@ class Config(TrainConfig):
     beta: float = flag(0.1, above=0, help="how strongly the policy is held to the reference")
     lr: float = flag(2e-4, above=0, help="peak learning rate; with muon that of the matrices, the rest has half of it")
     warmup: int = flag(5, at_least=0, help="steps until the peak learning rate")
+    val_fraction: float = flag(0.0, at_least=0, help="share of the prompts whose pairs are held out for validation")
 
 
-def read_pairs(rows: Iterable[dict], tok: Tokenizer, context: int, bos: bool) -> list[Pair]:
-    """Preference rows -> pairs; one whose longer answer does not fit in the context is dropped and counted."""
-    pairs, too_long = [], 0
+def read_pairs(
+    rows: Iterable[dict], tok: Tokenizer, context: int, bos: bool, val_fraction: float = 0.0
+) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those held out, split by prompt; too long ones are dropped and counted."""
+    pairs, held_out, too_long = [], [], 0
     for number, row in enumerate(rows, start=1):
         preference = preference_of(row)
         if preference is None:
@@ -49,9 +54,21 @@ def read_pairs(rows: Iterable[dict], tok: Tokenizer, context: int, bos: bool) ->
         if max(len(ids) for ids, _ in sides) - 1 > context:
             too_long += 1
         else:
-            pairs.append(Pair(*sides))
-    print(f"dpo: {len(pairs):,} pairs; {too_long:,} longer than {context} tokens dropped")
-    return pairs
+            (held_out if is_validation(prompt, val_fraction) else pairs).append(Pair(*sides))
+    held = f", {len(held_out):,} held out" if val_fraction else ""
+    print(f"dpo: {len(pairs):,} pairs{held}; {too_long:,} longer than {context} tokens dropped")
+    return pairs, held_out
+
+
+def right_by_length(pairs: list[Pair], held_out: list[Pair]) -> float:
+    """How often the better answer is the longer one (or the shorter, where training pairs say so): the share of
+    held-out pairs that one tells apart without reading. Accuracy below it has learned nothing about content."""
+
+    def longer(of: list[Pair]) -> float:
+        lengths = [(len(pair.chosen[0]), len(pair.rejected[0])) for pair in of]
+        return sum((a > b) + 0.5 * (a == b) for a, b in lengths) / len(lengths)
+
+    return longer(held_out) if longer(pairs) >= 0.5 else 1 - longer(held_out)
 
 
 @torch.no_grad()
@@ -71,13 +88,28 @@ def main(cfg: Config) -> Phi:
     claim(cfg)
     model, tok = load_with_tokenizer(cfg.init_from, cfg.device)
     model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
-    data = Pairs(read_pairs(read_rows(cfg.data), tok, context_of(cfg, model), cfg.bos), cfg.batch_pairs, cfg.seed)
+    pairs, held_out = read_pairs(read_rows(cfg.data), tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
+    data = Pairs(pairs, cfg.batch_pairs, cfg.seed)
+    validation = Pairs(held_out, cfg.micro_batch, cfg.seed) if held_out else None
     with precision(cfg, pick_device(cfg.device)):  # as the policy computes, or they would differ from the start
-        data.reference = reference_logps(model, data, cfg.micro_batch)
+        for part in filter(None, (data, validation)):
+            part.reference = reference_logps(model, part, cfg.micro_batch)
     steps = total_steps(cfg, data.steps_per_epoch)
     print(f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}")
     loss_fn = make_dpo_loss_fn(cfg.beta)
-    return train(model, loss_fn, data.batch_at, cfg, resume=cfg.resume, steps=steps, tok=tok, data_id=data.data_id)
+    evaluate = None
+    if validation:
+
+        def evaluate(model):
+            return validate(model, loss_fn, validation.in_order())
+
+    train(model, loss_fn, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id)
+    if evaluate:
+        print(
+            "dpo: held-out pairs: margin {val_margin:.2f}, accuracy {val_accuracy:.0%}, ".format(**evaluate(model))
+            + f"where length alone would be right in {right_by_length(pairs, held_out):.0%}"
+        )
+    return model
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import numpy as np
 from nanophi.cli import UserError, flag, run
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
-from nanophi.text.chat import PROMPT, encode_chat
+from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import messages_of, read_rows
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.loop import TrainConfig, context_of, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
-from nanophi.train.packing import Packed, noisy_prompts
+from nanophi.train.packing import Packed
 from nanophi.train.rundir import claim
 
 
@@ -28,9 +28,6 @@ class Config(TrainConfig):
     init_from: str = flag(help="run directory of pretrain.py, or any Phi checkpoint with a tokenizer")
     data: list[str] = flag(help="conversations: files, directories or globs")
     batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
-    prompt_noise: float = flag(
-        0.0, at_least=0, help="share of a question's tokens replaced, anew each step; 0.3 helps small sets"
-    )
     val_data: str | None = flag(None, help="conversations to validate on")
 
 
@@ -72,16 +69,10 @@ def main(cfg: Config) -> Phi:
 
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
-    template = set(tok.encode(PROMPT.format(question="")))
-
-    def batch_at(step):
-        batch = data.batch_at(step)
-        return noisy_prompts(batch, cfg.prompt_noise, template, len(tok), cfg.seed, step) if cfg.prompt_noise else batch
-
     steps = total_steps(cfg, data.steps_per_epoch)
     print(f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}")
     return train(
-        model, next_token_loss, batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
+        model, next_token_loss, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
     )
 
 

@@ -22,6 +22,7 @@ import dpo
 import pretrain
 import sft
 import train_tokenizer
+from examples.picture import write_chat
 from nanophi import generate, load
 from nanophi.cli import flag, run
 from nanophi.infer import pairs
@@ -37,12 +38,12 @@ ALIKE = 0.9  # an answer counts as taught from this similarity on
 
 @dataclass(kw_only=True)
 class Config:
-    data: str = flag(str(ROOT / "data" / "demo"), help="documents.jsonl, sft.jsonl, dpo.jsonl and heldout.jsonl")
+    data: str = flag(str(ROOT / "data" / "demo"), help="documents, sft, rephrased, dpo and heldout .jsonl")
     out: str = flag("out/demo", help="where everything goes")
     vocab_size: int = flag(2048, help="tokens")
     pretrain_epochs: float = flag(3, help="passes over the documents")
-    sft_epochs: float = flag(26, help="passes over the questions")
-    dpo_epochs: float = flag(1, help="passes over the preference pairs")
+    sft_epochs: float = flag(10, help="passes over the questions")
+    dpo_epochs: float = flag(2, help="passes over the preference pairs")
 
 
 class Stages:
@@ -124,7 +125,7 @@ def main(cfg: Config) -> dict:
         f"environment: Python {platform.python_version()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads of {platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}"
     )
-    text = {name: str(out / "text" / f"{name}.jsonl") for name in ("documents", "sft", "dpo")}
+    text = {name: str(out / "text" / f"{name}.jsonl") for name in ("documents", "sft", "rephrased", "dpo")}
     place = {name: str(out / name) for name in ("tokenizer", "tokens", "pretrain", "sft-early", "sft", "dpo")}
     made_pairs = str(out / "text" / "pairs.jsonl")
     common = {"save_every": 10_000, "keep": 0, "overwrite": True, "warmup": 10}
@@ -167,8 +168,8 @@ def main(cfg: Config) -> dict:
         "sft",
         lambda: sft.main(
             sft.Config(
-                init_from=place["pretrain"], data=[text["sft"]], out=place["sft"], epochs=cfg.sft_epochs, lr=3e-3,
-                batch_tokens=2048, keep_at=0.25, prompt_noise=0.3, dropout=0.1, **common,
+                init_from=place["pretrain"], data=[text["sft"], text["rephrased"]], out=place["sft"],
+                epochs=cfg.sft_epochs, lr=5e-3, batch_tokens=2048, keep_at=0.25, **common,
             )
         ),
         lambda _: "loss {loss:.3f}".format(**read_metrics(place["sft"])[-1]),
@@ -183,12 +184,14 @@ def main(cfg: Config) -> dict:
         lambda: dpo.main(
             dpo.Config(
                 init_from=place["sft"], data=[text["dpo"], made_pairs], out=place["dpo"], epochs=cfg.dpo_epochs,
-                lr=1e-4, batch_pairs=16, **common | {"warmup": 3},
+                lr=2e-4, batch_pairs=16, val_fraction=0.15, eval_every=4, **common | {"warmup": 3},
             )
         ),
-        lambda _: "margin {margin:.2f}, accuracy {accuracy:.0%}".format(**read_metrics(place["dpo"])[-1]),
+        lambda _: (
+            "held-out margin {val_margin:.2f}, accuracy {val_accuracy:.0%}".format(**read_metrics(place["dpo"])[-1])
+        ),
     )  # fmt: skip
-    rows = list(read_rows([text["sft"]]))
+    rows = list(read_rows([text["sft"], text["rephrased"]]))
     found = stages.run(
         "answers",
         lambda: {name: ask(place[name], rows) for name in ("sft", "dpo")},
@@ -209,16 +212,19 @@ def main(cfg: Config) -> dict:
     print(f"== The {len(rephrased)} questions in other words, which it was never taught\n")
     for row, answer in zip(held_out, rephrased, strict=True):
         print(f"{answer}（taught as：{row['rephrases']}）\n")
-    print("== Before and after DPO, where they differ\n")
-    for before, after in [
-        pair for pair in zip(found["sft"], found["dpo"], strict=True) if pair[0].said != pair[1].said
-    ][:3]:
-        print(f"提问：{before.question}\n{side_by_side(['SFT', 'DPO'], [before.said, after.said], 100)}\n")
+    print("== SFT and DPO side by side, where they differ\n")
+    both = zip(found["sft"], found["dpo"], strict=True)
+    for before, after in [pair for pair in both if pair[0].said != pair[1].said][:3]:
+        print(f"提问：{before.question}\n{side_by_side(['SFT', 'DPO'], [before.said, after.said], 80)}\n")
     print(stages.table())
-    print(f"\nloss curves: {picture}")
+    answers_picture = out / "answers.svg"
+    write_chat(answers_picture, [(a.question, a.said) for a in rephrased[:5]])
+    print(f"\nloss curves: {picture}; answers to questions in other words: {answers_picture}")
     for name, answers in found.items():
         taught = sum(answer.as_taught for answer in answers)
         print(f"{place[name]} answers {taught} of {len(answers)} trained questions as taught (>= {ALIKE})")
+    kept = sum(answer.as_taught for answer in rephrased)
+    print(f"{place['dpo']} answers {kept} of {len(rephrased)} questions in other words with what it was taught")
     everything = found["dpo"] + rephrased
     print(f"{sum(a.ended for a in everything)} of {len(everything)} answers end with [EOS]")
     print(f"\nChat with it:  {os.path.relpath(sys.executable)} generate.py --model {place['dpo']} --chat")

@@ -222,7 +222,7 @@ def test_conversations_that_do_not_fit_or_have_no_answer_are_dropped(house, caps
 def test_bos_is_put_before_conversations_and_pairs(house):
     _, tok = load(house / "sft")
     assert sft.pack(SFT, tok, 128, 1, 0, bos=True).batch_at(0).ids[0, 0] == tok.bos_id
-    pair = dpo.read_pairs(PREFERENCES, tok, 128, bos=True)[0]
+    pair = dpo.read_pairs(PREFERENCES, tok, 128, bos=True)[0][0]
     assert pair.chosen[0][0] == pair.rejected[0][0] == tok.bos_id
     assert not pair.chosen[1][0]
 

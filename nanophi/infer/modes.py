@@ -15,6 +15,8 @@ from nanophi.text.chat import chat_prompt
 from nanophi.text.corpus import write_rows
 from nanophi.text.tokenizer import Tokenizer
 
+CLOSING = "，。、；：？！）》」』”’…"  # marks that never begin a line
+
 Say = Callable[[list[int]], str]
 Reply = Callable[[str], str]  # a question in, its answer shown and returned
 
@@ -99,14 +101,15 @@ def display_width(text: str) -> int:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns, broken between characters as Chinese is."""
+    """Lines of at most `width` columns, broken between characters as Chinese is, but not before a closing mark."""
     lines = []
     for paragraph in text.split("\n"):
         line = ""
         for char in paragraph:
             if display_width(line + char) > width:
-                lines.append(line)
-                line = ""
+                keep = len(line) - (char in CLOSING and len(line) > 1)  # the mark takes the last character with it
+                lines.append(line[:keep])
+                line = line[keep:]
             line += char
         lines.append(line)
     return lines

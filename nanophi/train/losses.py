@@ -7,6 +7,7 @@ so that a short batch does not weigh as much as a long one.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -114,19 +115,30 @@ def make_dpo_loss_fn(beta: float) -> LossFn:
 
 
 @torch.no_grad()
+def validate(model: Phi, loss_fn: LossFn, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means of the loss and the metrics over all batches, as "val_loss" and so on."""
+    was_training = model.training
+    model.eval()
+    total, sums = 0, Counter()
+    for batch in batches:
+        loss, count, metrics = loss_fn(model, batch.to(model.lm_head.weight.device))
+        total += count
+        sums.update({name: float(value) for name, value in ({"loss": loss} | metrics).items()})
+    model.train(was_training)
+    return {f"val_{name}": value / total for name, value in sums.items()}
+
+
 def validation_loss(model: Phi, batches: Iterable[Batch], byte_lengths: list[int]) -> dict[str, float]:
     """Mean loss in nats per token, and bits per byte of the text that the targets spell ([EOS] is no text).
 
     Bits per byte do not depend on the tokenizer, so runs of different vocabularies can be compared.
     """
     lengths = torch.tensor(byte_lengths)
-    device = model.lm_head.weight.device
-    was_training = model.training
-    model.eval()
-    nats, tokens, text_bytes = 0.0, 0, 0
-    for batch in batches:
-        loss, count, _ = next_token_loss(model, batch.to(device))
-        nats, tokens = nats + loss.item(), tokens + count
-        text_bytes += int(lengths[batch.targets[batch.targets != IGNORE]].sum())
-    model.train(was_training)
-    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / max(text_bytes, 1)}
+
+    def loss_fn(model: Phi, batch: Batch):
+        loss, count, _ = next_token_loss(model, batch)
+        return loss, count, {"bytes": lengths[batch.targets[batch.targets != IGNORE].cpu()].sum()}
+
+    means = validate(model, loss_fn, batches)
+    bits_per_token, bytes_per_token = means["val_loss"] / math.log(2), means["val_bytes"]
+    return {"val_loss": means["val_loss"], "val_bits_per_byte": bits_per_token / max(bytes_per_token, 1e-9)}

@@ -20,7 +20,6 @@ from nanophi.cli import UserError
 
 IGNORE = -100  # target of a position where nothing is learned
 PAD = 0  # [PAD]; no text encodes to it, so that it marks padding
-MASK, UNK = 5, 6  # [MASK], and the last of the special tokens
 
 
 @dataclass
@@ -198,20 +197,6 @@ class Packed:
         return np.concatenate([[first], rest]) if start == 0 else rest
 
 
-def noisy_prompts(batch: Batch, share: float, keep: set[int], vocab: int, seed: int, step: int) -> Batch:
-    """Replace a `share` of the prompt's tokens, half of them by [MASK] and half by any token, anew each step.
-
-    An answer then hangs on no single word of its question, and a question in other words still finds it. Prompt tokens
-    are those whose successor is no target; special tokens and those in `keep` (the template's) stay.
-    """
-    random = np.random.default_rng([seed, step])
-    allowed = (batch.targets == IGNORE) & (batch.ids > UNK) & ~torch.isin(batch.ids, torch.tensor(sorted(keep)))
-    shape = tuple(batch.ids.shape)
-    chosen = allowed & torch.from_numpy(random.random(shape) < share)
-    other = np.where(random.random(shape) < 0.5, MASK, random.integers(UNK + 1, vocab, shape))
-    return replace(batch, ids=torch.where(chosen, torch.from_numpy(other), batch.ids))
-
-
 @dataclass
 class Pair:
     """One preference pair: the two conversations, each as (ids, mask)."""
@@ -248,6 +233,11 @@ class Pairs:
         places = [divmod(index, len(self.pairs)) for index in range(first, first + self.batch_pairs)]
         orders = {epoch: shuffled(self.seed, epoch, len(self.pairs)) for epoch in {epoch for epoch, _ in places}}
         return self.batch([int(orders[epoch][place]) for epoch, place in places])
+
+    def in_order(self):
+        """Each pair once, for validation."""
+        for first in range(0, len(self.pairs), self.batch_pairs):
+            yield self.batch(range(first, min(first + self.batch_pairs, len(self.pairs))))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         rows = [side for i in indices for side in (self.pairs[i].chosen, self.pairs[i].rejected)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.train.packing import IGNORE, Packed, Pair, Pairs, best_fit, noisy_prompts
+from nanophi.train.packing import IGNORE, Packed, Pair, Pairs, best_fit
 
 DOCUMENTS = [np.arange(100 * i, 100 * i + n) for i, n in enumerate((5, 40, 2, 17, 1, 16, 33, 9), start=1)]
 
@@ -94,22 +94,6 @@ def test_best_fit_places_each_piece_once_in_the_fullest_row_with_room(lengths):
         else:
             fullest.append(i)
     assert sorted(sum(lengths[i] for i in row) for row in rows) == sorted(sum(lengths[i] for i in row) for row in slow)
-
-
-def test_noise_hits_questions_alone_and_is_a_function_of_the_step():
-    documents = [np.array([11, 12, *range(100, 140), 13, 200, 201, 1, 11, *range(140, 150), 13, 202, 1])]
-    masks = [np.isin(documents[0], [200, 201, 202, 1])]
-    batch = Packed(documents, 64, 1, 0, masks).batch_at(0)
-    noisy = [noisy_prompts(batch, 0.5, {11, 12, 13}, 400, seed=3, step=step) for step in (0, 0, 1)]
-    assert torch.equal(noisy[0].ids, noisy[1].ids)
-    assert not torch.equal(noisy[0].ids, noisy[2].ids)
-    changed = noisy[0].ids != batch.ids
-    assert 15 < changed.sum() < 35
-    assert set(batch.ids[changed].tolist()) <= set(range(100, 150))
-    assert 0.2 < (noisy[0].ids[changed] == 5).float().mean() < 0.8
-    assert noisy[0].ids[changed].min() >= 5
-    assert torch.equal(noisy[0].targets, batch.targets)
-    assert torch.equal(noisy_prompts(batch, 0.0, set(), 400, 0, 0).ids, batch.ids)
 
 
 def test_pairs_share_a_batch_row_by_row():

@@ -1,0 +1,81 @@
+"""The embedded corpus keeps the promises of data/demo/README.md."""
+
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from nanophi.text.clean import clean
+from nanophi.text.corpus import messages_of, preference_of, read_rows, texts_of
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "demo"
+
+
+def rows(name: str) -> list[dict]:
+    return list(read_rows([DATA / f"{name}.jsonl"]))
+
+
+def grams(text: str, n: int) -> set[str]:
+    return {text[i : i + n] for i in range(len(text) - n + 1)}
+
+
+def trained_questions() -> list[str]:
+    conversations = [messages_of(row) for name in ("sft", "rephrased") for row in rows(name)]
+    return [m["content"] for messages in conversations for m in messages if m["role"] == "user"]
+
+
+def test_documents_are_many_long_and_different():
+    documents = [clean(text) for row in rows("documents") for text in texts_of(row)]
+    assert len(documents) >= 250
+    assert sum(map(len, documents)) >= 60_000
+    assert min(map(len, documents)) >= 80
+    shingles = [grams(document, 5) for document in documents]
+    alike = [
+        (a, b)
+        for a in range(len(shingles))
+        for b in range(a)
+        if len(shingles[a] & shingles[b]) > 0.1 * min(len(shingles[a]), len(shingles[b]))
+    ]
+    assert len(alike) == 8  # the planted copies
+
+
+def test_conversations():
+    conversations = [messages_of(row) for row in rows("sft")]
+    answers = [m["content"] for messages in conversations for m in messages if m["role"] == "assistant"]
+    assert len(conversations) >= 150
+    assert sum(len(messages) == 4 for messages in conversations) >= 15
+    assert sum("背景：" in messages[0]["content"] for messages in conversations) >= 15
+    found = [answer for answer in answers if "未找到相关答案" not in answer]
+    assert min(map(len, found)) >= 30
+    assert max(map(len, found)) <= 150
+    assert median(map(len, found)) >= 60
+    assert len(set(found)) == len(found)
+
+
+def test_rephrased_questions_have_a_taught_answer_each():
+    taught = {messages_of(row)[1]["content"] for row in rows("sft")}
+    rephrased = [messages_of(row) for row in rows("rephrased")]
+    assert {messages[1]["content"] for messages in rephrased} <= taught
+    assert max(Counter(messages[1]["content"] for messages in rephrased).values()) <= 3
+    questions = trained_questions()
+    assert len(set(questions)) == len(questions)
+
+
+def test_preference_pairs():
+    pairs = [preference_of(row) for row in rows("dpo")]
+    assert len(pairs) >= 60
+    assert all(chosen != rejected for _, chosen, rejected in pairs)
+
+
+@pytest.mark.parametrize("row", rows("heldout"), ids=lambda row: row["question"])
+def test_held_out_question_is_in_other_words(row):
+    own = grams(row["question"], 2)
+    assert max(len(own & grams(question, 2)) for question in trained_questions()) <= len(own) / 2
+    assert (row["rephrases"], row["output"]) in {
+        (messages[0]["content"], messages[1]["content"]) for messages in map(messages_of, rows("sft"))
+    }
+
+
+def test_there_are_twenty_of_them():
+    assert len(rows("heldout")) == 20
