@@ -8,12 +8,11 @@ counts is the margin between them, on held-out pairs (--val-fraction) if one wan
 the pairs by heart.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, flag, run
 from nanophi.model.checkpoint import load_with_tokenizer, pick_device
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
@@ -34,19 +33,17 @@ class Config(TrainConfig):
     beta: float = flag(0.1, above=0, help="how strongly the policy is held to the reference")
     lr: float = flag(2e-4, above=0, help="peak learning rate; with muon that of the matrices, the rest has half of it")
     warmup: int = flag(5, at_least=0, help="steps until the peak learning rate")
-    val_fraction: float = flag(0.0, at_least=0, help="share of the prompts whose pairs are held out for validation")
+    val_fraction: float = flag(
+        0.0, at_least=0, at_most=0.9, help="share of the prompts whose pairs are held out for validation"
+    )
 
 
 def read_pairs(
-    rows: Iterable[dict], tok: Tokenizer, context: int, bos: bool, val_fraction: float = 0.0
+    paths: list[str], tok: Tokenizer, context: int, bos: bool, val_fraction: float = 0.0
 ) -> tuple[list[Pair], list[Pair]]:
     """The pairs to train on and those held out, split by prompt; too long ones are dropped and counted."""
     pairs, held_out, too_long = [], [], 0
-    for number, row in enumerate(rows, start=1):
-        preference = preference_of(row)
-        if preference is None:
-            raise UserError(f"row {number} has the keys {', '.join(row)}; expected prompt, chosen and rejected")
-        prompt, *answers = preference
+    for prompt, *answers in read_rows(paths, use=preference_of):
         sides = [
             encode_chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tok, bos)
             for answer in answers
@@ -88,7 +85,7 @@ def main(cfg: Config) -> Phi:
     claim(cfg)
     model, tok = load_with_tokenizer(cfg.init_from, cfg.device)
     model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
-    pairs, held_out = read_pairs(read_rows(cfg.data), tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
+    pairs, held_out = read_pairs(cfg.data, tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed)
     validation = Pairs(held_out, cfg.micro_batch, cfg.seed) if held_out else None
     with precision(cfg, pick_device(cfg.device)):  # as the policy computes, or they would differ from the start

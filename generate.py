@@ -93,6 +93,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"--raw goes with --prompt alone: --{modes[0]} needs the template")
     if cfg.temperature == 0 and (cfg.top_k or cfg.top_p):
         raise UserError("--top-k and --top-p choose among sampled tokens: give --temperature too, 0.8 say")
+    if cfg.prompt is not None and not cfg.prompt.strip():
+        raise UserError("--prompt is empty: there is no question to answer")
     if cfg.compare == cfg.model:
         raise UserError(f"--compare {cfg.compare} is the model itself: name another")
     model, tok = load_with_tokenizer(cfg.model, cfg.device)

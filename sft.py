@@ -6,7 +6,6 @@ Rows: {"instruction", "input"?, "output"}, {"prompt", "response"}, {"messages": 
 loss is on the answers and their [EOS] alone.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,13 +30,14 @@ class Config(TrainConfig):
     val_data: str | None = flag(None, help="conversations to validate on")
 
 
-def pack(rows: Iterable[dict], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool) -> Packed:
-    """Conversations -> packed rows; one without an answer, or too long for the context, is dropped and counted."""
-    samples, unanswered, too_long = [], 0, 0
-    for row in rows:
-        ids, mask = encode_chat(messages_of(row), tok, bos)
+def pack(paths: list[str], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool) -> Packed:
+    """Files of conversations -> packed rows; one without an answer, or too long, is dropped and counted."""
+    samples, unanswered, too_long, no_room = [], 0, 0, 0
+    for ids, mask in read_rows(paths, use=lambda row: encode_chat(messages_of(row), tok, bos)):
         if not any(mask):
             unanswered += 1
+        elif mask.index(True) >= context:
+            no_room += 1
         elif len(ids) - 1 > context:
             too_long += 1
         else:
@@ -45,10 +45,13 @@ def pack(rows: Iterable[dict], tok: Tokenizer, context: int, batch_rows: int, se
     learned = sum(int(mask.sum()) for _, mask in samples)
     print(
         f"sft: {len(samples):,} conversations, {learned:,} tokens to learn; dropped {too_long:,} longer than {context} "
-        f"tokens and {unanswered:,} without an answer"
+        f"tokens, {no_room:,} whose question alone fills them, and {unanswered:,} without an answer"
     )
     if not samples:
-        raise UserError(f"no conversation fits in a context of {context} tokens: raise --context or shorten the data")
+        raise UserError(
+            f"of {too_long + no_room + unanswered:,} conversations in {', '.join(paths)} none has an answer and fits "
+            f"in a context of {context} tokens: raise --context or shorten them"
+        )
     documents, masks = zip(*samples, strict=True)
     return Packed(documents, context, batch_rows, seed, masks)
 
@@ -58,10 +61,10 @@ def main(cfg: Config) -> Phi:
     model, tok = load_with_tokenizer(cfg.init_from)
     context = context_of(cfg, model)
     rows = max(cfg.batch_tokens // context, 1)
-    data = pack(read_rows(cfg.data), tok, context, rows, cfg.seed, cfg.bos)
+    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos)
     evaluate = None
     if cfg.val_data:
-        validation = pack(read_rows([cfg.val_data]), tok, context, cfg.micro_batch, cfg.seed, cfg.bos)
+        validation = pack([cfg.val_data], tok, context, cfg.micro_batch, cfg.seed, cfg.bos)
         byte_lengths = tok.byte_lengths()
 
         def evaluate(model):

@@ -13,6 +13,7 @@ Standard library only, and below all rooms, so that each of them may use it:
 
 import argparse
 import dataclasses
+import difflib
 import io
 import os
 import sys
@@ -30,16 +31,24 @@ def flag(default=dataclasses.MISSING, **metadata):
     """A dataclass field that becomes `--name`; without a default the flag is required.
 
     help: what it does; const: the value where the flag stands alone; positional: a list without a flag's name;
-    at_least, above: the range of a number.
+    at_least, above, at_most: the range of a number.
     """
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line instead of the whole usage, with the flag that was probably meant."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        meant = [close for word in unknown for close in difflib.get_close_matches(word, known, n=1)]
+        hint = f"did you mean {', '.join(meant)}? " if meant else ""
+        self.exit(2, f"error: {message}; {hint}--help explains every flag\n")
+
+
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
     """An argument parser with one flag per field of the dataclass `cls`; abbreviations are errors."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(cls)
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):  # own first
         kind, options = hints[field.name], {"dest": field.name}
@@ -69,15 +78,20 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
 
 def _in_range(kind: type, metadata: Mapping):
     """`kind`, or a function that also refuses what is out of range (nan always is)."""
-    at_least, above = metadata.get("at_least"), metadata.get("above")
-    if at_least is None and above is None:
+    at_least, above, at_most = (metadata.get(name) for name in ("at_least", "above", "at_most"))
+    limits = [
+        f"{words} {limit}"
+        for words, limit in (("at least", at_least), ("above", above), ("at most", at_most))
+        if limit is not None
+    ]
+    if not limits:
         return kind
 
     def number(text: str):
         value = kind(text)
-        if not ((at_least is None or value >= at_least) and (above is None or value > above)):
-            limit = f"at least {at_least}" if above is None else f"above {above}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
+        right = (at_least is None or value >= at_least) and (above is None or value > above)
+        if not (right and (at_most is None or value <= at_most)):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(limits)}")
         return value
 
     number.__name__ = kind.__name__  # argparse says "invalid int value"

@@ -1,5 +1,6 @@
 """Shared by all tests: hermetic (no network, nothing outside tmp_path), tiny models, throw-away tokenizers."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any oracle is imported: a test that needs a hub must fail, not wait
@@ -9,8 +10,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+import dpo
+import pretrain
+import sft
+import train_tokenizer
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
+from nanophi.text import clean, shards
 from nanophi.text.bpe import train_bpe
 
 settings.register_profile("nanophi", deadline=None, max_examples=60)
@@ -46,3 +52,63 @@ def tiny_model(seed: int = 0, spread: float = 0.1, **changes) -> Phi:
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * spread)
     return model.eval()
+
+
+QUESTION, ANSWER = "感冒了要怎么办？", "多喝温水，好好休息；如果发烧超过三天，就要去看医生。"
+
+RAW = [
+    "感冒多由病毒引起，要多喝温水，好好休息；発燒超過三天，應該去看醫生！！！",
+    "春天来了，小草从土里探出头来，孩子们在公园里放风筝",
+    "<p>月亮本身不发光，它反射的是太阳的光。</p>",
+    "睡前少看手机，早点上床，睡眠会好一些。。。。",
+    "夏天喝绿豆汤可以解暑，冬天喝姜汤可以驱寒。",
+] * 4
+SFT = [
+    {"instruction": QUESTION, "input": "", "output": ANSWER},
+    {"instruction": "怎样才能睡得好", "input": "", "output": "睡前少看手机，早点上床。"},
+    {"instruction": "月亮会发光吗？", "input": "", "output": "不会，它反射的是太阳的光。"},
+]
+PREFERENCES = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "我不知道。"} for row in SFT]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """Raw text to a chat model, by the scripts' main(cfg)."""
+    out = tmp_path_factory.mktemp("house")
+    common = {"overwrite": True, "context": 128, "warmup": 5, "device": "cpu"}
+    raw = write(out / "raw.jsonl", [{"text": text} for text in RAW])
+    clean.main(clean.Config(input=[raw], out=str(out / "clean.jsonl")))
+    texts = [str(out / "clean.jsonl"), write(out / "sft.jsonl", SFT)]
+    train_tokenizer.main(train_tokenizer.Config(input=texts, out=str(out / "tokenizer"), vocab_size=500))
+    shards.main(
+        shards.Config(input=texts[:1], tokenizer=str(out / "tokenizer"), out=str(out / "tokens"), val_fraction=0.2)
+    )
+    pretrain.main(
+        pretrain.Config(
+            data=str(out / "tokens"), tokenizer=str(out / "tokenizer"), out=str(out / "pretrain"), preset="demo",
+            width=64, layers=2, heads=2, mlp=128, steps=30, lr=1e-2, eval_every=10, batch_tokens=128, **common,
+        )
+    )  # fmt: skip
+    sft.main(
+        sft.Config(
+            init_from=str(out / "pretrain"),
+            data=texts[1:],
+            out=str(out / "sft"),
+            epochs=40,
+            lr=1e-2,
+            batch_tokens=128,
+            **common,
+        )
+    )
+    pairs = write(out / "dpo.jsonl", PREFERENCES)
+    dpo.main(
+        dpo.Config(
+            init_from=str(out / "sft"), data=[pairs], out=str(out / "dpo"), steps=5, batch_pairs=3, lr=1e-3, **common
+        )
+    )
+    return out

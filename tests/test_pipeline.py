@@ -12,74 +12,14 @@ import torch
 
 import dpo
 import generate
-import pretrain
 import sft
-import train_tokenizer
 from nanophi import load
 from nanophi.cli import UserError
 from nanophi.infer.pairs import similarity
-from nanophi.text import clean, shards
+from tests.conftest import ANSWER, QUESTION, SFT, write
 
 ROOT = Path(__file__).resolve().parents[1]
 TRANSFORMERS_457 = ROOT / ".venv-457" / "bin" / "python"
-QUESTION, ANSWER = "感冒了要怎么办？", "多喝温水，好好休息；如果发烧超过三天，就要去看医生。"
-
-RAW = [
-    "感冒多由病毒引起，要多喝温水，好好休息；発燒超過三天，應該去看醫生！！！",
-    "春天来了，小草从土里探出头来，孩子们在公园里放风筝",
-    "<p>月亮本身不发光，它反射的是太阳的光。</p>",
-    "睡前少看手机，早点上床，睡眠会好一些。。。。",
-    "夏天喝绿豆汤可以解暑，冬天喝姜汤可以驱寒。",
-] * 4
-SFT = [
-    {"instruction": QUESTION, "input": "", "output": ANSWER},
-    {"instruction": "怎样才能睡得好", "input": "", "output": "睡前少看手机，早点上床。"},
-    {"instruction": "月亮会发光吗？", "input": "", "output": "不会，它反射的是太阳的光。"},
-]
-PREFERENCES = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "我不知道。"} for row in SFT]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """Raw text to a chat model, by the scripts' main(cfg)."""
-    out = tmp_path_factory.mktemp("house")
-    common = {"overwrite": True, "context": 128, "warmup": 5, "device": "cpu"}
-    raw = write(out / "raw.jsonl", [{"text": text} for text in RAW])
-    clean.main(clean.Config(input=[raw], out=str(out / "clean.jsonl")))
-    texts = [str(out / "clean.jsonl"), write(out / "sft.jsonl", SFT)]
-    train_tokenizer.main(train_tokenizer.Config(input=texts, out=str(out / "tokenizer"), vocab_size=500))
-    shards.main(
-        shards.Config(input=texts[:1], tokenizer=str(out / "tokenizer"), out=str(out / "tokens"), val_fraction=0.2)
-    )
-    pretrain.main(
-        pretrain.Config(
-            data=str(out / "tokens"), tokenizer=str(out / "tokenizer"), out=str(out / "pretrain"), preset="demo",
-            width=64, layers=2, heads=2, mlp=128, steps=30, lr=1e-2, eval_every=10, batch_tokens=512, **common,
-        )
-    )  # fmt: skip
-    sft.main(
-        sft.Config(
-            init_from=str(out / "pretrain"),
-            data=texts[1:],
-            out=str(out / "sft"),
-            epochs=160,
-            lr=1e-2,
-            batch_tokens=512,
-            **common,
-        )
-    )
-    pairs = write(out / "dpo.jsonl", PREFERENCES)
-    dpo.main(
-        dpo.Config(
-            init_from=str(out / "sft"), data=[pairs], out=str(out / "dpo"), steps=5, batch_pairs=3, lr=1e-3, **common
-        )
-    )
-    return out
 
 
 def metrics(directory):
@@ -188,7 +128,7 @@ def test_mistakes_leave_what_is_there(house):
     again = sft.Config(init_from=str(house / "pretrain"), data=[str(house / "sft.jsonl")], out=str(house / "sft"))
     with pytest.raises(UserError, match="holds a run"):
         sft.main(again)
-    with pytest.raises(UserError, match="expected prompt, chosen and rejected"):
+    with pytest.raises(UserError, match=r"sft\.jsonl, line 1: a preference pair needs prompt, chosen, rejected"):
         dpo.main(dpo.Config(init_from=str(house / "sft"), data=[str(house / "sft.jsonl")], out=str(house / "new")))
     with pytest.raises(UserError, match="give --steps or --epochs"):
         sft.main(sft.Config(**vars(again) | {"steps": 1, "epochs": 1.0, "out": str(house / "new")}))
@@ -198,7 +138,7 @@ def test_mistakes_leave_what_is_there(house):
         sft.main(sft.Config(**vars(again) | {"data": ["typo.jsonl"], "overwrite": True}))
     with pytest.raises(UserError, match="overwrite what it starts from"):
         sft.main(sft.Config(**vars(again) | {"init_from": str(house / "sft"), "overwrite": True}))
-    with pytest.raises(UserError, match="no conversation fits in a context of 5 tokens"):
+    with pytest.raises(UserError, match=r"of 3 conversations .* fits in a context of 5 tokens"):
         sft.main(sft.Config(**vars(again) | {"context": 5, "out": str(house / "new")}))
     assert (house / "sft" / "model.safetensors").read_bytes() == before
 
@@ -208,21 +148,21 @@ def test_prompts_beyond_the_context_are_refused(house):
         generate.main(generate.Config(model=str(house / "sft"), prompt="很长" * 200, device="cpu"))
 
 
-def test_conversations_that_do_not_fit_or_have_no_answer_are_dropped(house, capsys):
+def test_conversations_that_do_not_fit_or_have_no_answer_are_dropped(house, tmp_path, capsys):
     _, tok = load(house / "sft")
     length = len(tok.encode(f"##提问:\n{QUESTION}\n##回答:\n{ANSWER}")) + 1
-    rows = [SFT[0], {"messages": [{"role": "user", "content": "问"}]}]
+    rows = [write(tmp_path / "rows.jsonl", [SFT[0], {"messages": [{"role": "user", "content": "问"}]}])]
     assert len(sft.pack(rows, tok, length - 1, 1, 0, bos=False)) == 1  # n tokens are n - 1 inputs: it just fits
     assert "dropped 0 longer than" in (printed := capsys.readouterr().out)
     assert "1 without an answer" in printed
-    with pytest.raises(UserError, match="no conversation fits"):
+    with pytest.raises(UserError, match="none has an answer and fits"):
         sft.pack(rows, tok, length - 2, 1, 0, bos=False)
 
 
 def test_bos_is_put_before_conversations_and_pairs(house):
     _, tok = load(house / "sft")
-    assert sft.pack(SFT, tok, 128, 1, 0, bos=True).batch_at(0).ids[0, 0] == tok.bos_id
-    pair = dpo.read_pairs(PREFERENCES, tok, 128, bos=True)[0][0]
+    assert sft.pack([str(house / "sft.jsonl")], tok, 128, 1, 0, bos=True).batch_at(0).ids[0, 0] == tok.bos_id
+    pair = dpo.read_pairs([str(house / "dpo.jsonl")], tok, 128, bos=True)[0][0]
     assert pair.chosen[0][0] == pair.rejected[0][0] == tok.bos_id
     assert not pair.chosen[1][0]
 

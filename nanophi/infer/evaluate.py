@@ -22,7 +22,7 @@ from nanophi.text.corpus import expand, read_texts
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.losses import head_cross_entropy
 
-OPTIONS = "ABCD"
+OPTIONS = ("A", "B", "C", "D")
 
 
 @dataclass
@@ -89,11 +89,14 @@ def read_subjects(directory: str | Path) -> list[Subject]:
         raise UserError(f"{root} holds no val/, test/ or dev/ folder of CSV files (id,question,A,B,C,D,answer)")
 
     def table(path: Path) -> list[dict]:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [
-                {key.lower() if len(key) > 1 else key: value for key, value in row.items()}
-                for row in csv.DictReader(file)
-            ]
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = [
+                    {key.lower() if len(key) > 1 else key: value for key, value in row.items() if key is not None}
+                    for row in csv.DictReader(file)
+                ]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} is no CSV file in UTF-8: {error}") from None
         if rows and not {"question", "answer", *OPTIONS} <= rows[0].keys():
             raise UserError(f"{path}: the columns {', '.join(rows[0])} lack some of question, A, B, C, D, answer")
         return [row for row in rows if row["answer"] in OPTIONS]
@@ -104,6 +107,8 @@ def read_subjects(directory: str | Path) -> list[Subject]:
     for path in sorted(folders[asked].glob("*.csv")):
         name = name_of(path)
         subjects.append(Subject(name, table(path), dev.get(name, []), left_out=asked == "dev"))
+    if not any(subject.questions for subject in subjects):
+        raise UserError(f"{folders[asked]} holds no CSV file with a question whose answer is A, B, C or D")
     return subjects
 
 
@@ -118,8 +123,8 @@ def as_text(row: dict, with_answer: bool) -> str:
 
 
 @torch.inference_mode()
-def choose_option(model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict]) -> tuple[str, int]:
-    """The likeliest of A, B, C, D as the next token after 答案：, and how many examples fitted into the context."""
+def option_logprobs(model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict]) -> tuple[torch.Tensor, int]:
+    """log p of A, B, C, D as the next token after 答案：, (4,), and how many examples fitted into the context."""
     ids, shown = tok.encode(as_text(row, False))[-model.cfg.max_position_embeddings :], 0
     for example in examples:
         before = tok.encode(as_text(example, True))
@@ -127,8 +132,7 @@ def choose_option(model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict
             break
         ids, shown = before + ids, shown + 1
     hidden = model.hidden(torch.tensor([ids], device=model.lm_head.weight.device))[0, -1]
-    logits = model.lm_head(hidden)[[tok.encode(option)[0] for option in OPTIONS]]
-    return OPTIONS[int(logits.argmax())], shown
+    return model.lm_head(hidden).float().log_softmax(-1)[[tok.encode(option)[0] for option in OPTIONS]], shown
 
 
 def multiple_choice(model: Phi, tok: Tokenizer, directory: str, shots: int) -> dict:
@@ -141,8 +145,9 @@ def multiple_choice(model: Phi, tok: Tokenizer, directory: str, shots: int) -> d
             hits = 0
             for row in subject.questions:
                 others = [example for example in subject.examples if example is not row and example != row]
-                option, shown = choose_option(model, tok, row, others[:shots])
-                hits, shown_sum = hits + (option == row["answer"]), shown_sum + shown
+                logprobs, shown = option_logprobs(model, tok, row, others[:shots])
+                hits += OPTIONS[int(logprobs.argmax())] == row["answer"]
+                shown_sum += shown
                 bar.update()
             right, total = right + hits, total + len(subject.questions)
             bar.say(f"{subject.name:44} {len(subject.questions):9} {hits:6}")
@@ -184,6 +189,8 @@ def main(cfg: Config) -> dict:
                         break
                     score += score_text(model, tok, text, stride)
                     bar.update()
+            if not score.tokens:
+                raise UserError(f"{path} holds no text to score")
             total += score
             print(f"{score}   {path}")
         print(f"{total}   all; context {context}, stride {stride}; a document's first token is not predicted")

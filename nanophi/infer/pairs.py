@@ -16,7 +16,7 @@ from nanophi.infer.generate import generate
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.chat import chat_prompt
-from nanophi.text.corpus import messages_of, preference_of, read_rows, write_rows
+from nanophi.text.corpus import messages_of, read_rows, write_rows
 from nanophi.text.tokenizer import Tokenizer
 
 
@@ -36,13 +36,11 @@ def fault(chosen: str, rejected: str, threshold: float) -> str | None:
 
 def questions_of(row: dict) -> tuple[str, str]:
     """(prompt, chosen) of a conversation's first turn, or of a row that has them already."""
-    if (preference := preference_of(row)) is not None:
-        return preference[:2]
     if "prompt" in row and "chosen" in row:
         return row["prompt"], row["chosen"]
     messages = [message for message in messages_of(row) if message["role"] != "system"]
     if len(messages) < 2:
-        raise UserError(f"a conversation without an answer gives no pair: {str(row)[:60]}")
+        raise UserError("a conversation without an answer gives no pair")
     return messages[0]["content"], messages[1]["content"]
 
 
@@ -82,12 +80,16 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Answer every prompt and write the pairs; returns the counts it prints."""
-    questions = [questions_of(row) for row in read_rows(cfg.data)]
+    questions = list(read_rows(cfg.data, use=questions_of))
+    if not questions:
+        raise UserError(f"no conversation in {', '.join(cfg.data)}")
     model, tok = load_with_tokenizer(cfg.model, cfg.device)
     answers = answer_all(model, tok, [prompt for prompt, _ in questions], cfg.batch, cfg.max_new_tokens)
     rows, dropped = make_pairs(questions, answers, cfg.similar)
-    write_rows(cfg.out, rows)
     reasons = ", ".join(f"{dropped[reason]:,} {reason}" for reason in ("similar", "equal", "empty"))
+    if not rows:
+        raise UserError(f"no pair is left ({reasons}): take an earlier checkpoint, sft.py --keep-at 0.125 say")
+    write_rows(cfg.out, rows)
     print(
         f"pairs: {len(questions):,} answers of {cfg.model}; dropped {reasons}; wrote {len(rows):,} pairs to {cfg.out}"
     )

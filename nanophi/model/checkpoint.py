@@ -68,10 +68,11 @@ def load(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer | N
         raise UserError(f"{directory / 'config.json'} is no JSON: {error}") from None
     with torch.device("meta"):  # shapes only: the weights come from the file, there is nothing to initialise
         model = Phi(cfg)
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in _read_weights(directory).items()}, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
+    weights = _read_weights(directory)
+    if faults := _differences(model.state_dict(), weights):
+        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
+        raise UserError(f"{directory / WEIGHTS} does not fit its config.json: {shown}")
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     tok = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
     return model.to(pick_device(device)).requires_grad_().eval(), tok
 
@@ -81,7 +82,27 @@ def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi
     model, tok = load(directory, device)
     if tok is None:
         raise UserError(f"{directory} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory")
+    if len(tok) > model.cfg.vocab_size:
+        raise UserError(
+            f"{directory}: tokenizer.json has {len(tok):,} tokens, the model of config.json knows "
+            f"{model.cfg.vocab_size:,}; they do not belong together"
+        )
     return model, tok
+
+
+def _differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    """What is missing, misshapen or too many in a state dict, by name."""
+    shapes = [{name: list(tensor.shape) for name, tensor in state.items()} for state in (expected, found)]
+    want, have = shapes
+    return [
+        *(f"{name} is missing" for name in want if name not in have),
+        *(
+            f"{name} has the shape {have[name]}, not {want[name]}"
+            for name in want
+            if have.get(name, want[name]) != want[name]
+        ),
+        *(f"{name} is not of this model" for name in have if name not in want),
+    ]
 
 
 def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +113,9 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name in names:
         if not (directory / name).exists():
-            raise UserError(f"{directory / name} is missing; only safetensors weights are read")
+            pickled = [path.name for path in directory.glob("*.bin")] + [path.name for path in directory.glob("*.pt")]
+            aside = f" ({', '.join(pickled)} may run code when loaded)" if pickled else ""
+            raise UserError(f"{directory / name} is missing; only safetensors weights are read{aside}")
         try:
             state |= load_file(directory / name)
         except SafetensorError as error:

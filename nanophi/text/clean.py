@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from nanophi.cli import Progress, UserError, flag, run
@@ -26,11 +27,15 @@ from nanophi.text.corpus import (
     LEARNED,
     TURNS,
     SampleBy,
+    Skipped,
     expand,
     format_of,
     messages_of,
     read_rows,
+    refuse,
+    text_of,
     texts_of,
+    with_texts,
     write_rows,
 )
 
@@ -209,9 +214,12 @@ class Config:
     input: list[str] = flag(help="files, directories or globs: .jsonl .json .txt, plain or .gz or .xz")
     out: str = flag(help="the .jsonl to write (.jsonl.xz and .gz too)")
     dedup: bool = flag(False, help="drop repeated and nearly repeated rows (character 5-grams, Jaccard 0.8)")
-    sample: float = flag(1.0, help="share of the rows to take, chosen by a hash of each row and --seed")
+    sample: float = flag(
+        1.0, above=0, at_most=1, help="share of the rows to take, chosen by a hash of each row and --seed"
+    )
     seed: int = flag(0, help="of --sample")
     sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
+    strict: bool = flag(False, help="stop at a bad row (no JSON, no UTF-8, no known keys) instead of skipping it")
 
 
 def sampled(row: dict, share: float, seed: int) -> bool:
@@ -227,16 +235,14 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out)
     if format_of(out) != ".jsonl" or out.is_dir():
         raise UserError(f"--out {cfg.out}: rows are written as .jsonl (or .jsonl.gz, .jsonl.xz), so name such a file")
-    if not 0 < cfg.sample <= 1:
-        raise UserError(f"--sample {cfg.sample}: a share is above 0 and at most 1")
     inputs = [path for path in expand(cfg.input) if path.resolve() != out.resolve()]  # not yesterday's output
     if not inputs:
         raise UserError(f"--out {cfg.out} is the only input: it would overwrite what it reads")
-    report, counts = Report(), {"read": 0, "empty": 0, "repeated": 0}
+    report, skipped, counts = Report(), Skipped(), {"read": 0, "empty": 0, "repeated": 0}
 
     def cleaned_rows() -> Iterator[dict]:
         with Progress("rows", None) as bar:
-            for row in read_rows(inputs, cfg.sample_by):
+            for row in read_rows(inputs, cfg.sample_by, with_texts, refuse if cfg.strict else skipped):
                 bar.update()
                 if not sampled(row, cfg.sample, cfg.seed):
                     continue
@@ -250,15 +256,19 @@ def main(cfg: Config) -> dict:
     rows = cleaned_rows()
     if cfg.dedup:
         kept = list(rows)
-        repeated = set(near_duplicates("\n".join(texts_of(row)) for row in kept))
+        repeated = set(near_duplicates(map(text_of, kept)))
         counts["repeated"] = len(repeated)
         rows = (row for i, row in enumerate(kept) if i not in repeated)
-    counts["written"] = write_rows(out, rows)
+    first = next(rows, None)
+    if first is None:
+        bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
+        raise UserError(f"nothing to write to {out}: of {counts['read']:,} rows {counts['empty']:,} are empty{bad}")
+    counts["written"] = write_rows(out, chain([first], rows))
+    counts["skipped"] = skipped.count
     print(
-        "clean: read {read:,} rows, dropped {empty:,} empty and {repeated:,} repeated, wrote {written:,}".format(
-            **counts
-        )
-        + f" to {out}\n{report}"
+        "clean: read {read:,} rows, skipped {skipped:,} bad ones, dropped {empty:,} empty and {repeated:,} repeated, "
+        "wrote {written:,}".format(**counts)
+        + f" to {out}\n{skipped}{report}"
     )
     return counts
 

@@ -12,9 +12,10 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from nanophi.cli import UserError
 from nanophi.files import replacing
@@ -22,6 +23,7 @@ from nanophi.files import replacing
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 FORMATS = (".jsonl", ".json", ".txt")
 SampleBy = Literal["line", "paragraph", "document"]
+T = TypeVar("T")
 
 # Row schemas: the keys that hold text; what is asked, and what is learned (and so ends in punctuation).
 ASKED = ("instruction", "input", "prompt")
@@ -51,64 +53,115 @@ def format_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
-def open_text(path: Path, mode: str = "rt"):
-    """Open plain or compressed text as UTF-8, with or without a byte-order mark; newlines stay as they are."""
-    return OPENERS.get(path.suffix, open)(path, mode, encoding="utf-8-sig", newline="")
+class Skipped:
+    """Counts bad rows where a command goes on without them: read_rows(inputs, on_bad=Skipped())."""
+
+    def __init__(self):
+        self.count = 0
+        self.first: list[str] = []  # a few messages to show
+
+    def __call__(self, message: str) -> None:
+        self.count += 1
+        if len(self.first) < 3:
+            self.first.append(message)
+
+    def __str__(self) -> str:
+        rest = self.count - len(self.first)
+        return "".join(f"skipped: {message}\n" for message in self.first) + f"skipped: {rest:,} more\n" * (rest > 0)
 
 
-def read_rows(inputs: Iterable[str | Path], sample_by: SampleBy = "line") -> Iterator[dict]:
-    """Every row of the inputs, in order, checked. A .txt file gives {"text": ...} by line, paragraph or document."""
+def refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def as_it_is(row: dict) -> dict:
+    return row
+
+
+def read_rows(
+    inputs: Iterable[str | Path],
+    sample_by: SampleBy = "line",
+    use: Callable[[dict], T] = as_it_is,
+    on_bad: Callable[[str], None] = refuse,
+) -> Iterator[T]:
+    """use(row) for every row of the inputs, in order, checked. A .txt file gives {"text": ...} by line, paragraph or
+    document.
+
+    on_bad gets a message, with file and line, for each row that is not UTF-8, no JSON, of the wrong shape or refused
+    by `use` with a UserError; by default that ends the reading, with `Skipped()` the rows are left out.
+    """
     for path in expand(inputs):
         kind = format_of(path)
         if kind is None:
             raise UserError(f"{path}: unknown format; known are {', '.join(FORMATS)}, plain or .gz or .xz")
         try:
-            with open_text(path) as file:
-                yield from _rows(file, kind, path, sample_by)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
+            with OPENERS.get(path.suffix, open)(path, "rb") as file:
+                for where, make in _rows(file, kind, path, sample_by, on_bad):
+                    try:
+                        row = use(checked(make()))
+                    except UserError as error:
+                        on_bad(f"{where}: {error}")
+                    else:
+                        yield row
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{path} is damaged or no {path.suffix} file: {error}") from None
 
 
-def _rows(file, kind: str, path: Path, sample_by: str) -> Iterator[dict]:
-    if kind == ".txt":
-        yield from ({"text": text} for text in split_text(file, sample_by))
-    elif kind == ".json":
-        rows = _parse(file.read(), str(path))
-        if not isinstance(rows, list):
-            raise UserError(f"{path} holds no array of objects; one object a line is called .jsonl here")
-        for number, row in enumerate(rows, start=1):
-            yield checked(row, f"{path}, element {number}")
+def _rows(file, kind: str, path: Path, sample_by: str, on_bad) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """(where it stands, what makes it) of each row; making it may raise a UserError."""
+    if kind == ".json":
+        try:
+            rows = _parse("".join(line for _, line in _lines(file, path, refuse)))
+            if not isinstance(rows, list):
+                raise UserError("holds no array of objects; one object a line is called .jsonl here")
+        except UserError as error:
+            on_bad(f"{path}: {error}")
+            return
+        yield from ((f"{path}, element {number}", partial(as_it_is, row)) for number, row in enumerate(rows, start=1))
+    elif kind == ".txt":
+        texts = split_text((line for _, line in _lines(file, path, on_bad)), sample_by)
+        yield from ((str(path), partial(dict, text=text)) for text in texts)
     else:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield checked(_parse(line, where), where)
+        lines = ((number, line) for number, line in _lines(file, path, on_bad) if line.strip())
+        yield from ((f"{path}, line {number}", partial(_parse, line)) for number, line in lines)
 
 
-def _parse(text: str, where: str):
+def _lines(file, path: Path, on_bad) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a binary file as text, with or without a byte-order mark; line ends stay as they are."""
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            place = f"byte {offset + error.start:,} of the file"
+            on_bad(f"{path}, line {number}: not UTF-8 ({error.reason}, {place}); convert it first")
+        else:
+            yield number, text
+        offset += len(line)
+
+
+def _parse(text: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        raise UserError(f"not JSON ({error})") from None
 
 
-def checked(row, where: str) -> dict:
+def checked(row) -> dict:
     """A row whose known keys hold what they should; a null is as good as absent. Anything else is a UserError."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row is an object like {{'text': ...}}, not {str(row)[:40]!r}")
+        raise UserError(f"a row is an object like {{'text': ...}}, not {str(row)[:40]!r}")
     row = {key: value for key, value in row.items() if value is not None}
     for key in (*ASKED, *LEARNED):
         if key in row and not isinstance(row[key], str):
-            raise UserError(f"{where}: {key!r} should be a string, not {str(row[key])[:40]!r}")
+            raise UserError(f"{key!r} should be a string, not {str(row[key])[:40]!r}")
     for key in TURNS:
         if key in row:
             turns = row[key] if isinstance(row[key], list) else [None]
             for turn in turns:
                 who, what = _turn_keys(turn) if isinstance(turn, dict) else (None, None)
                 if who is None or not (isinstance(turn[who], str) and isinstance(turn[what], str)):
-                    raise UserError(f"{where}: {key!r} should be a list of objects with role and content, as strings")
+                    raise UserError(f"{key!r} should be a list of objects with role and content, as strings")
     return row
 
 
@@ -136,14 +189,27 @@ def texts_of(row: dict) -> list[str]:
     """The texts of a row of any schema: a document's text, a pair's three, a conversation's turns."""
     if "text" in row:
         return [row["text"]]
-    preference = preference_of(row)
-    return list(preference) if preference else [message["content"] for message in messages_of(row)]
+    if "chosen" in row or "rejected" in row:
+        return list(preference_of(row))
+    return [message["content"] for message in messages_of(row)]
 
 
-def read_texts(inputs: Iterable[str | Path], sample_by: SampleBy = "line") -> Iterator[str]:
-    """The text of every row; those of a conversation or a pair are joined by newlines."""
-    for row in read_rows(inputs, sample_by):
-        yield "\n".join(texts_of(row))
+def with_texts(row: dict) -> dict:
+    """The row, if it is of a schema that `texts_of` knows."""
+    texts_of(row)
+    return row
+
+
+def text_of(row: dict) -> str:
+    """The text of a row of any schema; those of a conversation or a pair are joined by newlines."""
+    return "\n".join(texts_of(row))
+
+
+def read_texts(
+    inputs: Iterable[str | Path], sample_by: SampleBy = "line", on_bad: Callable[[str], None] = refuse
+) -> Iterator[str]:
+    """`text_of` every row of the inputs."""
+    return read_rows(inputs, sample_by, text_of, on_bad)
 
 
 def messages_of(row: dict) -> list[dict]:
@@ -161,15 +227,17 @@ def messages_of(row: dict) -> list[dict]:
             asked = row[question] + ("\n" + row["input"] if row.get("input") else "")
             return [{"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
     raise UserError(
-        f"a row with the keys {', '.join(row)} is no conversation; expected instruction and output, prompt and "
-        "response, messages, or conversations"
+        f"a row with the keys {', '.join(row) or 'none'} is no conversation and no text; expected instruction and "
+        "output, prompt and response, messages, or conversations; or text"
     )
 
 
-def preference_of(row: dict) -> tuple[str, str, str] | None:
-    """{"prompt", "chosen", "rejected"} -> the three; None where the row is of another kind."""
+def preference_of(row: dict) -> tuple[str, str, str]:
+    """{"prompt", "chosen", "rejected"} -> the three."""
     keys = ("prompt", "chosen", "rejected")
-    return tuple(row[key] for key in keys) if all(key in row for key in keys) else None
+    if missing := [key for key in keys if key not in row]:
+        raise UserError(f"a preference pair needs {', '.join(missing)} too; this row has {', '.join(row) or 'no keys'}")
+    return tuple(row[key] for key in keys)
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 
 from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing
-from nanophi.text.corpus import SampleBy, read_texts
+from nanophi.text.corpus import SampleBy, Skipped, read_texts, refuse
 from nanophi.text.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"nanophi\0", 1
@@ -146,12 +146,16 @@ def write_shards(
     if fresh.exists():
         shutil.rmtree(fresh)
     writers = {split: ShardWriter(fresh, split, tok, shard_tokens) for split in ("train", "val")}
-    for text in texts:
-        writers["val" if is_validation(text, val_fraction) else "train"].add(tok.encode(text))
-    for writer in writers.values():
-        writer.flush()
-    if not writers["train"].documents:
-        raise UserError("there is no document to train on: the input is empty, or all of it is validation")
+    try:
+        for text in texts:
+            writers["val" if is_validation(text, val_fraction) else "train"].add(tok.encode(text))
+        for writer in writers.values():
+            writer.flush()
+        if not writers["train"].documents:
+            raise UserError("there is no document to train on: the input is empty, or all of it is validation")
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     for split in writers:
         for old in directory.glob(f"{split}-[0-9]*.bin"):
             old.unlink()
@@ -166,20 +170,19 @@ class Config:
     input: list[str] = flag(help="clean documents: files, directories or globs")
     tokenizer: str = flag(help="directory of train_tokenizer.py")
     out: str = flag(help="directory for the shards")
-    val_fraction: float = flag(0.01, help="share of documents kept for validation")
+    val_fraction: float = flag(0.01, at_least=0, at_most=0.9, help="share of documents kept for validation")
     sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
+    strict: bool = flag(False, help="stop at a bad row (no JSON, no UTF-8, no known keys) instead of skipping it")
 
 
 def main(cfg: Config) -> dict:
     """Encode; returns the counts it prints."""
-    if not 0 <= cfg.val_fraction < 1:
-        raise UserError(f"--val-fraction {cfg.val_fraction}: a share is at least 0 and below 1")
     tok = Tokenizer.load(cfg.tokenizer)
-    read = {"characters": 0, "bytes": 0}
+    read, skipped = {"characters": 0, "bytes": 0}, Skipped()
 
     def counted() -> Iterator[str]:
         with Progress("documents", None) as bar:
-            for text in read_texts(cfg.input, cfg.sample_by):
+            for text in read_texts(cfg.input, cfg.sample_by, refuse if cfg.strict else skipped):
                 read["characters"] += len(text)
                 read["bytes"] += len(text.encode("utf-8", "surrogatepass"))
                 yield text
@@ -189,11 +192,12 @@ def main(cfg: Config) -> dict:
     train, val = writers["train"], writers["val"]
     documents, tokens = train.documents + val.documents, train.tokens + val.tokens
     print(
-        f"shards: {documents:,} documents, {read['characters']:,} characters -> {tokens:,} tokens "
+        f"{skipped}shards: {documents:,} documents, {skipped.count:,} bad rows skipped, "
+        f"{read['characters']:,} characters -> {tokens:,} tokens "
         f"({read['characters'] / tokens:.2f} characters, {read['bytes'] / tokens:.2f} bytes each); "
         f"{train.tokens:,} to train on, {val.tokens:,} for validation, in {cfg.out}"
     )
-    return read | {"tokens": tokens, "train_tokens": train.tokens, "val_tokens": val.tokens}
+    return read | {"skipped": skipped.count, "tokens": tokens, "train_tokens": train.tokens, "val_tokens": val.tokens}
 
 
 if __name__ == "__main__":

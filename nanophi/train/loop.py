@@ -43,17 +43,19 @@ class TrainConfig:
     weight_decay: float = flag(0.1, at_least=0, help="decoupled; biases and norms have none")
     schedule: Literal["wsd", "cosine", "constant"] = flag("wsd", help="of the learning rate, after the warm-up")
     warmup: int = flag(20, at_least=0, help="steps until the peak learning rate")
-    decay: float = flag(0.3, at_least=0, help="share of the steps in which wsd falls to zero")
+    decay: float = flag(0.3, at_least=0, at_most=1, help="share of the steps in which wsd falls to zero")
     clip: float = flag(1.0, above=0, help="largest norm of the gradient")
     seed: int = flag(0, at_least=0, help="of weights, data order and dropout")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", help="compute; weights are fp32. auto: bf16 on CUDA")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
     save_every: int = flag(500, at_least=1, help="steps between checkpoints")
     keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
-    keep_at: float | None = flag(None, above=0, help="keep the model of this share of the steps in <out>-early")
+    keep_at: float | None = flag(
+        None, above=0, at_most=1, help="keep the model of this share of the steps in <out>-early"
+    )
     eval_every: int = flag(100, at_least=1, help="steps between validations")
     dropout: float | None = flag(
-        None, at_least=0, help="of embeddings, attention and both branches (default: the model's)"
+        None, at_least=0, at_most=0.9, help="of embeddings, attention and both branches (default: the model's)"
     )
     bos: bool = flag(False, help="put [BOS] before every document")
     overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
@@ -66,6 +68,11 @@ def total_steps(cfg: TrainConfig, steps_per_epoch: float) -> int:
     """--steps, or as many as --epochs needs."""
     if cfg.steps is not None and cfg.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
+    if steps_per_epoch < 1:
+        name = "batch_pairs" if hasattr(cfg, "batch_pairs") else "batch_tokens"
+        asked, fits = getattr(cfg, name), max(int(getattr(cfg, name) * steps_per_epoch), 1)
+        flag_name = "--" + name.replace("_", "-")
+        raise UserError(f"too little data for one batch of {flag_name} {asked:,}: give {flag_name} {fits} or more data")
     epochs = 1 if cfg.epochs is None else cfg.epochs
     steps = cfg.steps if cfg.steps is not None else max(round(epochs * steps_per_epoch), 1)
     if steps <= cfg.warmup:

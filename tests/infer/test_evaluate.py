@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import nanophi
 from nanophi.cli import UserError
-from nanophi.infer.evaluate import Config, as_text, choose_option, main, read_subjects, score_text, windows
+from nanophi.infer.evaluate import OPTIONS, Config, as_text, main, option_logprobs, read_subjects, score_text, windows
 from tests.conftest import TEXTS, tiny_model
 
 
@@ -83,8 +83,44 @@ def test_the_likeliest_option_is_chosen_and_examples_that_do_not_fit_are_left_ou
     model = tiny_model(max_position_embeddings=2 * length + 10)
     with torch.no_grad():
         model.lm_head.bias[tok.encode("C")[0]] = 100.0
-    assert choose_option(model, tok, row, []) == ("C", 0)
-    assert choose_option(model, tok, row, [row] * 5) == ("C", 1)
+    for examples, fitting in (([], 0), ([row] * 5, 1)):
+        logprobs, shown = option_logprobs(model, tok, row, examples)
+        assert (OPTIONS[logprobs.argmax()], shown) == ("C", fitting)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_option_logprobs_are_those_of_transformers(tok, shots):
+    from tests.model.test_phi import hf_twin
+
+    model = tiny_model(max_position_embeddings=512)
+    row = {
+        "question": "月亮为什么会发光",
+        "A": "自己发光",
+        "B": "反射太阳的光",
+        "C": "不发光",
+        "D": "都不对",
+        "answer": "B",
+    }
+    others = [row | {"question": question} for question in ("春天来了吗", "今天是星期几")]
+    prompt = "".join(as_text(example, True) for example in reversed(others[:shots])) + as_text(row, False)
+    logits = hf_twin(model)(torch.tensor([tok.encode(prompt)])).logits[0, -1]
+    expected = logits.log_softmax(-1)[[tok.encode(option)[0] for option in "ABCD"]]
+    found, shown = option_logprobs(model, tok, row, others[:shots])
+    assert shown == shots
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_answers_that_are_no_option_are_left_out(tmp_path):
+    """An empty answer was once taken for a question: "" is in "ABCD"."""
+    write_csv(tmp_path / "val/law_val.csv", "A", "", "AB", "E")
+    (law,) = read_subjects(tmp_path)
+    assert len(law.questions) == 1
+    write_csv(tmp_path / "val/law_val.csv", "")
+    with pytest.raises(UserError, match="holds no CSV file with a question"):
+        read_subjects(tmp_path)
+    (tmp_path / "val/law_val.csv").write_bytes("id,问题".encode("gbk"))
+    with pytest.raises(UserError, match=r"law_val\.csv is no CSV file in UTF-8"):
+        read_subjects(tmp_path)
 
 
 def test_command_prints_both(tok, tmp_path, capsys):

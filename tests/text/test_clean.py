@@ -100,13 +100,13 @@ def test_report_and_dedup(tmp_path, capsys):
     texts = [long, "１２３，你好", "   ", long + "！", "另外一篇完全不同的文章，讲的是怎样泡茶"]
     raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     assert main(Config(input=[str(raw)], out=str(out), dedup=True)) == {
-        "read": 5, "empty": 1, "repeated": 1, "written": 3
+        "read": 5, "skipped": 0, "empty": 1, "repeated": 1, "written": 3
     }  # fmt: skip
     assert [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()] == [
         long + "。", "123，你好。", "另外一篇完全不同的文章，讲的是怎样泡茶。"
     ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "read 5 rows, dropped 1 empty and 1 repeated, wrote 3" in printed
+    assert "read 5 rows, skipped 0 bad ones, dropped 1 empty and 1 repeated, wrote 3" in printed
     assert "'１２３，你好' -> '123，你好'" in printed
 
 

@@ -64,7 +64,7 @@ def test_mistakes_are_named_with_their_place(tmp_path):
     with pytest.raises(UserError, match="line 1: not JSON"):
         list(read_rows([bad]))
     bad.write_bytes("编码".encode("gbk"))
-    with pytest.raises(UserError, match="is not UTF-8"):
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: not UTF-8"):
         list(read_rows([bad]))
     with pytest.raises(UserError, match="no such file"):
         expand([tmp_path / "missing.txt"])
