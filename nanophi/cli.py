@@ -147,7 +147,8 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:  # training runs where only torch, numpy and safetensors are installed
                 return
-            self.bar = tqdm(total=total, initial=done, desc=what, dynamic_ncols=True, leave=False)
+            shape = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining}{postfix}" if total else None  # fits 80 columns
+            self.bar = tqdm(total=total, initial=done, desc=what, dynamic_ncols=True, leave=False, bar_format=shape)
 
     def __enter__(self):
         return self
