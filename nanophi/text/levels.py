@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from nanophi.cli import UserError
 
 # GPT-2's split (Radford et al. 2019): contractions, words, numbers and symbols each with the space before, white space.
@@ -62,6 +64,14 @@ class ByteLevel:
         """A word -> what merging starts from, one character of the result a token."""
         return "".join(BYTE_TO_CHAR[byte] for byte in utf8(word))
 
+    def codes(self, words: list[str]) -> np.ndarray:
+        """Words -> their bytes in a row, 0xFF (which UTF-8 never uses) after each."""
+        return np.frombuffer("\udcff".join([*words, ""]).encode("utf-8", "surrogateescape"), np.uint8)
+
+    def lookup(self, ids: dict[str, int], gap: int) -> np.ndarray:
+        """What turns `codes` into ids, and what stands after a word into `gap`: (256,)."""
+        return np.array([ids[char] for char in BYTE_TO_CHAR[:255]] + [gap], np.uint16)
+
     def alphabet(self, words: Iterable[str]) -> list[str]:
         """The tokens before any merge, in the order of HF's trainer: by stand-in character, not by byte value."""
         return sorted(BYTE_TO_CHAR)
@@ -95,6 +105,18 @@ class CharLevel:
 
     def symbols(self, word: str) -> str:
         return word
+
+    def codes(self, words: list[str]) -> np.ndarray:
+        """Words -> their code points in a row, U+D800 (which is no character) after each."""
+        return np.frombuffer("\ud800".join([*words, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+
+    def lookup(self, ids: dict[str, int], gap: int) -> np.ndarray:
+        """What turns `codes` into ids, and what stands after a word into `gap`: one entry for each code point."""
+        table = np.full(0x110000, gap, np.uint16)
+        for symbol, i in ids.items():
+            if len(symbol) == 1:
+                table[ord(symbol)] = i
+        return table
 
     def alphabet(self, words: Iterable[str]) -> list[str]:
         """The characters of the words by code point; the bytes, where there is a fallback to them, come first."""

@@ -1,7 +1,9 @@
 """BPE training: the twins agree, and both agree with HF's BpeTrainer merge for merge."""
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -9,8 +11,13 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from nanophi.cli import UserError
-from nanophi.text.bpe import learn_merges, learn_merges_naive, merge_pair, train_bpe
+from nanophi.text import merges as numpy_merges
+from nanophi.text.bpe import learn_merges_naive, merge_pair, train_bpe
+from nanophi.text.levels import CharLevel
+from nanophi.text.merges import Trainer
+from nanophi.text.pairtable import PairTable
 from nanophi.text.tokenizer import SPECIAL_TOKENS
+from nanophi.text.words import lay_out
 from tests.conftest import TEXTS
 
 
@@ -47,13 +54,38 @@ def test_random_texts_give_the_merges_of_hf(texts):
     assert ours["merges"] == hf_model(texts, 290, 2)["merges"]
 
 
-words = st.dictionaries(st.lists(st.integers(0, 3), min_size=1, max_size=9).map(tuple), st.integers(1, 5), max_size=8)
+words = st.dictionaries(st.text("abcd", min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=12)
 
 
-@given(words, st.integers(1, 4))
-def test_incremental_equals_naive(words, min_frequency):
-    """Twelve merges at most: beyond that two merges may spell one token, which byte strings of real text do not."""
-    assert learn_merges(words, 4, 12, min_frequency) == learn_merges_naive(words, 4, 12, min_frequency)
+@pytest.mark.parametrize("positions", [1, 4, 16_384])
+@pytest.mark.parametrize("few_symbols", [True, False])
+@given(words=words, min_frequency=st.integers(1, 4), floor=st.integers(1, 20))
+@example(words={"aaaaaaaaaaab": 1, "aaaa": 3, "baaab": 2}, min_frequency=1, floor=1)
+@example(words={"abcdabcd": 3, "cdab": 3, "ab": 1, "cd": 1}, min_frequency=1, floor=20)
+def test_numpy_equals_naive(words, min_frequency, floor, positions, few_symbols):
+    """Whatever a batch may hold, wherever the floor begins, and by both ways to build the index."""
+    naive = {tuple("abcd".index(char) for char in word): count for word, count in words.items()}
+    slots, weights = lay_out(Counter(words), CharLevel(), {symbol: i for i, symbol in enumerate("abcd")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numpy_merges, "BATCH_POSITIONS", positions)
+        patch.setattr(numpy_merges, "CHUNK", 64)
+        trainer = Trainer(slots, weights, 4, 40, min_frequency)
+        trainer.floor = max(trainer.lowest, floor)
+        if not few_symbols:
+            patch.setattr(Trainer, "_few_pairs", lambda trainer: False)
+        assert trainer.run() == learn_merges_naive(naive, 4, 40, min_frequency)
+
+
+@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=200), max_size=4))
+def test_pair_table_is_a_dictionary(parts):
+    table, expected = PairTable(bits=2), {}
+    for part in parts:
+        new = [key for key in dict.fromkeys(part) if key not in expected]
+        rows = range(len(expected), len(expected) + len(new))
+        table.add(np.array(new, np.uint32), np.array(rows, np.int32))
+        expected |= dict(zip(new, rows, strict=True))
+        asked = np.array([*expected, 1, 2, 3], np.uint32)
+        assert table.find(asked).tolist() == [expected.get(key, -1) for key in asked.tolist()]
 
 
 def test_merge_pair_is_leftmost_greedy():
