@@ -21,7 +21,9 @@ What keeps it exact and fast:
 
 import heapq
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,6 +50,11 @@ def run_starts(values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(first)
 
 
+def _narrow(weights: np.ndarray) -> np.ndarray:
+    """Weights in 32 bits where they fit: they are looked up at random places, so half the memory is fewer misses."""
+    return weights.astype(np.uint32) if weights.max() < 1 << 32 else weights
+
+
 class Trainer:
     """The state of a training: slots, the tokens' lengths, and per pair ("row") its count and positions."""
 
@@ -57,7 +64,7 @@ class Trainer:
         assert symbols + limit <= LARGEST_VOCABULARY, "ids must fit below GAP"
         assert slots[0] == GAP == slots[-1]
         self.slots, self.symbols, self.limit = slots, symbols, limit
-        self.weights = None if (weights == 1).all() else weights
+        self.weights = None if (weights == 1).all() else _narrow(weights)
         self.length = np.zeros(1 << 16, np.int64)  # slots that a token spans, by id; 0 for DEAD and GAP
         self.length[:symbols] = 1
         self.merges: list[Pair] = []
@@ -113,34 +120,23 @@ class Trainer:
             start = stop
 
     def _index_of_bytes(self):
-        """For at most 256 symbols: 65,536 counters are exact, and keys of 16 bits are sorted in linear time."""
-
-        def small(keys):
-            return ((keys >> np.uint32(8)) | (keys & np.uint32(255))).astype(np.uint16)
-
-        counts, sizes = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)
+        """For at most 256 symbols: keys of 16 bits, which numpy sorts in linear time, chunk by chunk."""
+        counts = np.zeros(1 << 16, np.int64)
+        parts: dict[int, list[np.ndarray]] = defaultdict(list)  # a pair's positions in each chunk
         for at, keys in self._adjacent():
-            keys = small(keys)
-            found = np.bincount(keys, minlength=1 << 16)
-            sizes += found
-            weights = self._weights(at)
-            # float64 sums are exact below 2^53, and a chunk's are
-            counts += found if weights is None else np.bincount(keys, weights, minlength=1 << 16).astype(np.int64)
-        kept = np.flatnonzero(counts >= self.floor)
-        row_of = np.full(1 << 16, -1, np.int32)
-        row_of[kept] = np.arange(len(kept))
-        positions = [np.empty(size, np.uint32) for size in sizes[kept].tolist()]  # an array each, freed once merged
-        filled = [0] * len(kept)
-        for at, keys in self._adjacent():
-            keys = small(keys)
-            hot = np.flatnonzero(row_of.take(keys) >= 0)
-            keys, at = keys.take(hot), at.take(hot)
+            keys = ((keys >> np.uint32(8)) | (keys & np.uint32(255))).astype(np.uint16)
             order = np.argsort(keys, kind="stable")
             keys, at = keys.take(order), at.take(order)
-            bounds = np.append(run_starts(keys), len(keys)).tolist()
-            for row, start, stop in zip(row_of.take(keys[bounds[:-1]]).tolist(), bounds, bounds[1:], strict=False):
-                positions[row][filled[row] : filled[row] + stop - start] = at[start:stop]
-                filled[row] += stop - start
+            begins, sums = self._sums(keys, self._weights(at))
+            found, at = keys[begins], at.astype(np.uint32)
+            counts[found] += sums
+            bounds = [*begins.tolist(), len(at)]
+            for key, (start, stop) in zip(found.tolist(), pairwise(bounds), strict=True):
+                parts[key].append(at[start:stop].copy())
+        kept = np.flatnonzero(counts >= self.floor)
+        positions = []
+        for key in kept.tolist():
+            positions.append(np.concatenate(parts.pop(key)))
         return ((kept >> 8 << 16) | (kept & 255)).astype(np.uint32), counts[kept], positions
 
     def _index_of_any(self):
@@ -178,7 +174,7 @@ class Trainer:
         begins = run_starts(keys)
         if weights is None or not len(keys):
             return begins, np.diff(np.append(begins, len(keys)))
-        return begins, np.add.reduceat(weights, begins)
+        return begins, np.add.reduceat(weights, begins, dtype=np.int64)
 
     # A batch
 
@@ -215,7 +211,7 @@ class Trainer:
             after = middle + self.length.take(right)
             self.slots[at] = self.slots[after - 1] = new
             before_id, after_id = self.slots.take(at - 1), self.slots.take(after)
-            groups = self._new_pairs(at, new, before_id, after_id)
+            groups = self._new_pairs(at, new, before_id, after_id, len(batch) == 1)
             cut = self._cut(batch, first_new, member, after_id, groups)
             if cut >= len(batch):
                 break
@@ -230,7 +226,7 @@ class Trainer:
         # What was between the two ends of a token is no end any more.
         self.slots[(middle - 1)[middle - 1 > at]] = DEAD
         self.slots[middle[middle < after - 1]] = DEAD
-        self._count_down(batch, first_new, left, right, new, before_id, after_id, at)
+        self._count_down(batch, first_new, groups)
         for _, key, row in batch:
             pair = key >> 16, key & 0xFFFF
             self.length[self.symbols + len(self.merges)] = self.length[pair[0]] + self.length[pair[1]]
@@ -239,30 +235,36 @@ class Trainer:
         self._enter(at, groups)
         return len(batch)
 
-    def _occurrences(self, batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where the pairs of a batch really stand: (position, member, left id, right id) of each occurrence."""
+    def _occurrences(self, batch):
+        """Where the pairs of a batch really stand: (position, member, left id, right id) of each occurrence. For a
+        single pair the last three are numbers, which numpy broadcasts."""
         places = [self.positions[row] for _, _, row in batch]
         at = np.concatenate(places).astype(np.int64)
+        if len(batch) == 1:
+            left, right = batch[0][1] >> 16, batch[0][1] & 0xFFFF
+            at = at[self.slots.take(at) == left]
+            at = at[self.slots.take(at + self.length[left]) == right]
+            return self._every_second(at, self.length[left]) if left == right else at, 0, left, right
         member = np.repeat(np.arange(len(batch)), [len(place) for place in places])
         keys = np.array([key for _, key, _ in batch])
         left, right = (keys >> 16).take(member), (keys & 0xFFFF).take(member)
         still = np.flatnonzero(self.slots.take(at) == left)
         at, member, left, right = at[still], member[still], left[still], right[still]
         still = np.flatnonzero(self.slots.take(at + self.length.take(left)) == right)
-        at, member, left, right = at[still], member[still], left[still], right[still]
-        if len(at) and left[0] == right[0]:  # alone in its batch; of a run a a a a every second one, from the left
-            at = np.sort(at)
-            begins = np.append(True, np.diff(at) != self.length[left[0]])
-            place = np.arange(len(at)) - np.maximum.accumulate(np.where(begins, np.arange(len(at)), 0))
-            at = at[place % 2 == 0]
-            member, left, right = member[: len(at)], left[: len(at)], right[: len(at)]
-        return at, member, left, right
+        return at[still], member[still], left[still], right[still]
 
-    def _new_pairs(self, at, new, before_id, after_id) -> list[tuple]:
+    @staticmethod
+    def _every_second(at: np.ndarray, length: int) -> np.ndarray:
+        """In a run a a a a the pairs overlap: every second one is merged, from the left."""
+        at = np.sort(at)
+        begins = np.append(True, np.diff(at) != length)[: len(at)]
+        place = np.arange(len(at)) - np.maximum.accumulate(np.where(begins, np.arange(len(at)), 0))
+        return at[place % 2 == 0]
+
+    def _new_pairs(self, at, new, before_id, after_id, single: bool) -> list[tuple]:
         """The pairs that arise at the right (new, after) and the left (before, new): for each side the occurrences in
         order of their pair, where each pair begins among them, its key and its count."""
-        new = new.astype(np.uint32)
-        groups, single = [], len(new) and new[0] == new[-1]
+        new, groups = np.asarray(new, np.uint32), []
         for outer, key in (
             (after_id, new << np.uint32(16) | after_id),
             (before_id, before_id.astype(np.uint32) << np.uint32(16) | new),
@@ -298,20 +300,21 @@ class Trainer:
                 cut = min(cut, max(maker + 1, bisect_left(batch, (-int(sums[i]), key, 0))))
         return max(cut, 1)
 
-    def _count_down(self, batch, first_new, left, right, new, before_id, after_id, at) -> None:
-        """Take what is gone from the counts of the neighbours' former pairs: (right, after) and (before, left)."""
-        weights = self._weights(at)
-        left_of = np.array([key >> 16 for _, key, _ in batch])
-        own = after_id == new
-        former = np.where(own, left_of.take(np.where(own, new - first_new, 0)), after_id)
-        for real, keys in (
-            (after_id != GAP, right << 16 | former),
-            ((before_id != GAP) & (before_id != new), before_id.astype(np.int64) << 16 | left),
-        ):
-            real = np.flatnonzero(real)
-            rows = self.table.find(keys.take(real).astype(np.uint32))
+    def _count_down(self, batch, first_new: int, groups) -> None:
+        """Take from the counts what the new pairs replace: (right, after) and (before, left)."""
+        merged = np.array([key for _, key, _ in batch], np.uint32)
+        left_of, right_of = merged >> np.uint32(16), merged & np.uint32(0xFFFF)
+        for side, (_, _, keys, sums) in enumerate(groups):
+            before, after = keys >> np.uint32(16), keys & np.uint32(0xFFFF)
+            if side == 0:
+                member = before - first_new
+                own = after == before  # its neighbour was merged alike: that one's left token stood there
+                before, after = right_of.take(member), np.where(own, left_of.take(member), after)
+            else:
+                after = left_of.take(after - first_new)
+            rows = self.table.find(before << np.uint32(16) | after)
             known = np.flatnonzero(rows >= 0)
-            np.subtract.at(self.counts, rows[known], 1 if weights is None else weights.take(real[known]))
+            np.subtract.at(self.counts, rows[known], sums[known])
 
     def _enter(self, at, groups) -> None:
         """Give every new pair at or above the floor a row, its positions and a place in the heap."""
@@ -319,13 +322,11 @@ class Trainer:
             kept = np.flatnonzero(sums >= self.floor)
             if not len(kept):
                 continue
-            start = at.take(order)
             bounds = np.append(begins, len(order))
             keys, sums, first_row = keys.take(kept), sums.take(kept), len(self.positions)
-            for i, key in zip(kept.tolist(), keys.tolist(), strict=True):
-                place = start[bounds[i] : bounds[i + 1]]
-                if side == 1:  # the pair begins where the token before begins
-                    place = place - self.length[key >> 16]
+            back = self.length.take(keys >> np.uint32(16)) if side == 1 else np.zeros(len(kept), np.int64)
+            for i, steps in zip(kept.tolist(), back.tolist(), strict=True):  # a pair begins where its left token does
+                place = at.take(order[bounds[i] : bounds[i + 1]]) - steps
                 self.positions.append(place.astype(np.uint32))
             rows = np.arange(first_row, len(self.positions), dtype=np.int32)
             if len(self.positions) > len(self.counts):
