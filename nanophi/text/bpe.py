@@ -68,17 +68,18 @@ def train_bpe(
         return smallest
 
     from nanophi.text.merges import LARGEST_VOCABULARY, Trainer
-    from nanophi.text.words import count_words, lay_out
+    from nanophi.text.words import count_words
 
     if vocab_size > LARGEST_VOCABULARY:
         raise UserError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST_VOCABULARY:,} are trained here")
     first_merge_id(split.alphabet(()), "bytes")  # before the texts are read
     counted = count_words(texts, split)
-    if not counted:
+    if not len(counted.counts):
         raise UserError("there is no text to train a tokenizer on")
-    tokens = split.alphabet(counted)
+    tokens = counted.alphabet()
     smallest = first_merge_id(tokens, "characters of this text")
-    slots, weights = lay_out(counted, split, {symbol: i for i, symbol in enumerate(tokens)})
+    slots, weights = counted.lay_out({symbol: i for i, symbol in enumerate(tokens)})
+    del counted
     merges = Trainer(slots, weights, len(tokens), vocab_size - smallest, min_frequency).run()
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])

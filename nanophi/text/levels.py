@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanophi.cli import UserError
+from nanophi.text.splits import ALONE, char_starts, gpt2_starts
 
 # GPT-2's split (Radford et al. 2019): contractions, words, numbers and symbols each with the space before, white space.
 # Chinese has no spaces, so a whole clause between two punctuation marks is one pre-token.
@@ -24,7 +25,6 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 # HF's Punctuation, Digits(individual_digits=True) and Metaspace(prepend_scheme="never") in one pattern. Its Unicode
 # tables are older than regex's: a few hundred rare marks and cuneiform numbers, none of them Chinese, differ.
-ALONE = r"\p{P}$+<=>\^`|~\p{N}"
 CHAR_SPLIT = rf"[{ALONE}]|▁?[^{ALONE}▁]+|▁"
 
 
@@ -64,12 +64,17 @@ class ByteLevel:
         """A word -> what merging starts from, one character of the result a token."""
         return "".join(BYTE_TO_CHAR[byte] for byte in utf8(word))
 
-    def codes(self, words: list[str]) -> np.ndarray:
-        """Words -> their bytes in a row, 0xFF (which UTF-8 never uses) after each."""
-        return np.frombuffer("\udcff".join([*words, ""]).encode("utf-8", "surrogateescape"), np.uint8)
+    def starts(self, codes: np.ndarray) -> np.ndarray:
+        """Where words begin in normalized text, as code points."""
+        return gpt2_starts(codes)
+
+    def symbol_codes(self, codes: np.ndarray) -> np.ndarray:
+        """Code points -> the bytes of their UTF-8; BREAK becomes 0xFF, which UTF-8 never uses."""
+        text = codes.tobytes().decode("utf-32-le", "surrogatepass")
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 
     def lookup(self, ids: dict[str, int], gap: int) -> np.ndarray:
-        """What turns `codes` into ids, and what stands after a word into `gap`: (256,)."""
+        """What turns `symbol_codes` into ids, and BREAK into `gap`: (256,)."""
         return np.array([ids[char] for char in BYTE_TO_CHAR[:255]] + [gap], np.uint16)
 
     def alphabet(self, words: Iterable[str]) -> list[str]:
@@ -98,20 +103,22 @@ class CharLevel:
         return regex.compile(CHAR_SPLIT)
 
     def normalized(self, text: str) -> str:
-        return unicodedata.normalize("NFKC", text)
+        return unicodedata.normalize("NFKC", text).replace(" ", "▁")
 
     def words(self, text: str) -> list[str]:
-        return self.pattern.findall(text.replace(" ", "▁"))
+        return self.pattern.findall(text)
 
     def symbols(self, word: str) -> str:
         return word
 
-    def codes(self, words: list[str]) -> np.ndarray:
-        """Words -> their code points in a row, U+D800 (which is no character) after each."""
-        return np.frombuffer("\ud800".join([*words, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+    def starts(self, codes: np.ndarray) -> np.ndarray:
+        return char_starts(codes)
+
+    def symbol_codes(self, codes: np.ndarray) -> np.ndarray:
+        return codes
 
     def lookup(self, ids: dict[str, int], gap: int) -> np.ndarray:
-        """What turns `codes` into ids, and what stands after a word into `gap`: one entry for each code point."""
+        """What turns code points into ids, and BREAK into `gap`: (0x110000,)."""
         table = np.full(0x110000, gap, np.uint16)
         for symbol, i in ids.items():
             if len(symbol) == 1:

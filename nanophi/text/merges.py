@@ -28,7 +28,7 @@ from itertools import pairwise
 import numpy as np
 
 from nanophi.cli import Progress
-from nanophi.text.pairtable import PairTable
+from nanophi.text.table import Table
 
 Pair = tuple[int, int]
 
@@ -90,7 +90,7 @@ class Trainer:
         self.positions: list[np.ndarray | None] = positions
         self.counts = np.zeros(max(4096, 2 * len(keys)), np.int64)
         self.counts[: len(keys)] = counts
-        self.table = PairTable()
+        self.table = Table(np.uint32)
         self.table.add(keys, np.arange(len(keys), dtype=np.int32))
         self.heap = list(zip((-counts).tolist(), keys.tolist(), range(len(keys)), strict=True))
         heapq.heapify(self.heap)

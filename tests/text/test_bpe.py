@@ -12,12 +12,13 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from nanophi.cli import UserError
 from nanophi.text import merges as numpy_merges
+from nanophi.text import words as numpy_words
 from nanophi.text.bpe import learn_merges_naive, merge_pair, train_bpe
-from nanophi.text.levels import CharLevel
+from nanophi.text.levels import ByteLevel, CharLevel
 from nanophi.text.merges import Trainer
-from nanophi.text.pairtable import PairTable
+from nanophi.text.table import Table
 from nanophi.text.tokenizer import SPECIAL_TOKENS
-from nanophi.text.words import lay_out
+from nanophi.text.words import WordCounter, count_words
 from tests.conftest import TEXTS
 
 
@@ -65,7 +66,8 @@ words = st.dictionaries(st.text("abcd", min_size=1, max_size=12), st.integers(1,
 def test_numpy_equals_naive(words, min_frequency, floor, positions, few_symbols):
     """Whatever a batch may hold, wherever the floor begins, and by both ways to build the index."""
     naive = {tuple("abcd".index(char) for char in word): count for word, count in words.items()}
-    slots, weights = lay_out(Counter(words), CharLevel(), {symbol: i for i, symbol in enumerate("abcd")})
+    counted = count_words([word for word, count in words.items() for _ in range(count)], CharLevel())
+    slots, weights = counted.lay_out({symbol: i for i, symbol in enumerate("abcd")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_merges, "BATCH_POSITIONS", positions)
         patch.setattr(numpy_merges, "CHUNK", 64)
@@ -76,15 +78,45 @@ def test_numpy_equals_naive(words, min_frequency, floor, positions, few_symbols)
         assert trainer.run() == learn_merges_naive(naive, 4, 40, min_frequency)
 
 
-@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=200), max_size=4))
-def test_pair_table_is_a_dictionary(parts):
-    table, expected = PairTable(bits=2), {}
+def words_of(counter: WordCounter) -> Counter:
+    """What a counter holds, as strings."""
+    found = Counter()
+    for begin, length, count in zip(counter.begins, counter.lengths, counter.counts, strict=True):
+        found["".join(map(chr, counter.codes[begin : begin + length]))] += int(count)
+    return found
+
+
+@pytest.mark.parametrize("level", [ByteLevel(), CharLevel()], ids=["byte", "char"])
+@pytest.mark.parametrize("different_hashes", [1, 3, 2**64])
+@given(texts=st.lists(st.text(st.sampled_from("ab 哈呀，1'st!\n😀"), max_size=20), max_size=12))
+def test_words_are_counted_exactly_whatever_the_hash(level, different_hashes, texts):
+    """Two words of one hash must not be taken for each other: with one hash for all, each is still counted apart."""
+    true_hashes = numpy_words.rolling_hashes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numpy_words, "BLOCK_CHARACTERS", 30)
+        if different_hashes < 2**64:
+            patch.setattr(
+                numpy_words, "rolling_hashes", lambda *where: true_hashes(*where) % np.uint64(different_hashes)
+            )
+        expected = Counter(word for text in texts for word in level.words(level.normalized(text)))
+        assert words_of(count_words(texts, level)) == expected
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        train_bpe(["好\ud83d"], 300)
+
+
+@pytest.mark.parametrize("key_type", [np.uint32, np.uint64])
+@given(parts=st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=200), max_size=4))
+def test_table_is_a_dictionary(parts, key_type):
+    table, expected = Table(key_type, bits=1), {}
     for part in parts:
         new = [key for key in dict.fromkeys(part) if key not in expected]
         rows = range(len(expected), len(expected) + len(new))
-        table.add(np.array(new, np.uint32), np.array(rows, np.int32))
+        table.add(np.array(new, key_type), np.array(rows, np.int32))
         expected |= dict(zip(new, rows, strict=True))
-        asked = np.array([*expected, 1, 2, 3], np.uint32)
+        asked = np.array([*expected, 1, 2, 3], key_type)
         assert table.find(asked).tolist() == [expected.get(key, -1) for key in asked.tolist()]
 
 

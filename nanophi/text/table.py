@@ -1,18 +1,22 @@
-"""A dictionary in numpy: many pairs are looked up, or entered, in one call."""
+"""A dictionary in numpy: many keys are looked up, or entered, in one call."""
 
 import numpy as np
 
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiplying by it spreads keys evenly (Fibonacci hashing)
 
-class PairTable:
-    """Pair -> row, for many pairs at once: open addressing with linear probing. Keys are left << 16 | right."""
 
-    def __init__(self, bits: int = 16):
+class Table:
+    """Unsigned integers -> rows (int32): open addressing with linear probing, at most half full."""
+
+    def __init__(self, key_type: type, bits: int = 16):
         self.bits, self.size = bits, 0
-        self.keys = np.zeros(1 << bits, np.uint32)
+        self.keys = np.zeros(1 << bits, key_type)
         self.rows = np.full(1 << bits, -1, np.int32)
 
     def _home(self, keys: np.ndarray) -> np.ndarray:
-        return ((keys * np.uint32(2654435769)) >> np.uint32(32 - self.bits)).astype(np.int64)  # Fibonacci hashing
+        width = 8 * self.keys.itemsize
+        spread = keys * self.keys.dtype.type(GOLDEN >> (64 - width) | 1)
+        return (spread >> self.keys.dtype.type(width - self.bits)).astype(np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The row of each key, -1 where it has none."""
@@ -30,13 +34,13 @@ class PairTable:
 
     def add(self, keys: np.ndarray, rows: np.ndarray) -> None:
         """Enter keys that are all different and not there yet."""
-        if 4 * (self.size + len(keys)) > len(self.rows):
+        if 2 * (self.size + len(keys)) > len(self.rows):
             used = self.rows >= 0
             keys, rows = np.concatenate((self.keys[used], keys)), np.concatenate((self.rows[used], rows))
             bits = self.bits
-            while 4 * len(keys) > 1 << bits:
-                bits += 2
-            self.__init__(bits)
+            while 2 * len(keys) > 1 << bits:
+                bits += 1
+            self.__init__(self.keys.dtype.type, bits)
         self.size += len(keys)
         at = self._home(keys)
         while len(keys):
