@@ -21,6 +21,7 @@ class Config:
     out: str = flag(help="directory for tokenizer.json and its companions")
     vocab_size: int = flag(40960, help="tokens, the 7 special ones and the bytes or characters among them")
     level: Literal["byte", "char"] = flag("byte", help="what merges start from: bytes or characters")
+    split: Literal["gpt2", "qwen2"] = flag("gpt2", help="byte level: how text becomes words; qwen2 has digits alone")
     byte_fallback: bool = flag(False, help="char level: a character that the text lacks becomes its bytes, not [UNK]")
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
     sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
@@ -34,7 +35,7 @@ def main(cfg: Config) -> dict:
             read["characters"] += len(text)
             yield text
 
-    tok = train_bpe(counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback)
+    tok = train_bpe(counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split)
     tok.save(cfg.out)
     if len(tok) < cfg.vocab_size:
         print(

@@ -55,11 +55,12 @@ def train_bpe(
     min_frequency: int = 2,
     level: str = "byte",
     byte_fallback: bool = False,
+    split: str = "gpt2",
 ) -> Tokenizer:
     """Learn a tokenizer from texts. vocab_size counts the 7 special tokens and the 256 bytes, or at the level "char"
     all characters of the texts (and with byte_fallback the bytes too); fewer tokens come out where the text runs out
-    of pairs that occur `min_frequency` times."""
-    split, first = level_named(level, byte_fallback), len(SPECIAL_TOKENS)
+    of pairs that occur `min_frequency` times. level, byte_fallback, split: see levels.level_named."""
+    chosen, first = level_named(level, byte_fallback, split), len(SPECIAL_TOKENS)
 
     def first_merge_id(alphabet: list[str], what: str) -> int:
         smallest = first + len(alphabet)
@@ -72,8 +73,8 @@ def train_bpe(
 
     if vocab_size > LARGEST_VOCABULARY:
         raise UserError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST_VOCABULARY:,} are trained here")
-    first_merge_id(split.alphabet(()), "bytes")  # before the texts are read
-    counted = count_words(texts, split)
+    first_merge_id(chosen.alphabet(()), "bytes")  # before the texts are read
+    counted = count_words(texts, chosen)
     if not len(counted.counts):
         raise UserError("there is no text to train a tokenizer on")
     tokens = counted.alphabet()
@@ -84,4 +85,4 @@ def train_bpe(
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
     assert len(set(tokens)) == len(tokens), "two merges spell the same token"
-    return Tokenizer(split, tokens, [(first + left, first + right) for left, right in merges])
+    return Tokenizer(chosen, tokens, [(first + left, first + right) for left, right in merges])

@@ -17,11 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from nanophi.cli import UserError
-from nanophi.text.splits import ALONE, char_starts, gpt2_starts
+from nanophi.text.splits import ALONE, char_starts, gpt2_starts, qwen2_starts
 
 # GPT-2's split (Radford et al. 2019): contractions, words, numbers and symbols each with the space before, white space.
 # Chinese has no spaces, so a whole clause between two punctuation marks is one pre-token.
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# Qwen2's: digits one by one, line breaks with the punctuation before them, one mark or blank with letters behind it.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {"gpt2": (GPT2_SPLIT, gpt2_starts), "qwen2": (QWEN2_SPLIT, qwen2_starts)}
 
 # HF's Punctuation, Digits(individual_digits=True) and Metaspace(prepend_scheme="never") in one pattern. Its Unicode
 # tables are older than regex's: a few hundred rare marks and cuneiform numbers, none of them Chinese, differ.
@@ -47,14 +53,18 @@ def utf8(text: str) -> bytes:
 class ByteLevel:
     name, byte_fallback = "byte", False
 
+    def __init__(self, split: str = "gpt2", nfc: bool = False):
+        """nfc: compose characters first, as Qwen's tokenizers do; without it any text survives the round trip."""
+        self.split, self.nfc = split, nfc
+
     @cached_property
     def pattern(self):
         import regex  # here, so that the model and the training loop run without it
 
-        return regex.compile(GPT2_SPLIT)
+        return regex.compile(SPLITS[self.split][0])
 
     def normalized(self, text: str) -> str:
-        return text
+        return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def words(self, text: str) -> list[str]:
         """The pre-tokens of a normalized text."""
@@ -66,7 +76,7 @@ class ByteLevel:
 
     def starts(self, codes: np.ndarray) -> np.ndarray:
         """Where words begin in normalized text, as code points."""
-        return gpt2_starts(codes)
+        return SPLITS[self.split][1](codes)
 
     def symbol_codes(self, codes: np.ndarray) -> np.ndarray:
         """Code points -> the bytes of their UTF-8; BREAK becomes 0xFF, which UTF-8 never uses."""
@@ -86,8 +96,14 @@ class ByteLevel:
 
     def settings(self) -> dict:
         """The level's entries in tokenizer.json."""
-        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return {"normalizer": None, "pre_tokenizer": split, "post_processor": None, "decoder": split}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        splits = byte_level
+        if self.split != "gpt2":  # which ByteLevel itself has
+            pattern = {"Regex": SPLITS[self.split][0]}
+            first = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+            splits = {"type": "Sequence", "pretokenizers": [first, byte_level | {"use_regex": False}]}
+        normalizer = {"type": "NFC"} if self.nfc else None
+        return {"normalizer": normalizer, "pre_tokenizer": splits, "post_processor": None, "decoder": byte_level}
 
 
 class CharLevel:
@@ -149,37 +165,56 @@ class CharLevel:
 Level = ByteLevel | CharLevel
 
 
-def level_named(name: str, byte_fallback: bool = False) -> Level:
-    """ "byte" or "char" -> the level; byte_fallback: a character unseen in training becomes its bytes, not [UNK]."""
+def level_named(name: str, byte_fallback: bool = False, split: str = "gpt2") -> Level:
+    """ "byte" or "char" -> the level. byte_fallback: at char level a character unseen in training becomes its bytes,
+    not [UNK]; split: at byte level "gpt2" or "qwen2"."""
+    if name not in ("byte", "char"):
+        raise UserError(f"level {name!r} is not known; there are 'byte' and 'char'")
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is not known; there are {', '.join(SPLITS)}")
     if name == "char":
         return CharLevel(byte_fallback)
-    if name != "byte":
-        raise UserError(f"level {name!r} is not known; there are 'byte' and 'char'")
     if byte_fallback:
         raise UserError("byte fallback is for the level 'char'; the level 'byte' knows every byte anyway")
-    return ByteLevel()
+    return ByteLevel(split)
+
+
+def _split_of(splits: dict) -> str | None:
+    """The name of a byte-level pre_tokenizer's split, None where it is another."""
+    parts = splits.get("pretokenizers", [splits])
+    last = parts[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if len(parts) == 1:
+        return "gpt2" if last.get("use_regex", True) else None
+    first = parts[0]
+    if len(parts) > 2 or first.get("type") != "Split" or first.get("behavior") != "Isolated" or first.get("invert"):
+        return None
+    patterns = {pattern: name for name, (pattern, _) in SPLITS.items()}
+    return None if last.get("use_regex", True) else patterns.get(first.get("pattern", {}).get("Regex"))
 
 
 def level_of(data: dict, path: Path) -> Level:
     """The level of a tokenizer.json. Other settings would load and give other ids, so they are refused."""
-    splits, model = data.get("pre_tokenizer") or {}, data.get("model") or {}
+    splits, model, normalizer = data.get("pre_tokenizer") or {}, data.get("model") or {}, data.get("normalizer")
     flags = [token.get(name) for token in data.get("added_tokens", []) for name in ("lstrip", "rstrip", "single_word")]
-    level = CharLevel(bool(model.get("byte_fallback"))) if splits.get("type") == "Sequence" else ByteLevel()
-    same_normalizer = data.get("normalizer") == level.settings()["normalizer"]
-    is_bpe = model.get("type") == "BPE"
-    if isinstance(level, ByteLevel):
-        known = is_bpe and splits.get("type") == "ByteLevel"
-        same_split = splits.get("use_regex", True) and not splits.get("add_prefix_space")
-    else:
-        known = is_bpe and model.get("unk_token") == "[UNK]"
-        same_split = splits == level.settings()["pre_tokenizer"]
+    kinds = [part.get("type") for part in splits.get("pretokenizers", [splits])]
+    split = _split_of(splits)
+    level = ByteLevel(split or "gpt2", nfc=bool(normalizer)) if "ByteLevel" in kinds else CharLevel()
+    if level.name == "char":
+        level = CharLevel(bool(model.get("byte_fallback")))
+    known = model.get("type") == "BPE" and (level.name == "byte" or model.get("unk_token") == "[UNK]")
+    same_split = split is not None if level.name == "byte" else splits == level.settings()["pre_tokenizer"]
+    post = (data.get("post_processor") or {}).get("type")
     for right, what in (
-        (known, "only byte-level BPE, and char-level BPE with [UNK], are read"),
-        (same_split, "only GPT-2's split, and the char-level one of train_tokenizer.py, are read"),
-        (same_normalizer, "this normalizer is not supported (byte level has none, char level NFKC)"),
-        ((data.get("post_processor") or {}).get("type") in (None, "ByteLevel"), "a post-processor is not supported"),
+        (known, f"a model {model.get('type')} with pre_tokenizer {'+'.join(map(str, kinds))} is not read; "
+                "byte-level BPE, and char-level BPE with [UNK], are"),
+        (same_split, f"this pre_tokenizer ({'+'.join(map(str, kinds))}) splits otherwise than gpt2, qwen2, or the char "
+                     "level of train_tokenizer.py"),
+        (normalizer == level.settings()["normalizer"], f"the normalizer {normalizer} is not supported"),
+        (post in (None, "ByteLevel"), f"the post_processor {post} is not supported"),
         (not model.get("ignore_merges") and not any(flags), "ignore_merges, strip and single_word are not supported"),
-    ):
+    ):  # fmt: skip
         if not right:
             raise UserError(f"{path}: {what}")
     return level

@@ -134,10 +134,12 @@ def test_mistakes(tmp_path):
         train_bpe(TEXTS, 50, level="char")
     with pytest.raises(UserError, match="level 'word'"):
         train_bpe(TEXTS, 300, level="word")
+    with pytest.raises(UserError, match="split 'cl100k' is not known; there are gpt2, qwen2"):
+        train_bpe(TEXTS, 300, split="cl100k")
     with pytest.raises(UserError, match="byte fallback is for the level 'char'"):
         train_bpe(TEXTS, 300, byte_fallback=True)
     hf = hf_trained(TEXTS, 500)
     hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()])
     hf.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="only GPT-2's split, and the char-level one"):
+    with pytest.raises(UserError, match="splits otherwise than gpt2, qwen2, or the char level"):
         Tokenizer.load(tmp_path)

@@ -1,0 +1,83 @@
+"""Splitting in numpy equals the regular expressions, and both equal HF's."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from nanophi.text.bpe import train_bpe
+from nanophi.text.levels import QWEN2_SPLIT, ByteLevel, CharLevel
+from nanophi.text.splits import BREAK
+from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.conftest import TEXTS
+
+texts = st.text() | st.text(st.sampled_from("a's'lt're ve\n\r\t  ，。1２é\u3000’SsL\x85感冒😀ſ"), max_size=30)
+
+
+@pytest.mark.parametrize("level", [ByteLevel(), ByteLevel("qwen2"), CharLevel()], ids=["gpt2", "qwen2", "char"])
+@given(parts=st.lists(texts, min_size=1, max_size=3))
+@example(parts=["", "'s"])  # an apostrophe behind a border was once taken for the middle of a run
+@example(parts=["a  ", " b"])
+@example(parts=["'S'ſ x  \n\n  'RE", "。\n\n y", "\r\n"])
+def test_numpy_splits_as_the_regular_expression(level, parts):
+    parts = [level.normalized(part) for part in parts]
+    joined = chr(BREAK).join([*parts, ""])
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+    bounds = [*np.flatnonzero(level.starts(codes)).tolist(), len(joined)]
+    found = [joined[a:b] for a, b in pairwise(bounds)]
+    assert found == [word for part in parts for word in [*level.words(part), chr(BREAK)]]
+
+
+def hf_qwen2() -> HFTokenizer:
+    hf = HFTokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    return hf
+
+
+@pytest.fixture(scope="module")
+def qwen2():
+    return train_bpe(TEXTS, 500, split="qwen2")
+
+
+def test_qwen2_merges_and_files_are_those_of_hf(qwen2, tmp_path):
+    hf = hf_qwen2()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, min_frequency=2, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    hf.train_from_iterator(TEXTS, trainer)
+    theirs = json.loads(hf.to_str())
+    assert qwen2.to_dict()["model"]["merges"] == theirs["model"]["merges"]
+    assert qwen2.to_dict()["pre_tokenizer"] == theirs["pre_tokenizer"]
+    qwen2.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.fingerprint == qwen2.fingerprint
+
+
+@given(text=texts)
+def test_qwen2_ids_are_those_of_hf(qwen2, text):
+    hf = HFTokenizer.from_str(json.dumps(qwen2.to_dict()))
+    hf.encode_special_tokens = True
+    assert qwen2.encode(text) == hf.encode(text).ids
+    assert qwen2.decode(qwen2.encode(text)) == text
+
+
+def test_a_file_in_qwens_own_form_is_read(qwen2, tmp_path):
+    """With NFC, ByteLevel as post-processor, merges as strings, and tokens that are added but not special."""
+    data = qwen2.to_dict()
+    data["normalizer"] = {"type": "NFC"}
+    data["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+    extra = {"id": 500, "content": "<tool>", "special": False, "normalized": False}
+    data["added_tokens"].append(data["added_tokens"][0] | extra)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    tok, hf = Tokenizer.load(tmp_path), HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("e\u0301<tool>café", TEXTS[3]):
+        assert tok.encode(text, specials=True) == hf.encode(text).ids
