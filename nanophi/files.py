@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+from nanophi.cli import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path):
@@ -35,3 +37,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value) -> None:
     """Write `value` as readable JSON, Chinese as Chinese."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text. JSON may spell half of a surrogate pair ("\\ud83d"), which is no character: a UserError."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        place = f"U+{ord(text[error.start]):04X} at character {error.start:,}"
+        raise UserError(f"half of a surrogate pair ({place}) is no character: clean the text first") from None

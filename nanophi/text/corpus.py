@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from nanophi.cli import UserError
-from nanophi.files import replacing
+from nanophi.files import replacing, utf8
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 FORMATS = (".jsonl", ".json", ".txt")
@@ -155,6 +155,7 @@ def checked(row) -> dict:
     for key in (*ASKED, *LEARNED):
         if key in row and not isinstance(row[key], str):
             raise UserError(f"{key!r} should be a string, not {str(row[key])[:40]!r}")
+        utf8(row.get(key, ""))
     for key in TURNS:
         if key in row:
             turns = row[key] if isinstance(row[key], list) else [None]
@@ -162,6 +163,7 @@ def checked(row) -> dict:
                 who, what = _turn_keys(turn) if isinstance(turn, dict) else (None, None)
                 if who is None or not (isinstance(turn[who], str) and isinstance(turn[what], str)):
                     raise UserError(f"{key!r} should be a list of objects with role and content, as strings")
+                utf8(turn[what])
     return row
 
 

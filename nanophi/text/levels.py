@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanophi.cli import UserError
+from nanophi.files import utf8
 from nanophi.text.splits import ALONE, char_starts, gpt2_starts, qwen2_starts
 
 # GPT-2's split (Radford et al. 2019): contractions, words, numbers and symbols each with the space before, white space.
@@ -44,10 +45,6 @@ def byte_characters() -> list[str]:
 BYTE_TO_CHAR = byte_characters()
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # the usual spelling of a byte beside characters
-
-
-def utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
 
 
 class ByteLevel:
@@ -83,9 +80,9 @@ class ByteLevel:
         text = codes.tobytes().decode("utf-32-le", "surrogatepass")
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 
-    def lookup(self, ids: dict[str, int], gap: int) -> np.ndarray:
+    def lookup(self, ids: dict[str, int], gap: int, id_type: type = np.uint16) -> np.ndarray:
         """What turns `symbol_codes` into ids, and BREAK into `gap`: (256,)."""
-        return np.array([ids[char] for char in BYTE_TO_CHAR[:255]] + [gap], np.uint16)
+        return np.array([ids[char] for char in BYTE_TO_CHAR[:255]] + [gap], id_type)
 
     def alphabet(self, words: Iterable[str]) -> list[str]:
         """The tokens before any merge, in the order of HF's trainer: by stand-in character, not by byte value."""

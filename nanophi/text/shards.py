@@ -20,6 +20,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ class ShardWriter:
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
 
-    def add(self, ids: list[int]) -> None:
-        self._pending.append(np.array([*ids, self.tok.eos_id], dtype=self.dtype))
+    def add(self, ids: np.ndarray) -> None:
+        self._pending.append(np.append(ids, self.tok.eos_id).astype(self.dtype))
         self._pending_tokens += len(ids) + 1
         if self._pending_tokens >= self.shard_tokens:
             self.flush()
@@ -147,8 +148,9 @@ def write_shards(
         shutil.rmtree(fresh)
     writers = {split: ShardWriter(fresh, split, tok, shard_tokens) for split in ("train", "val")}
     try:
-        for text in texts:
-            writers["val" if is_validation(text, val_fraction) else "train"].add(tok.encode(text))
+        for_split, for_ids = tee(texts)
+        for text, ids in zip(for_split, tok.encode_stream(for_ids), strict=True):
+            writers["val" if is_validation(text, val_fraction) else "train"].add(ids)
         for writer in writers.values():
             writer.flush()
         if not writers["train"].documents:

@@ -14,15 +14,17 @@ five characters. Tokens added with `add_tokens` are always recognised, as in HF.
 import hashlib
 import heapq
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 
+import numpy as np
+
 from nanophi.cli import UserError
-from nanophi.files import write_json
+from nanophi.files import utf8, write_json
 from nanophi.text.chat import JINJA_TEMPLATE
-from nanophi.text.levels import BYTE_TOKENS, Level, level_of, utf8
+from nanophi.text.levels import BYTE_TOKENS, Level, level_of
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6, the original's order
 
@@ -62,6 +64,7 @@ class Tokenizer:
         # The tokens recognised in any text are looked for after normalization, as HF does it.
         self.always = {self.level.normalized(text): i for text, i in self.added.items() if text not in self.specials}
         self._memo: dict[str, list[int]] = {}
+        self._encoder = None  # for batches, made when first used
         self.__dict__.pop("fingerprint", None)
 
     def __len__(self) -> int:
@@ -90,6 +93,7 @@ class Tokenizer:
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """Text -> ids, nothing added at either end. specials: also recognise [EOS] and its like in the text."""
+        utf8(text)  # refuses what is no text
         ids = []
         for part in _split_at(self.specials if specials else (), text):
             if specials and part in self.specials:
@@ -100,19 +104,37 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Iterable[str], specials: bool = False) -> list[list[int]]:
-        return [self.encode(text, specials) for text in texts]
+        """`encode` for each text, many together in numpy."""
+        return [ids.tolist() for ids in self.encode_stream(texts, specials)]
+
+    def encode_stream(self, texts: Iterable[str], specials: bool = False) -> Iterator[np.ndarray]:
+        """`encode_batch` as arrays, one after the other; texts may stream in."""
+        from nanophi.text.encoder import BatchEncoder
+        from nanophi.text.words import blocks
+
+        self._encoder = self._encoder or BatchEncoder(self)
+        sought = [*self.always, *(self.specials if specials else ())]
+        for block in blocks(texts):
+            plain = [not any(token in self.level.normalized(text) for token in sought) for text in block]
+            together = iter(self._encoder.encode(list(compress(block, plain))))
+            for text, is_plain in zip(block, plain, strict=True):
+                yield next(together) if is_plain else np.array(self.encode(text, specials), np.int32)
 
     def _ordinary(self, text: str) -> list[int]:
         ids = []
         for word in self.level.words(text):
             found = self._memo.get(word)
             if found is None:
-                found = self._merge([i for symbol in self.level.symbols(word) for i in self._start(symbol)])
+                found = self.encode_word(word)
                 if len(self._memo) >= MEMO_ENTRIES:
                     self._memo.clear()
                 self._memo[word] = found
             ids.extend(found)
         return ids
+
+    def encode_word(self, word: str) -> list[int]:
+        """The ids of one word of the split, or of a part of it that no token reaches out of."""
+        return self._merge([i for symbol in self.level.symbols(word) for i in self._start(symbol)])
 
     def _start(self, symbol: str) -> list[int]:
         """A symbol's id; for a character that is no token its bytes' ids where there are such tokens, else [UNK]."""

@@ -5,33 +5,56 @@ them different, and a dictionary of strings would need most of the time and memo
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import numpy as np
 
-from nanophi.cli import UserError
+from nanophi.files import utf8
 from nanophi.text.levels import Level
-from nanophi.text.merges import GAP, WEIGHT_SHIFT, run_starts
+from nanophi.text.merges import GAP, WEIGHT_SHIFT
 from nanophi.text.splits import BREAK
 from nanophi.text.table import Table
 
-BLOCK_CHARACTERS = 1 << 22  # counted together
+BLOCK_CHARACTERS = 1 << 20  # counted, or encoded, together
 WORDS_AT_ONCE = 1 << 19  # laid out together: bounds what exists twice
 BASE = 0x5851F42D4C957F2D  # of the rolling hash; odd, so that it has an inverse modulo 2^64
 
 
-def rolling_hashes(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each word: the sum of random(code) * BASE^i over its characters, from running sums."""
-    random = np.random.default_rng(0).integers(0, 2**64, 0x110000, np.uint64)
-    powers = np.full(len(codes) + 1, BASE, np.uint64)
-    powers[0] = 1
-    np.cumprod(powers, out=powers)
-    sums = np.zeros(len(codes) + 1, np.uint64)
-    np.cumsum(random.take(codes) * powers[:-1], out=sums[1:])
-    inverse = np.full(len(codes) + 1, pow(BASE, -1, 2**64), np.uint64)
-    inverse[0] = 1
-    np.cumprod(inverse, out=inverse)
-    return (sums.take(ends) - sums.take(begins)) * inverse.take(begins)
+def keys_of(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """A 64-bit key of each word: up to three characters are the key; of more it is a hash, with the highest bit set.
+
+    The hash is the sum of random(code) * BASE^i over the characters, had from running sums over the whole array.
+    """
+    n, lengths = len(codes), ends - begins
+    keys = np.zeros(len(begins), np.int64)
+    for i in range(3):
+        there = np.flatnonzero(lengths > i)
+        keys[there] |= codes.take(begins[there] + i) + 1 << 21 * i
+    keys, long = keys.view(np.uint64), np.flatnonzero(lengths > 3)
+    if len(long):
+        powers, inverses = _powers(1 << n.bit_length())
+        sums = np.zeros(n + 1, np.uint64)
+        np.cumsum(_random_of_codes().take(codes) * powers[:n], out=sums[1:])
+        begins, ends = begins[long], ends[long]
+        keys[long] = (sums.take(ends) - sums.take(begins)) * inverses.take(begins) | np.uint64(1 << 63)
+    return keys
+
+
+@cache
+def _random_of_codes() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 2**64, 0x110000, np.uint64)
+
+
+@lru_cache(2)
+def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """BASE^i and BASE^-i modulo 2^64, for i below n."""
+    found = []
+    for base in (BASE, pow(BASE, -1, 2**64)):
+        powers = np.full(n, base, np.uint64)
+        powers[0] = 1
+        found.append(np.cumprod(powers, out=powers))
+    return found[0], found[1]
 
 
 def spread(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -48,56 +71,41 @@ def same_words(codes, begins, others, other_begins, lengths) -> np.ndarray:
     return np.logical_and.reduceat(equal, np.cumsum(lengths) - lengths)
 
 
-class WordCounter:
-    """How often each word occurs. Words are found by a hash of 64 bits and then compared: one whose hash belongs to
-    another word is entered apart. So a word may be there twice, which training, adding up occurrences, does not mind.
+class WordStore:
+    """Different words, each with a row: 0, 1, 2, ... A word is found by its key and, where that is a hash, compared.
+    Should the hash be another word's, it gets a row of its own at each occurrence: that costs memory, never a mistake.
     """
 
-    def __init__(self, level: Level):
-        self.level = level
+    def __init__(self):
         self.table = Table(np.uint64)
         self.codes = np.zeros(1 << 16, np.uint32)  # of all words, one behind the other, with room to grow
+        self.begins, self.lengths = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self.used = 0
-        self.begins, self.lengths, self.counts = (np.zeros(0, np.int64) for _ in range(3))
 
-    def add(self, texts: list[str]) -> None:
-        """Count the words of some texts."""
-        joined = chr(BREAK).join([*map(self.level.normalized, texts), ""])
-        # int64, as numpy would make it one again for every look-up
-        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
-        if np.count_nonzero((codes >> 11) == BREAK >> 11) != len(texts):
-            raise UserError("a text holds half of a surrogate pair, which is no character: clean it first")
-        begins = np.flatnonzero(self.level.starts(codes))
-        ends = np.append(begins[1:], len(codes))
-        real = np.flatnonzero(codes.take(begins) != BREAK)
-        begins, ends = begins.take(real), ends.take(real)
-        hashes, lengths = rolling_hashes(codes, begins, ends), ends - begins
-        # Words that are known from earlier blocks:
-        rows = self.table.find(hashes)
-        known = np.flatnonzero(rows >= 0)
-        known = known[self.lengths.take(rows[known]) == lengths[known]]
-        known = known[same_words(codes, begins[known], self.codes, self.begins.take(rows[known]), lengths[known])]
-        np.add.at(self.counts, rows[known], 1)
-        apart = rows >= 0  # their hash is another's
-        apart[known] = False
-        self._keep(codes, begins[apart], lengths[apart])
-        # New words, of each hash the first one speaking for all that equal it:
-        new = np.flatnonzero(rows < 0)
-        new = new[np.argsort(hashes[new])]
-        begins, lengths, hashes = begins.take(new), lengths.take(new), hashes.take(new)
-        first = run_starts(hashes)
-        speaker = np.repeat(first, np.diff(np.append(first, len(hashes))))
-        same = lengths == lengths.take(speaker)
-        alike = np.flatnonzero(same)
-        same[alike] = same_words(codes, begins[alike], codes, begins.take(speaker[alike]), lengths[alike])
-        counts = np.add.reduceat(same.astype(np.int64), first) if len(first) else first
-        self.table.add(hashes[first], np.arange(len(self.counts), len(self.counts) + len(first), dtype=np.int32))
-        self._keep(codes, begins[first], lengths[first], counts)
-        self._keep(codes, begins[~same], lengths[~same])
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    def _keep(self, codes, begins, lengths, counts=None) -> None:
-        """Append words to the store; each occurs once where no counts are given."""
-        counts = np.ones(len(lengths), np.int64) if counts is None else counts
+    def rows_of(self, codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The row of each word codes[begin:end]; unknown words are entered."""
+        lengths, keys = ends - begins, keys_of(codes, begins, ends)
+        rows = self.table.find(keys)
+        if len(new := np.flatnonzero(rows < 0)):
+            found, first = np.unique(keys[new], return_index=True)
+            first = new[first]
+            self.table.add(found, np.arange(len(self), len(self) + len(first), dtype=np.int32))
+            self._enter(codes, begins[first], lengths[first])
+            rows[new] = self.table.find(keys[new])
+        # A hashed word is looked at: is it the one that has the row?
+        hashed = np.flatnonzero(keys >= np.uint64(1 << 63))
+        same = lengths[hashed] == self.lengths.take(rows[hashed])
+        some = hashed[same]
+        same[same] = same_words(codes, begins[some], self.codes, self.begins.take(rows[some]), lengths[some])
+        if len(apart := hashed[~same]):
+            rows[apart] = np.arange(len(self), len(self) + len(apart))
+            self._enter(codes, begins[apart], lengths[apart])
+        return rows
+
+    def _enter(self, codes, begins, lengths) -> None:
         needed = self.used + int(lengths.sum())
         if needed > len(self.codes):
             grown = np.zeros(max(needed, 3 * len(self.codes) // 2), np.uint32)
@@ -105,8 +113,37 @@ class WordCounter:
             self.codes = grown
         self.codes[self.used : needed] = codes.take(spread(begins, lengths))
         self.begins = np.append(self.begins, self.used + np.cumsum(lengths) - lengths)
-        self.lengths, self.counts = np.append(self.lengths, lengths), np.append(self.counts, counts)
+        self.lengths = np.append(self.lengths, lengths)
         self.used = needed
+
+
+def codes_of(texts: list[str]) -> np.ndarray:
+    """The code points of some texts, a BREAK behind each: (N,) int64, as numpy would make it for every look-up."""
+    joined = chr(BREAK).join([*texts, ""])
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+    if np.count_nonzero((codes >> 11) == BREAK >> 11) != len(texts):
+        for text in texts:
+            utf8(text)  # refuses the one that holds half of a surrogate pair
+    return codes
+
+
+class WordCounter(WordStore):
+    """How often each word occurs."""
+
+    def __init__(self, level: Level):
+        super().__init__()
+        self.level = level
+        self.counts = np.zeros(0, np.int64)
+
+    def add(self, texts: list[str]) -> None:
+        """Count the words of some texts."""
+        codes = codes_of([self.level.normalized(text) for text in texts])
+        begins = np.flatnonzero(self.level.starts(codes))
+        ends = np.append(begins[1:], len(codes))
+        real = np.flatnonzero(codes.take(begins) != BREAK)
+        rows = self.rows_of(codes, begins.take(real), ends.take(real))
+        self.counts = np.append(self.counts, np.zeros(len(self) - len(self.counts), np.int64))
+        np.add.at(self.counts, rows, 1)
 
     def alphabet(self) -> list[str]:
         """The tokens before any merge, see Level.alphabet."""

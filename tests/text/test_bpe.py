@@ -91,13 +91,11 @@ def words_of(counter: WordCounter) -> Counter:
 @given(texts=st.lists(st.text(st.sampled_from("ab 哈呀，1'st!\n😀"), max_size=20), max_size=12))
 def test_words_are_counted_exactly_whatever_the_hash(level, different_hashes, texts):
     """Two words of one hash must not be taken for each other: with one hash for all, each is still counted apart."""
-    true_hashes = numpy_words.rolling_hashes
+    true_keys, few = numpy_words.keys_of, np.uint64(different_hashes % 2**64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_words, "BLOCK_CHARACTERS", 30)
         if different_hashes < 2**64:
-            patch.setattr(
-                numpy_words, "rolling_hashes", lambda *where: true_hashes(*where) % np.uint64(different_hashes)
-            )
+            patch.setattr(numpy_words, "keys_of", lambda *where: true_keys(*where) % few | np.uint64(1 << 63))
         expected = Counter(word for text in texts for word in level.words(level.normalized(text)))
         assert words_of(count_words(texts, level)) == expected
 
