@@ -20,10 +20,12 @@ LONGEST_IN_ROUNDS = 64  # characters; each round merges one pair of every part
 SIEVE_BITS = 22  # of the hashed sets of character pairs and triples; a false hit only makes a part longer
 
 
-def _places(a: np.ndarray, b: np.ndarray, c: np.ndarray | int = 0) -> np.ndarray:
-    """Where a pair or triple of characters lies in a sieve."""
-    mixed = a * 0x9E3779B1 ^ b * 0x85EBCA77 ^ np.multiply(c, 0xC2B2AE3D)
-    return (mixed ^ (mixed >> 15)) & ((1 << SIEVE_BITS) - 1)
+def _places(*characters: np.ndarray) -> np.ndarray:
+    """Where pairs or triples of characters, each (N,) uint32, lie in a sieve."""
+    mixed = np.zeros(1, np.uint32)
+    for codes, odd in zip(characters, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D), strict=False):
+        mixed = mixed ^ codes * np.uint32(odd)
+    return mixed >> np.uint32(32 - SIEVE_BITS)
 
 
 def first_byte(codes: np.ndarray) -> np.ndarray:
@@ -60,7 +62,7 @@ class BatchEncoder:
             triples += [tuple(map(ord, text[i : i + 3])) for i in range(len(text) - 2)]
         for sieve, grams in ((self.pairs, pairs), (self.triples, triples)):
             if grams:
-                sieve[_places(*np.array(grams, np.int64).T)] = True
+                sieve[_places(*np.array(grams, np.uint32).T)] = True
         # The id of a character that is one token, -1 of one that is not, -2 of one not seen yet.
         self.alone = np.full(0x110000, -2, np.int32)
         if tok.level.name == "byte":
@@ -95,9 +97,9 @@ class BatchEncoder:
 
     def _borders(self, codes: np.ndarray) -> np.ndarray:
         """Where no token can reach across the border before a character."""
-        crossed = np.zeros(len(codes), bool)
-        crossed[1:] = self.pairs.take(_places(codes[:-1], codes[1:]))
-        triples = self.triples.take(_places(codes[:-2], codes[1:-1], codes[2:]))
+        crossed, narrow = np.zeros(len(codes), bool), codes.astype(np.uint32)
+        crossed[1:] = self.pairs.take(_places(narrow[:-1], narrow[1:]))
+        triples = self.triples.take(_places(narrow[:-2], narrow[1:-1], narrow[2:]))
         crossed[1:-1] |= triples
         crossed[2:] |= triples
         open_ = np.flatnonzero(~crossed[1:]) + 1

@@ -28,6 +28,7 @@ from nanophi.text.levels import BYTE_TOKENS, Level, level_of
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6, the original's order
 
+FEW_CHARACTERS = 4096  # below this a batch is encoded text by text: numpy would only cost its calls
 MEMO_ENTRIES = 200_000  # pre-tokens whose ids are remembered; about 60 MB
 
 
@@ -112,9 +113,12 @@ class Tokenizer:
         from nanophi.text.encoder import BatchEncoder
         from nanophi.text.words import blocks
 
-        self._encoder = self._encoder or BatchEncoder(self)
         sought = [*self.always, *(self.specials if specials else ())]
         for block in blocks(texts):
+            if sum(map(len, block)) < FEW_CHARACTERS:
+                yield from (np.array(self.encode(text, specials), np.int32) for text in block)
+                continue
+            self._encoder = self._encoder or BatchEncoder(self)
             plain = [not any(token in self.level.normalized(text) for token in sought) for text in block]
             together = iter(self._encoder.encode(list(compress(block, plain))))
             for text, is_plain in zip(block, plain, strict=True):
@@ -171,8 +175,11 @@ class Tokenizer:
     # Decoding
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> the exact bytes. A model may have more rows than there are tokens; such an id spells nothing."""
-        return b"".join(self.id_to_bytes.get(int(i), b"") for i in ids)
+        """Ids -> the exact bytes."""
+        try:
+            return b"".join([self.id_to_bytes[int(i)] for i in ids])
+        except KeyError as error:
+            raise UserError(f"no token has the id {error}; ids go from 0 to {len(self) - 1}") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD."""

@@ -27,8 +27,8 @@ def keys_of(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarr
     The hash is the sum of random(code) * BASE^i over the characters, had from running sums over the whole array.
     """
     n, lengths = len(codes), ends - begins
-    keys = np.zeros(len(begins), np.int64)
-    for i in range(3):
+    keys = codes.take(begins) + 1
+    for i in (1, 2):
         there = np.flatnonzero(lengths > i)
         keys[there] |= codes.take(begins[there] + i) + 1 << 21 * i
     keys, long = keys.view(np.uint64), np.flatnonzero(lengths > 3)

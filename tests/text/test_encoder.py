@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.text import encoder, words
+from nanophi.text import encoder, tokenizer, words
 from nanophi.text.bpe import train_bpe
 from nanophi.text.tokenizer import Tokenizer
 from tests.conftest import TEXTS
@@ -17,6 +17,13 @@ LEVELS = {
 }  # fmt: skip
 soup = st.text(st.sampled_from("感冒了要多喝水，。？望明月\n\t  a'st1[EOS]😀鱻\u200bé哈"), max_size=40)
 texts = st.lists(st.text() | soup | st.sampled_from(TEXTS), max_size=6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def batches_however_small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "FEW_CHARACTERS", 0)
+        yield
 
 
 @pytest.fixture(scope="module", params=LEVELS, ids=lambda name: name.replace(" ", "-"))

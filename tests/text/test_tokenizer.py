@@ -55,6 +55,13 @@ def test_long_runs_are_no_trap(tok, hf, text):
     assert tok.encode(text) == hf.encode(text).ids
 
 
+def test_an_id_that_is_no_token_is_named(tok):
+    with pytest.raises(UserError, match="no token has the id 400; ids go from 0 to 399"):
+        tok.decode([5, 400])
+    with pytest.raises(ValueError, match="no token has the id -1"):
+        tok.decode_bytes([-1])
+
+
 def test_special_ids_are_the_originals(tok):
     assert [tok.special_id(name) for name in SPECIAL_TOKENS] == list(range(7))
     assert tok.encode("[EOS]") != [1]
