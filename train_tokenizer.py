@@ -6,13 +6,19 @@ Byte level is lossless on any text. Char level makes full-width letters narrow, 
 own, and of a character that the text lacks [UNK], or with --byte-fallback its bytes.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from nanophi.cli import flag, run
 from nanophi.text.bpe import train_bpe
 from nanophi.text.corpus import SampleBy, read_texts
+from nanophi.text.shards import is_validation
+from nanophi.text.stats import draw_lengths, report, write_vocabulary
+
+REPORT_SHARE, REPORT_CHARACTERS = 0.05, 500_000  # of the training text, where no other is named
 
 
 @dataclass(kw_only=True)
@@ -24,29 +30,42 @@ class Config:
     split: Literal["gpt2", "qwen2"] = flag("gpt2", help="byte level: how text becomes words; qwen2 has digits alone")
     byte_fallback: bool = flag(False, help="char level: a character that the text lacks becomes its bytes, not [UNK]")
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
+    held_out: list[str] | None = flag(None, help="texts to report on (default: a sample of the training text)")
+    report: bool = flag(True, help="say how well the tokenizer serves, by script, and draw its tokens' lengths")
     sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
 
 
 def main(cfg: Config) -> dict:
-    started, read = time.monotonic(), {"characters": 0}
+    started, characters, sample = time.monotonic(), 0, []
 
     def counted():
+        nonlocal characters
         for text in read_texts(cfg.input, cfg.sample_by):
-            read["characters"] += len(text)
+            characters += len(text)
+            if is_validation(text, REPORT_SHARE) and sum(map(len, sample)) < REPORT_CHARACTERS:
+                sample.append(text)
             yield text
 
     tok = train_bpe(counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split)
+    seconds = time.monotonic() - started
     tok.save(cfg.out)
+    write_vocabulary(tok, Path(cfg.out) / "vocab.tsv")
     if len(tok) < cfg.vocab_size:
         print(
             f"tokenizer: the text gave {len(tok):,} of {cfg.vocab_size:,} tokens: no other pair of tokens occurs "
-            f"{cfg.min_frequency} times; models are as small as the tokenizer"
+            f"{cfg.min_frequency} times"
         )
     print(
-        f"tokenizer: read {read['characters']:,} characters, learned {len(tok.merge_list):,} merges, "
-        f"{len(tok):,} tokens, in {time.monotonic() - started:.1f} s; wrote {cfg.out}"
+        f"tokenizer: read {characters:,} characters, learned {len(tok.merge_list):,} merges, {len(tok):,} tokens, in "
+        f"{seconds:.1f} s; wrote {cfg.out}"
     )
-    return {"tokens": len(tok)} | read
+    if cfg.report:
+        held_out = list(read_texts(cfg.held_out)) if cfg.held_out else sample
+        print(f"\non {sum(map(len, held_out)):,} characters {'held out' if cfg.held_out else 'of the training text'}:")
+        print(report(tok, held_out))
+        with contextlib.suppress(ImportError):  # matplotlib is an extra
+            draw_lengths(tok, Path(cfg.out) / "lengths.png")
+    return {"tokens": len(tok), "characters": characters}
 
 
 if __name__ == "__main__":

@@ -81,8 +81,11 @@ def train_bpe(
     smallest = first_merge_id(tokens, "characters of this text")
     slots, weights = counted.lay_out({symbol: i for i, symbol in enumerate(tokens)})
     del counted
-    merges = Trainer(slots, weights, len(tokens), vocab_size - smallest, min_frequency).run()
+    trainer = Trainer(slots, weights, len(tokens), vocab_size - smallest, min_frequency)
+    merges = trainer.run()
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
     assert len(set(tokens)) == len(tokens), "two merges spell the same token"
-    return Tokenizer(chosen, tokens, [(first + left, first + right) for left, right in merges])
+    tok = Tokenizer(chosen, tokens, [(first + left, first + right) for left, right in merges])
+    tok.merge_counts = trainer.merge_counts
+    return tok

@@ -68,6 +68,7 @@ class Trainer:
         self.length = np.zeros(1 << 16, np.int64)  # slots that a token spans, by id; 0 for DEAD and GAP
         self.length[:symbols] = 1
         self.merges: list[Pair] = []
+        self.merge_counts: list[int] = []  # how often each stood there when it was merged
         self.lowest = max(min_frequency, 1)
         self.floor = max(self.lowest, len(slots) // (64 * (symbols + limit)))
 
@@ -227,10 +228,11 @@ class Trainer:
         self.slots[(middle - 1)[middle - 1 > at]] = DEAD
         self.slots[middle[middle < after - 1]] = DEAD
         self._count_down(batch, first_new, groups)
-        for _, key, row in batch:
+        for negative, key, row in batch:
             pair = key >> 16, key & 0xFFFF
             self.length[self.symbols + len(self.merges)] = self.length[pair[0]] + self.length[pair[1]]
             self.merges.append(pair)
+            self.merge_counts.append(-negative)
             self.counts[row], self.positions[row] = 0, None
         self._enter(at, groups)
         return len(batch)

@@ -52,6 +52,7 @@ class Tokenizer:
         self.specials = set(specials)
         self.vocab = {token: i for i, token in enumerate(tokens, start=len(specials))}
         self.merge_list = list(merges)
+        self.merge_counts: list[int] = []  # how often each pair stood there when it was merged, known after training
         self._index()
 
     def _index(self) -> None:
@@ -273,6 +274,7 @@ class Tokenizer:
             raise UserError(f"{path}: {len(missing)} of the 256 bytes are missing from the vocabulary")
         tok = cls.__new__(cls)
         tok.level = level
+        tok.merge_counts = []
         tok.added = {token["content"]: token["id"] for token in added}
         tok.specials = specials
         tok.vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
