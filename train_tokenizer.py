@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanophi.cli import flag, run
+from nanophi.cli import Progress, flag, peak_memory_gb, run
 from nanophi.text.bpe import train_bpe
 from nanophi.text.corpus import SampleBy, read_texts
 from nanophi.text.shards import is_validation
 from nanophi.text.stats import draw_lengths, report, write_vocabulary
 
+# GB that n characters of Chinese take: BASE + FACTOR * n^POWER, measured from 1 to 100 million and a tenth added.
+BASE, FACTOR, POWER = 0.2, 1.55e-5, 0.62
 REPORT_SHARE, REPORT_CHARACTERS = 0.05, 500_000  # of the training text, where no other is named
 
 
@@ -32,19 +34,35 @@ class Config:
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
     held_out: list[str] | None = flag(None, help="texts to report on (default: a sample of the training text)")
     report: bool = flag(True, help="say how well the tokenizer serves, by script, and draw its tokens' lengths")
+    max_memory: float | None = flag(None, above=0.3, help="GB; a text that may need more is sampled, by documents")
     sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
 
 
+def share_that_fits(cfg: Config) -> float:
+    """The share of the documents that --max-memory lets in; all texts are read once to know their size."""
+    if cfg.max_memory is None:
+        return 1.0
+    characters = sum(map(len, read_texts(cfg.input, cfg.sample_by)))
+    share = min(((cfg.max_memory - BASE) / FACTOR) ** (1 / POWER) / max(characters, 1), 1.0)
+    print(f"tokenizer: {share:.1%} of the documents ({characters:,} characters) will fit in {cfg.max_memory} GB")
+    return share
+
+
 def main(cfg: Config) -> dict:
+    share = share_that_fits(cfg)
     started, characters, sample = time.monotonic(), 0, []
 
     def counted():
         nonlocal characters
-        for text in read_texts(cfg.input, cfg.sample_by):
-            characters += len(text)
-            if is_validation(text, REPORT_SHARE) and sum(map(len, sample)) < REPORT_CHARACTERS:
-                sample.append(text)
-            yield text
+        with Progress("documents", None) as bar:
+            for text in read_texts(cfg.input, cfg.sample_by):
+                bar.update()
+                if share < 1 and not is_validation(f"sample {text}", share):  # by a hash of the text
+                    continue
+                characters += len(text)
+                if is_validation(text, REPORT_SHARE) and sum(map(len, sample)) < REPORT_CHARACTERS:
+                    sample.append(text)
+                yield text
 
     tok = train_bpe(counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split)
     seconds = time.monotonic() - started
@@ -57,7 +75,7 @@ def main(cfg: Config) -> dict:
         )
     print(
         f"tokenizer: read {characters:,} characters, learned {len(tok.merge_list):,} merges, {len(tok):,} tokens, in "
-        f"{seconds:.1f} s; wrote {cfg.out}"
+        f"{seconds:.1f} s, peak {peak_memory_gb():.2f} GB; wrote {cfg.out}"
     )
     if cfg.report:
         held_out = list(read_texts(cfg.held_out)) if cfg.held_out else sample

@@ -1,21 +1,23 @@
-"""BPE training and encoding beside HF tokenizers on the same documents: are merges and ids identical, and how long?
+"""Are merges and ids those of HF tokenizers? Trained on the same documents, then both encode others.
 
-python bench/bpe.py --input FILES --characters 1000000 --vocab-size 40960
+python bench/bpe.py --input DIR --characters 1000000 --min-frequency 2 100
 
-A seeded shuffle of the documents; those after the first N characters are encoded by both to compare the ids.
+A seeded shuffle of the documents; lines of those after the first N characters are encoded by both. Speed and memory
+are in bpe_training.py and encoding.py.
 """
 
 import json
 import random
-import time
 from dataclasses import dataclass
+from itertools import islice
 
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from nanophi.cli import flag, run
 from nanophi.text.bpe import train_bpe
 from nanophi.text.corpus import read_texts
+from nanophi.text.levels import QWEN2_SPLIT
 from nanophi.text.tokenizer import SPECIAL_TOKENS
 
 
@@ -23,37 +25,27 @@ from nanophi.text.tokenizer import SPECIAL_TOKENS
 class Config:
     input: list[str] = flag(help="documents: files, directories or globs")
     characters: int = flag(1_000_000, help="characters to train on")
-    held_out: int = flag(400, help="further documents to encode")
+    lines: int = flag(100_000, help="lines of other documents to encode")
     vocab_size: int = flag(40960, help="tokens")
-    min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
+    min_frequency: list[int] = flag(help="a pair that occurs less often is not merged; one training for each")
     seed: int = flag(0, help="order of the documents")
 
 
-def train_hf(texts: list[str], cfg: Config, level: str) -> HFTokenizer:
-    if level == "byte":
-        hf, alphabet = HFTokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+def hf_tokenizer(kind: str) -> HFTokenizer:
+    if kind == "char":
+        hf = HFTokenizer(models.BPE(unk_token="[UNK]"))
+        hf.normalizer = normalizers.NFKC()
+        alone = [pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+        hf.pre_tokenizer = pre_tokenizers.Sequence([*alone, pre_tokenizers.Metaspace(prepend_scheme="never")])
+        return hf
+    hf = HFTokenizer(models.BPE())
+    if kind == "gpt2":
         hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
-        hf, alphabet = HFTokenizer(models.BPE(unk_token="[UNK]")), []
-        hf.normalizer = normalizers.NFKC()
-        hf.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Punctuation(),
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.Metaspace(prepend_scheme="never"),
-            ]
-        )
-    trainer = trainers.BpeTrainer(
-        vocab_size=cfg.vocab_size, min_frequency=cfg.min_frequency, special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=alphabet, show_progress=False,
-    )  # fmt: skip
-    hf.train_from_iterator(texts, trainer)
+        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        hf.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     return hf
-
-
-def timed(work) -> tuple[object, float]:
-    started = time.monotonic()
-    return work(), time.monotonic() - started
 
 
 def main(cfg: Config) -> None:
@@ -63,28 +55,28 @@ def main(cfg: Config) -> None:
     while left > 0 and documents:
         texts.append(documents.pop()[:left])
         left -= len(texts[-1])
-    held_out = documents[: cfg.held_out]
-    print(f"{sum(map(len, texts)):,} characters in {len(texts):,} documents; {len(held_out):,} others to encode\n")
-    print(
-        "| level | merges | identical | ids of the others | identical | train s, ours and HF | encode s, ours and HF |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for level in ("byte", "char"):
-        ours, ours_s = timed(lambda level=level: train_bpe(texts, cfg.vocab_size, cfg.min_frequency, level))
-        theirs, theirs_s = timed(lambda level=level: train_hf(texts, cfg, level))
-        merges, vocab = (json.loads(theirs.to_str())["model"][part] for part in ("merges", "vocab"))
-        model = ours.to_dict()["model"]
-        same = model["merges"] == merges and model["vocab"] == vocab
-        theirs.encode_special_tokens = True
-        ids, encode_s = timed(lambda ours=ours: ours.encode_batch(held_out))
-        theirs_ids, their_encode_s = timed(
-            lambda theirs=theirs: [e.ids for e in theirs.encode_batch(held_out, add_special_tokens=False)]
-        )
-        print(
-            f"| {level} | {len(merges):,} | {'yes' if same else 'NO'} | {sum(map(len, ids)):,} | "
-            f"{'yes' if ids == theirs_ids else 'NO'} | {ours_s:.1f}, {theirs_s:.1f} | "
-            f"{encode_s:.1f}, {their_encode_s:.1f} |"
-        )
+    lines = list(islice((line for text in documents for line in text.splitlines(keepends=True)), cfg.lines))
+    print(f"{sum(map(len, texts)):,} characters in {len(texts):,} documents; {len(lines):,} other lines\n")
+    print("| split | min. frequency | merges | as HF's | ids of the other lines | as HF's |\n|---|---|---|---|---|---|")
+    for kind, options in (("gpt2", {}), ("qwen2", {"split": "qwen2"}), ("char", {"level": "char"})):
+        for min_frequency in cfg.min_frequency:
+            ours, hf = train_bpe(texts, cfg.vocab_size, min_frequency, **options), hf_tokenizer(kind)
+            alphabet = [] if kind == "char" else pre_tokenizers.ByteLevel.alphabet()
+            trainer = trainers.BpeTrainer(
+                vocab_size=cfg.vocab_size, min_frequency=min_frequency, special_tokens=SPECIAL_TOKENS,
+                initial_alphabet=alphabet, show_progress=False,
+            )  # fmt: skip
+            hf.train_from_iterator(texts, trainer)
+            theirs, model = json.loads(hf.to_str())["model"], ours.to_dict()["model"]
+            same = all(model[part] == theirs[part] for part in ("merges", "vocab"))
+            hf.encode_special_tokens = True
+            ids = ours.encode_batch(lines)
+            same_ids = ids == [found.ids for found in hf.encode_batch(lines, add_special_tokens=False)]
+            print(
+                f"| {kind} | {min_frequency} | {len(theirs['merges']):,} | {'yes' if same else 'NO'} | "
+                f"{sum(map(len, ids)):,} | {'yes' if same_ids else 'NO'} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import sft
 import train_tokenizer
 from examples.picture import write_chat
 from nanophi import generate, load
-from nanophi.cli import flag, run
+from nanophi.cli import flag, peak_memory_gb, run
 from nanophi.infer import pairs
 from nanophi.infer.modes import side_by_side
 from nanophi.infer.pairs import similarity
@@ -73,18 +73,6 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
-
-
-def peak_memory_gb() -> float:
-    """Highest resident memory since the last reset (since the start where there is no reset)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 @dataclass

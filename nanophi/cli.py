@@ -21,6 +21,7 @@ import time
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -130,6 +131,18 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f}s"
     return f"{seconds / 60:.1f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
+
+
+def peak_memory_gb() -> float:
+    """Highest resident memory of this process: since its start or, on Linux, since the mark was reset."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 class Progress:

@@ -272,16 +272,19 @@ class Tokenizer:
         vocab = {token: i for token, i in model["vocab"].items() if token not in specials}
         if missing := set(level.alphabet([])) - vocab.keys():
             raise UserError(f"{path}: {len(missing)} of the 256 bytes are missing from the vocabulary")
-        tok = cls.__new__(cls)
-        tok.level = level
-        tok.merge_counts = []
-        tok.added = {token["content"]: token["id"] for token in added}
-        tok.specials = specials
-        tok.vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        tok.merge_list = [(model["vocab"][left], model["vocab"][right]) for left, right in pairs]
         try:
-            tok._index()
+            merges = [(model["vocab"][left], model["vocab"][right]) for left, right in pairs]
+            return cls.of_parts(level, {token["content"]: token["id"] for token in added}, specials, vocab, merges)
         except KeyError as error:
             raise UserError(f"{path}: tokens and merges do not fit together, at {error}") from None
+
+    @classmethod
+    def of_parts(cls, level: Level, added: dict, specials: set, vocab: dict, merges: list) -> "Tokenizer":
+        """A tokenizer whose ids are given, not numbered here: added and vocab are {spelling: id}."""
+        tok = cls.__new__(cls)
+        tok.level, tok.added, tok.specials = level, added, specials
+        tok.vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
+        tok.merge_list, tok.merge_counts = merges, []
+        tok._index()
         return tok

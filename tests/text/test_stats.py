@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+import train_tokenizer
 from nanophi.text.bpe import train_bpe
 from nanophi.text.stats import describe, draw_lengths, report, script_of, write_vocabulary
 from tests.conftest import TEXTS
@@ -54,3 +55,18 @@ def test_report_counts_every_token(tok):
 def test_picture(tok, tmp_path):
     draw_lengths(tok, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_max_memory_samples_documents(tmp_path, capsys):
+    """The same documents each time, whatever their order, and the share is said."""
+    texts = [f"第{i}篇文章，讲的是第{i * 7 % 13}件事。" for i in range(3000)]
+    for name, order in (("a", texts), ("b", texts[::-1])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(order), encoding="utf-8")
+        cfg = train_tokenizer.Config(
+            input=[str(tmp_path / f"{name}.txt")], out=str(tmp_path / name), vocab_size=400, max_memory=0.3000001
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_tokenizer, "FACTOR", 1e-3)
+            assert train_tokenizer.main(cfg)["characters"] < sum(map(len, texts)) / 2
+        assert "% of the documents" in capsys.readouterr().out
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
