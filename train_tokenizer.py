@@ -15,6 +15,7 @@ from typing import Literal
 from nanophi.cli import Progress, flag, peak_memory_gb, run
 from nanophi.text.bpe import train_bpe
 from nanophi.text.corpus import SampleBy, read_texts
+from nanophi.text.pieces import train_sentencepiece
 from nanophi.text.shards import is_validation
 from nanophi.text.stats import draw_lengths, report, write_vocabulary
 
@@ -29,6 +30,7 @@ class Config:
     out: str = flag(help="directory for tokenizer.json and its companions")
     vocab_size: int = flag(40960, help="tokens, the 7 special ones and the bytes or characters among them")
     level: Literal["byte", "char"] = flag("byte", help="what merges start from: bytes or characters")
+    trainer: Literal["bpe", "sentencepiece"] = flag("bpe", help="sentencepiece: its BPE over characters, lossless")
     split: Literal["gpt2", "qwen2"] = flag("gpt2", help="byte level: how text becomes words; qwen2 has digits alone")
     byte_fallback: bool = flag(False, help="char level: a character that the text lacks becomes its bytes, not [UNK]")
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
@@ -64,7 +66,10 @@ def main(cfg: Config) -> dict:
                     sample.append(text)
                 yield text
 
-    tok = train_bpe(counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split)
+    if cfg.trainer == "sentencepiece":
+        tok = train_sentencepiece(counted(), cfg.vocab_size, Path(cfg.out) / "sentencepiece.model")
+    else:
+        tok = train_bpe(counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split)
     seconds = time.monotonic() - started
     tok.save(cfg.out)
     write_vocabulary(tok, Path(cfg.out) / "vocab.tsv")

@@ -91,13 +91,14 @@ CONTESTANTS = {f.__name__: f for f in (nanophi, huggingface, rustbpe, gigatoken,
 @dataclass(kw_only=True)
 class Config:
     input: list[str] = flag(help="documents: files, directories or globs")
-    characters: int = flag(1_000_000, help="characters to train on")
+    characters: list[int] = flag(help="characters to train on, one table for each")
     vocab_size: int = flag(40960, help="tokens, 7 special ones among them")
     min_frequency: int = flag(2, help="of nanophi and HF; the others have no such setting")
     cores: int = flag(1, at_least=1, help="cores of each process")
     repeats: int = flag(3, at_least=1, help="runs of each contestant")
     only: list[str] | None = flag(None, help=f"some of {', '.join(CONTESTANTS)}")
     seed: int = flag(0, help="order of the documents")
+    plot: str | None = flag(None, help="draw time and memory against size into this .png")
 
 
 def memory_gb(field: str) -> float:
@@ -123,18 +124,9 @@ def work(name: str, path: str, vocab_size: int, min_frequency: int) -> None:
     )
 
 
-def main(cfg: Config) -> None:
-    documents = [text.replace("\0", "") for text in read_texts(cfg.input)]
-    random.Random(cfg.seed).shuffle(documents)
-    texts, left = [], cfg.characters
-    while left > 0 and documents:
-        texts.append(documents.pop()[:left])
-        left -= len(texts[-1])
-    cores = sorted(os.sched_getaffinity(0))[: cfg.cores]
+def compete(cfg: Config, texts: list[str], cores: list[int]) -> dict[str, list[dict]]:
+    """Every contestant's runs on the same texts: {name: [what `work` printed, ...]}."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(len(cores)), "OMP_NUM_THREADS": str(len(cores))}
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
-    simd = "AVX-512" if "avx512f" in Path("/proc/cpuinfo").read_text() else "no AVX-512"
-    print(f"{sum(map(len, texts)):,} characters, {len(cores)} core(s) of {model.split(': ')[-1]}, {simd}")
     found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents"
@@ -152,14 +144,63 @@ def main(cfg: Config) -> None:
                     print(name, found[name][-1], file=sys.stderr)
                 else:
                     print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-    ours = statistics.median(row["seconds"] for row in found["nanophi"])
-    our_gb = max(row["gb"] for row in found["nanophi"])
+    return found
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    """Medians of the times, maxima of the memory."""
+    seconds = {name: statistics.median(row["seconds"] for row in rows) for name, rows in found.items()}
+    gb = {name: max(row["gb"] for row in rows) for name, rows in found.items()}
     reference = found.get("huggingface", [{}])[0].get("digest")
-    print("| trainer | seconds | x ours | peak GB | x ours | merges as HF's |\n|---|---|---|---|---|---|")
+    lines = ["| trainer | seconds | x ours | peak GB | x ours | merges as HF's |", "|---|---|---|---|---|---|"]
     for name, rows in found.items():
-        seconds, gb = statistics.median(row["seconds"] for row in rows), max(row["gb"] for row in rows)
-        same = "" if not rows[0]["digest"] or not reference else "yes" if rows[0]["digest"] == reference else "NO"
-        print(f"| {name} | {seconds:.1f} | {seconds / ours:.1f} | {gb:.2f} | {gb / our_gb:.1f} | {same} |")
+        digest = rows[0]["digest"]
+        same = "" if not digest or not reference else "yes" if digest == reference else "NO"
+        times, sizes = seconds[name] / seconds["nanophi"], gb[name] / gb["nanophi"]
+        lines.append(f"| {name} | {seconds[name]:.1f} | {times:.1f} | {gb[name]:.2f} | {sizes:.1f} | {same} |")
+    return "\n".join(lines)
+
+
+def draw(growth: dict[int, dict[str, list[dict]]], path: str) -> None:
+    """Seconds and gigabytes against characters, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, unit in zip(axes, ("seconds", "gb"), strict=True):
+        for name in {name: None for found in growth.values() for name in found}:
+            sizes = [size for size in growth if name in growth[size]]
+            axis.loglog(sizes, [statistics.median(r[unit] for r in growth[n][name]) for n in sizes], "o-", label=name)
+        axis.set(xlabel="characters", title={"seconds": "seconds", "gb": "peak GB"}[unit])
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main(cfg: Config) -> None:
+    documents = [text.replace("\0", "") for text in read_texts(cfg.input)]
+    random.Random(cfg.seed).shuffle(documents)
+    cores = sorted(os.sched_getaffinity(0))[: cfg.cores]
+    cpu = Path("/proc/cpuinfo").read_text()
+    model = next((line.split(": ")[-1] for line in cpu.splitlines() if "model name" in line), "unknown CPU")
+    growth = {}
+    for characters in cfg.characters:
+        texts, left = [], characters
+        for document in documents:
+            if left <= 0:
+                break
+            texts.append(document[:left])
+            left -= len(texts[-1])
+        print(
+            f"\n{sum(map(len, texts)):,} characters, {len(cores)} core(s) of {model}, "
+            f"{'AVX-512' if 'avx512f' in cpu else 'no AVX-512'}; {cfg.repeats} run(s) each\n"
+        )
+        growth[characters] = compete(cfg, texts, cores)
+        print(table(growth[characters]), flush=True)
+    if cfg.plot:
+        draw(growth, cfg.plot)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanophi.cli import UserError
 from nanophi.files import utf8
-from nanophi.text.splits import ALONE, char_starts, gpt2_starts, qwen2_starts
+from nanophi.text.splits import ALONE, BREAK, changes, char_starts, gpt2_starts, qwen2_starts
 
 # GPT-2's split (Radford et al. 2019): contractions, words, numbers and symbols each with the space before, white space.
 # Chinese has no spaces, so a whole clause between two punctuation marks is one pre-token.
@@ -159,6 +159,33 @@ class CharLevel:
         }
 
 
+class PieceLevel(CharLevel):
+    """sentencepiece's: a text is one word, nothing is normalized, a character that is no token becomes its bytes."""
+
+    def __init__(self):
+        super().__init__(byte_fallback=True)
+
+    def normalized(self, text: str) -> str:
+        return text.replace(" ", "▁")
+
+    def words(self, text: str) -> list[str]:
+        return [text] if text else []
+
+    def starts(self, codes: np.ndarray) -> np.ndarray:
+        return changes(codes == BREAK) | (codes == BREAK)
+
+    def settings(self) -> dict:
+        to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+        decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+        return {
+            "normalizer": to_mark,
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {"type": "Sequence", "decoders": decoders},
+        }
+
+
 Level = ByteLevel | CharLevel
 
 
@@ -200,8 +227,10 @@ def level_of(data: dict, path: Path) -> Level:
     level = ByteLevel(split or "gpt2", nfc=bool(normalizer)) if "ByteLevel" in kinds else CharLevel()
     if level.name == "char":
         level = CharLevel(bool(model.get("byte_fallback")))
+        if not splits and level.byte_fallback:
+            level = PieceLevel()
     known = model.get("type") == "BPE" and (level.name == "byte" or model.get("unk_token") == "[UNK]")
-    same_split = split is not None if level.name == "byte" else splits == level.settings()["pre_tokenizer"]
+    same_split = split is not None if level.name == "byte" else splits == (level.settings()["pre_tokenizer"] or {})
     post = (data.get("post_processor") or {}).get("type")
     for right, what in (
         (known, f"a model {model.get('type')} with pre_tokenizer {'+'.join(map(str, kinds))} is not read; "

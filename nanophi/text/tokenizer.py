@@ -29,6 +29,7 @@ from nanophi.text.levels import BYTE_TOKENS, Level, level_of
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6, the original's order
 
 FEW_CHARACTERS = 4096  # below this a batch is encoded text by text: numpy would only cost its calls
+MEMO_LENGTH = 100  # characters of a word that is worth remembering
 MEMO_ENTRIES = 200_000  # pre-tokens whose ids are remembered; about 60 MB
 
 
@@ -125,6 +126,16 @@ class Tokenizer:
             for text, is_plain in zip(block, plain, strict=True):
                 yield next(together) if is_plain else np.array(self.encode(text, specials), np.int32)
 
+    def encode_with_offsets(self, text: str, specials: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """ids, and for each the characters [start, stop) that it stands for, in the normalized text; of a character
+        that several tokens share, each has the whole."""
+        ids = self.encode(text, specials)
+        text = self.decode(ids)
+        starts = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])  # the character of each byte
+        ends = np.cumsum([len(self.id_to_bytes[i]) for i in ids], dtype=np.int64)
+        begins = ends - [len(self.id_to_bytes[i]) for i in ids]
+        return ids, [(int(starts[a]), int(starts[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)]
+
     def _ordinary(self, text: str) -> list[int]:
         ids = []
         for word in self.level.words(text):
@@ -133,7 +144,8 @@ class Tokenizer:
                 found = self.encode_word(word)
                 if len(self._memo) >= MEMO_ENTRIES:
                     self._memo.clear()
-                self._memo[word] = found
+                if len(word) <= MEMO_LENGTH:
+                    self._memo[word] = found
             ids.extend(found)
         return ids
 

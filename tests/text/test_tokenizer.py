@@ -36,6 +36,14 @@ def test_ids_are_those_of_hf(tok, hf, text):
 
 
 @given(text=any_text)
+@example(text="感冒😀了 鱻")
+def test_offsets_are_those_of_hf(tok, hf, text):
+    hf.encode_special_tokens = True
+    ids, offsets = tok.encode_with_offsets(text)
+    assert (ids, offsets) == (hf.encode(text).ids, hf.encode(text).offsets)
+
+
+@given(text=any_text)
 def test_nothing_is_lost(tok, text):
     """The original's vocabulary lacked bytes unseen in training: 感冒A😀 came back as 感冒�."""
     ids = tok.encode(text)
