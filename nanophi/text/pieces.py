@@ -3,8 +3,8 @@
     tok = train_sentencepiece(texts, vocab_size=40960)
 
 By default sentencepiece normalizes full-width text, eats line breaks and repeated spaces, and puts a space first; all
-of that is off here. Its pieces become an ordinary tokenizer.json: every pair of pieces that spells a piece is a merge, in
-the order of the pieces.
+of that is off here. Its pieces become an ordinary tokenizer.json: every pair of pieces that spells a piece is a merge,
+in the order of the pieces.
 """
 
 import io
