@@ -12,8 +12,8 @@ from itertools import pairwise
 import numpy as np
 
 from nanophi.text.splits import BREAK
-from nanophi.text.table import Table
-from nanophi.text.words import WordStore, codes_of, spread
+from nanophi.text.table import Table, spread
+from nanophi.text.words import WordStore, codes_of
 
 MOST_PARTS = 2_000_000  # remembered; some 200 MB. Beyond it the memory starts afresh
 LONGEST_IN_ROUNDS = 64  # characters; each round merges one pair of every part

@@ -28,7 +28,7 @@ from itertools import pairwise
 import numpy as np
 
 from nanophi.cli import Progress
-from nanophi.text.table import Table
+from nanophi.text.table import Table, run_starts, spread
 
 Pair = tuple[int, int]
 
@@ -40,14 +40,6 @@ BATCH_POSITIONS, BATCH_PAIRS = (
     512,
 )  # a batch's size: smaller pays numpy's call overhead, larger leaves the cache
 CHUNK = 1 << 22  # slots looked at together while indexing
-
-
-def run_starts(values: np.ndarray) -> np.ndarray:
-    """Where a run of equal values begins: [5, 5, 7] -> [0, 2]."""
-    first = np.empty(len(values), bool)
-    first[:1] = True
-    np.not_equal(values[1:], values[:-1], out=first[1:])
-    return np.flatnonzero(first)
 
 
 def _narrow(weights: np.ndarray) -> np.ndarray:
@@ -76,9 +68,12 @@ class Trainer:
         with Progress("merges", self.limit) as bar:
             while True:
                 self._index()
-                while batch := self._next_batch():
+                largest = BATCH_PAIRS
+                while batch := self._next_batch(largest):
                     count = -batch[-1][0]
-                    bar.update(self._merge(batch), f"count {count:,}")
+                    merged = self._merge(batch)
+                    bar.update(merged, f"count {count:,}")
+                    largest = min(BATCH_PAIRS, max(3 * merged, 32))  # much of a larger one would be cut again
                 if len(self.merges) >= self.limit or self.floor <= self.lowest:
                     return self.merges
                 self.floor = max(self.lowest, self.floor // 4)
@@ -179,10 +174,10 @@ class Trainer:
 
     # A batch
 
-    def _next_batch(self) -> list[tuple[int, int, int]]:
-        """The next pairs of the heap, as (-count, key, row), none of whose left tokens is another's right one."""
+    def _next_batch(self, largest: int) -> list[tuple[int, int, int]]:
+        """At most `largest` next pairs of the heap, as (-count, key, row); no left token of one is another's right."""
         batch, lefts, rights, positions = [], set(), set(), 0
-        while self.heap and len(batch) < min(BATCH_PAIRS, self.limit - len(self.merges)):
+        while self.heap and len(batch) < min(largest, self.limit - len(self.merges)):
             negative, key, row = self.heap[0]
             count = int(self.counts[row])
             if count < self.floor:
@@ -324,12 +319,13 @@ class Trainer:
             kept = np.flatnonzero(sums >= self.floor)
             if not len(kept):
                 continue
-            bounds = np.append(begins, len(order))
+            sizes = np.diff(np.append(begins, len(order)))[kept]
+            places = at.take(order.take(spread(begins[kept], sizes)))
             keys, sums, first_row = keys.take(kept), sums.take(kept), len(self.positions)
-            back = self.length.take(keys >> np.uint32(16)) if side == 1 else np.zeros(len(kept), np.int64)
-            for i, steps in zip(kept.tolist(), back.tolist(), strict=True):  # a pair begins where its left token does
-                place = at.take(order[bounds[i] : bounds[i + 1]]) - steps
-                self.positions.append(place.astype(np.uint32))
+            if side == 1:  # a pair begins where its left token does
+                places -= np.repeat(self.length.take(keys >> np.uint32(16)), sizes)
+            places = places.astype(np.uint32)
+            self.positions += [places[i:j] for i, j in pairwise([0, *np.cumsum(sizes).tolist()])]
             rows = np.arange(first_row, len(self.positions), dtype=np.int32)
             if len(self.positions) > len(self.counts):
                 self.counts = np.concatenate((self.counts, np.zeros(len(self.positions), np.int64)))

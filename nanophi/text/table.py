@@ -1,4 +1,4 @@
-"""A dictionary in numpy: many keys are looked up, or entered, in one call."""
+"""A dictionary in numpy, for many keys in one call, and two helpers for runs of values."""
 
 import numpy as np
 
@@ -48,3 +48,17 @@ class Table:
             self.rows[at[free]], self.keys[at[free]] = rows[free], keys[free]  # of several to one place the last stays
             lost = self.rows.take(at) != rows
             keys, rows, at = keys[lost], rows[lost], (at[lost] + 1) & (len(self.rows) - 1)
+
+
+def run_starts(values: np.ndarray) -> np.ndarray:
+    """Where a run of equal values begins: [5, 5, 7] -> [0, 2]."""
+    first = np.empty(len(values), bool)
+    first[:1] = True
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    return np.flatnonzero(first)
+
+
+def spread(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The positions of all characters of some words, one word behind the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

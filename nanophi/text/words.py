@@ -14,7 +14,7 @@ from nanophi.files import utf8
 from nanophi.text.levels import Level
 from nanophi.text.merges import GAP, WEIGHT_SHIFT
 from nanophi.text.splits import BREAK
-from nanophi.text.table import Table
+from nanophi.text.table import Table, spread
 
 BLOCK_CHARACTERS = 1 << 20  # counted, or encoded, together
 WORDS_AT_ONCE = 1 << 19  # laid out together: bounds what exists twice
@@ -55,12 +55,6 @@ def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
         powers[0] = 1
         found.append(np.cumprod(powers, out=powers))
     return found[0], found[1]
-
-
-def spread(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The positions of all characters of some words, one word behind the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def same_words(codes, begins, others, other_begins, lengths) -> np.ndarray:
