@@ -104,5 +104,5 @@ def stream(
     for (new,) in decode_steps(model, [ids], max_new_tokens, Sampling(**how), generator):
         if new in eos:
             break
-        if piece := utf8.decode(tok.decode_bytes([new])):
+        if piece := utf8.decode(tok.id_to_bytes.get(new, b"")):  # a row that is no token spells nothing
             yield piece

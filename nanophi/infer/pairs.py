@@ -50,7 +50,8 @@ def answer_all(model: Phi, tok: Tokenizer, prompts: list[str], batch: int, max_n
         for first in range(0, len(prompts), batch):
             ids = [chat_prompt(prompt, tok) for prompt in prompts[first : first + batch]]
             for answer in generate(model, ids, max_new_tokens=max_new_tokens):
-                yield tok.decode(answer, skip_special_tokens=True).strip()
+                known = [i for i in answer if i in tok.id_to_bytes]  # a model may have more rows than there are tokens
+                yield tok.decode(known, skip_special_tokens=True).strip()
                 bar.update()
 
 
