@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanophi.cli import Progress, flag, peak_memory_gb, run
+from nanophi.cli import Progress, UserError, flag, peak_memory_gb, run
 from nanophi.text.bpe import train_bpe
 from nanophi.text.corpus import SampleBy, read_texts
 from nanophi.text.pieces import train_sentencepiece
@@ -21,6 +21,7 @@ from nanophi.text.stats import draw_lengths, report, write_vocabulary
 
 # GB that n characters of Chinese take: BASE + FACTOR * n^POWER, measured from 1 to 100 million and a tenth added.
 BASE, FACTOR, POWER = 0.2, 1.55e-5, 0.62
+CHOICES = ("byte", "gpt2", 2, False)  # defaults of what sentencepiece does not ask for
 REPORT_SHARE, REPORT_CHARACTERS = 0.05, 500_000  # of the training text, where no other is named
 
 
@@ -30,7 +31,7 @@ class Config:
     out: str = flag(help="directory for tokenizer.json and its companions")
     vocab_size: int = flag(40960, help="tokens, the 7 special ones and the bytes or characters among them")
     level: Literal["byte", "char"] = flag("byte", help="what merges start from: bytes or characters")
-    trainer: Literal["bpe", "sentencepiece"] = flag("bpe", help="sentencepiece: its BPE over characters, lossless")
+    trainer: Literal["bpe", "sentencepiece"] = flag("bpe", help="sentencepiece: its BPE over characters")
     split: Literal["gpt2", "qwen2"] = flag("gpt2", help="byte level: how text becomes words; qwen2 has digits alone")
     byte_fallback: bool = flag(False, help="char level: a character that the text lacks becomes its bytes, not [UNK]")
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
@@ -51,6 +52,11 @@ def share_that_fits(cfg: Config) -> float:
 
 
 def main(cfg: Config) -> dict:
+    if cfg.level == "char" and cfg.split != "gpt2":
+        raise UserError("--split is for --level byte: the char level has one split of its own")
+    if cfg.trainer == "sentencepiece" and (cfg.level, cfg.split, cfg.min_frequency, cfg.byte_fallback) != CHOICES:
+        raise UserError("--trainer sentencepiece has its own level, split and fallback: leave out those flags")
+    held_out = list(read_texts(cfg.held_out, cfg.sample_by)) if cfg.held_out else None  # before long work
     share = share_that_fits(cfg)
     started, characters, sample = time.monotonic(), 0, []
 
@@ -77,15 +83,16 @@ def main(cfg: Config) -> dict:
         print(
             f"tokenizer: the text gave {len(tok):,} of {cfg.vocab_size:,} tokens: no other pair of tokens occurs "
             f"{cfg.min_frequency} times"
+            if cfg.trainer == "bpe"
+            else f"tokenizer: the text gave {len(tok):,} of {cfg.vocab_size:,} tokens"
         )
     print(
         f"tokenizer: read {characters:,} characters, learned {len(tok.merge_list):,} merges, {len(tok):,} tokens, in "
         f"{seconds:.1f} s, peak {peak_memory_gb():.2f} GB; wrote {cfg.out}"
     )
     if cfg.report:
-        held_out = list(read_texts(cfg.held_out)) if cfg.held_out else sample
-        print(f"\non {sum(map(len, held_out)):,} characters {'held out' if cfg.held_out else 'of the training text'}:")
-        print(report(tok, held_out))
+        read, whence = (sample, "of the training text") if held_out is None else (held_out, "held out")
+        print(f"\non {sum(map(len, read)):,} characters {whence}:\n{report(tok, read)}")
         with contextlib.suppress(ImportError):  # matplotlib is an extra
             draw_lengths(tok, Path(cfg.out) / "lengths.png")
     return {"tokens": len(tok), "characters": characters}

@@ -69,8 +69,10 @@ class BatchEncoder:
             self.byte_ids = tok.level.lookup(tok.vocab, 0, np.int32)
         self.ranks = Table(np.uint64)
         keys = np.array([left << 32 | right for left, right in tok.merges], np.uint64)
-        self.ranks.add(keys, np.arange(len(keys), dtype=np.int32))
-        self.merged = np.array([merged for _, merged in tok.merges.values()], np.int32)
+        ranks = np.array([rank for rank, _ in tok.merges.values()], np.int32)
+        self.ranks.add(keys, ranks)
+        self.merged = np.zeros(len(tok.merge_list), np.int32)
+        self.merged[ranks] = [merged for _, merged in tok.merges.values()]
         self._forget()
 
     def _forget(self) -> None:

@@ -203,6 +203,44 @@ def level_named(name: str, byte_fallback: bool = False, split: str = "gpt2") -> 
     return ByteLevel(split)
 
 
+def misshapen(data) -> str | None:
+    """What of a tokenizer.json is not of the shape that reading it relies on; None where all is."""
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        return "it is no object with a model"
+    for name in ("pre_tokenizer", "normalizer", "post_processor"):
+        if not isinstance(data.get(name), dict | None):
+            return f"{name} is no object"
+    splits = (data.get("pre_tokenizer") or {}).get("pretokenizers", [{}])
+    if not (isinstance(splits, list) and splits and all(isinstance(part, dict) for part in splits)):
+        return "pretokenizers is no list of objects"
+    added = data.setdefault("added_tokens", [])
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and isinstance(token.get("special"), bool)
+        and _is_id(token.get("id"))
+        for token in added
+    ):
+        return "added_tokens is no list of objects with content, id and special"
+    if data["model"].get("type") != "BPE":
+        return None  # the level says so better
+    vocab, merges = data["model"].get("vocab"), data["model"].get("merges")
+    if not isinstance(vocab, dict) or not all(map(_is_id, vocab.values())):
+        return "model.vocab is no object of ids"
+    if len(set(vocab.values())) < len(vocab):
+        return "two tokens of model.vocab have one id"
+    pairs = (
+        [merge.split(" ") if isinstance(merge, str) else merge for merge in merges] if isinstance(merges, list) else [0]
+    )
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs):
+        return "model.merges is no list of pairs"
+    return "a merge stands twice in model.merges" if len(set(map(tuple, pairs))) < len(pairs) else None
+
+
+def _is_id(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
 def _split_of(splits: dict) -> str | None:
     """The name of a byte-level pre_tokenizer's split, None where it is another."""
     parts = splits.get("pretokenizers", [splits])
@@ -232,6 +270,13 @@ def level_of(data: dict, path: Path) -> Level:
     known = model.get("type") == "BPE" and (level.name == "byte" or model.get("unk_token") == "[UNK]")
     same_split = split is not None if level.name == "byte" else splits == (level.settings()["pre_tokenizer"] or {})
     post = (data.get("post_processor") or {}).get("type")
+    other = [name for name in ("truncation", "padding") if data.get(name)]
+    other += [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    other += ["fuse_unk"] if level.name == "char" and model.get("fuse_unk") and not level.byte_fallback else []
+    other += ["ignore_merges"] if model.get("ignore_merges") else []
+    if level.name == "char":
+        tokens = data.get("added_tokens", [])
+        other += ["normalized"] if any(t.get("normalized", True) == t.get("special") for t in tokens) else []
     for right, what in (
         (known, f"a model {model.get('type')} with pre_tokenizer {'+'.join(map(str, kinds))} is not read; "
                 "byte-level BPE, and char-level BPE with [UNK], are"),
@@ -239,7 +284,8 @@ def level_of(data: dict, path: Path) -> Level:
                      "level of train_tokenizer.py"),
         (normalizer == level.settings()["normalizer"], f"the normalizer {normalizer} is not supported"),
         (post in (None, "ByteLevel"), f"the post_processor {post} is not supported"),
-        (not model.get("ignore_merges") and not any(flags), "ignore_merges, strip and single_word are not supported"),
+        (not any(flags), "lstrip, rstrip and single_word of added tokens are not supported"),
+        (not other, f"the settings {', '.join(other)} are not supported"),
     ):  # fmt: skip
         if not right:
             raise UserError(f"{path}: {what}")

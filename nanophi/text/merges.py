@@ -27,7 +27,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from nanophi.cli import Progress
+from nanophi.cli import Progress, UserError
 from nanophi.text.table import Table, run_starts, spread
 
 Pair = tuple[int, int]
@@ -54,6 +54,8 @@ class Trainer:
         """slots (N,) uint16, changed in place, GAP first and last; weights (N / 32,) int64: how often the words of a
         block of slots occur; symbols: ids 0 to symbols - 1 occur; limit: merges at most."""
         assert symbols + limit <= LARGEST_VOCABULARY, "ids must fit below GAP"
+        if len(slots) >= 2**32:
+            raise UserError(f"{len(slots):,} bytes of different words are too many, at most 4 billion: take a sample")
         assert slots[0] == GAP == slots[-1]
         self.slots, self.symbols, self.limit = slots, symbols, limit
         self.weights = None if (weights == 1).all() else _narrow(weights)

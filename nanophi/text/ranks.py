@@ -17,13 +17,19 @@ from nanophi.text.tokenizer import Tokenizer
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
     """{bytes of a token: its rank, which is its id}."""
-    ranks = {}
+    ranks, taken = {}, set()
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            token, rank = base64.b64decode(token, validate=True), int(rank)
         except (ValueError, binascii.Error):
             raise UserError(f"{path}, line {number}: not a token in base64 and its rank") from None
+        if token in ranks or rank in taken or not 0 <= rank < 2**31:
+            raise UserError(f"{path}, line {number}: the token or its rank {rank} stands there twice, or is no rank")
+        ranks[token] = rank
+        taken.add(rank)
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise UserError(f"{path}: {len(missing)} of the 256 bytes are missing")
     return ranks
@@ -33,7 +39,7 @@ def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The token encoded with the tokens of smaller rank alone."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
-        ranked = [(ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1)]
+        ranked = [(ranks.get(parts[i] + parts[i + 1], 2**31), i) for i in range(len(parts) - 1)]
         rank, i = min(ranked)
         if rank >= ranks[token]:
             break
@@ -44,6 +50,8 @@ def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def load_ranks(path: str | Path, split: str = "gpt2", specials: dict[str, int] | None = None) -> Tokenizer:
     """The tokenizer of a rank file. split: how its texts become words; specials: {text: id} of special tokens."""
     ranks = read_ranks(path)
+    if clash := [text for text, i in (specials or {}).items() if i in ranks.values()]:
+        raise UserError(f"special tokens {', '.join(clash)} have ids that {path} gives to others")
     spell = {token: "".join(BYTE_TO_CHAR[byte] for byte in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

@@ -158,11 +158,13 @@ def write_shards(
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+    names = {new.name for new in fresh.iterdir()}
+    for name in names:
+        os.replace(fresh / name, directory / name)
     for split in writers:
         for old in directory.glob(f"{split}-[0-9]*.bin"):
-            old.unlink()
-    for new in fresh.iterdir():
-        os.replace(new, directory / new.name)
+            if old.name not in names:
+                old.unlink()
     fresh.rmdir()
     return writers
 

@@ -1,14 +1,12 @@
 """Where words (pre-tokens) begin, found in numpy on whole arrays of code points.
 
 The regular expressions in levels.py say the same and are what the tests compare with; on a corpus numpy is several
-times faster than a regex engine called from Python. Every function takes code points (N,) uint32 and gives a mask (N,).
+times faster than a regex engine called from Python. Every function takes code points (N,) and gives a mask (N,).
 """
 
 from functools import cache
 
 import numpy as np
-
-ALONE = r"\p{P}$+<=>\^`|~\p{N}"  # at char level: punctuation and digits
 
 ALONE = r"\p{P}$+<=>\^`|~\p{N}"  # at char level: punctuation and digits
 OTHER, LETTER, NUMBER, SPACE, END = range(5)
@@ -31,9 +29,7 @@ def class_of(*patterns: str) -> np.ndarray:
 
 
 def kinds_of(codes: np.ndarray) -> np.ndarray:
-    r"""ALONE = r"\p{P}$+<=>\^`|~\p{N}"  # at char level: punctuation and digits
-
-    OTHER, LETTER, NUMBER or SPACE of each code point."""
+    """OTHER, LETTER, NUMBER or SPACE of each code point; END at a BREAK."""
     kinds = class_of(r"\p{L}", r"\p{N}", r"\s").take(codes)
     kinds[codes == BREAK] = END
     return kinds

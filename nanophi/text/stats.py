@@ -55,7 +55,7 @@ def write_vocabulary(tok: Tokenizer, path: str | Path) -> None:
     came_from = {merged: pair for pair, (_, merged) in tok.merges.items()}
     counts = dict(zip(tok.merge_list, tok.merge_counts, strict=False))
     lines = ["id\ttext\tbytes\tkind\tcount\tmerge"]
-    for token_id in range(len(tok)):
+    for token_id in sorted(tok.id_to_bytes):
         text, _, kind = describe(tok, token_id)
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         pair = came_from.get(token_id)
@@ -86,7 +86,7 @@ def report(tok: Tokenizer, texts: Iterable[str]) -> str:
     size = sum(used[i] * len(tok.id_to_bytes[i]) for i in used) / total
     lines.append(f"{'all':20} {total:10,} {'':7} {characters / total:16.2f} {size:11.2f}")
     fallback = sum(used[i] for i in used if described[i][1:] == (SCRIPTS[-1], "byte"))
-    whole = [describe(tok, i)[:2] for i in range(len(tok)) if i not in tok.added.values()]
+    whole = [describe(tok, i)[:2] for i in sorted(tok.id_to_bytes) if i not in tok.added.values()]
     longest = sorted((text.strip() for text, script in whole if script == "Han"), key=len)[-8:][::-1]
     lost = [name for name, text in ROUND_TRIPS.items() if tok.decode(tok.encode(text)) != text]
     lines += [
@@ -107,7 +107,7 @@ def draw_lengths(tok: Tokenizer, path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     lengths = {script: Counter() for script in SCRIPTS}
-    for i in range(len(tok)):
+    for i in sorted(tok.id_to_bytes):
         if i not in tok.added.values():
             text, script, _ = describe(tok, i)
             lengths[script][0 if script == SCRIPTS[-1] else min(len(text), 12)] += 1

@@ -24,7 +24,7 @@ import numpy as np
 from nanophi.cli import UserError
 from nanophi.files import utf8, write_json
 from nanophi.text.chat import JINJA_TEMPLATE
-from nanophi.text.levels import BYTE_TOKENS, Level, level_of
+from nanophi.text.levels import BYTE_TOKENS, Level, level_of, misshapen
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6, the original's order
 
@@ -59,7 +59,8 @@ class Tokenizer:
     def _index(self) -> None:
         self.spelling = {i: token for token, i in self.vocab.items()}
         self.id_to_bytes = {i: self.level.bytes_of(token) for i, token in self.spelling.items()}
-        self.id_to_bytes |= {i: utf8(text) for text, i in self.added.items()}
+        # An added token that was a token before keeps what that stands for, as in HF.
+        self.id_to_bytes |= {i: utf8(text) for text, i in self.added.items() if i not in self.spelling}
         self.merges = {
             (left, right): (rank, self.vocab[self.spelling[left] + self.spelling[right]])
             for rank, (left, right) in enumerate(self.merge_list)
@@ -71,7 +72,8 @@ class Tokenizer:
         self.__dict__.pop("fingerprint", None)
 
     def __len__(self) -> int:
-        return len(self.id_to_bytes)
+        """One more than the largest id; a vocabulary from elsewhere may have gaps."""
+        return max(self.id_to_bytes, default=-1) + 1
 
     def special_id(self, text: str) -> int:
         """The id of a special token: `tok.special_id("[SEP]")`."""
@@ -115,13 +117,17 @@ class Tokenizer:
         from nanophi.text.encoder import BatchEncoder
         from nanophi.text.words import blocks
 
-        sought = [*self.always, *(self.specials if specials else ())]
+        raw_sought = self.specials if specials else ()
         for block in blocks(texts):
             if sum(map(len, block)) < FEW_CHARACTERS:
                 yield from (np.array(self.encode(text, specials), np.int32) for text in block)
                 continue
             self._encoder = self._encoder or BatchEncoder(self)
-            plain = [not any(token in self.level.normalized(text) for token in sought) for text in block]
+            plain = [
+                not any(token in text for token in raw_sought)
+                and not (self.always and any(map(self.level.normalized(text).__contains__, self.always)))
+                for text in block
+            ]
             together = iter(self._encoder.encode(list(compress(block, plain))))
             for text, is_plain in zip(block, plain, strict=True):
                 yield next(together) if is_plain else np.array(self.encode(text, specials), np.int32)
@@ -129,11 +135,19 @@ class Tokenizer:
     def encode_with_offsets(self, text: str, specials: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """ids, and for each the characters [start, stop) that it stands for, in the normalized text; of a character
         that several tokens share, each has the whole."""
-        ids = self.encode(text, specials)
-        text = self.decode(ids)
+        ids, text = self.encode(text, specials), self.level.normalized(text)
         starts = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])  # the character of each byte
-        ends = np.cumsum([len(self.id_to_bytes[i]) for i in ids], dtype=np.int64)
-        begins = ends - [len(self.id_to_bytes[i]) for i in ids]
+        unknown, at, sizes = self.added.get("[UNK]"), 0, []
+        for i in ids:
+            size = len(self.id_to_bytes[i])
+            if i == unknown and self.level.name == "char":  # stands for one character, whatever its bytes
+                size = len(text[starts[at]].encode())
+            elif self.level.name == "char":
+                size += 2 * self.id_to_bytes[i].count(b" ")  # "▁" has three bytes in the normalized text
+            sizes.append(size)
+            at += size
+        ends = np.cumsum(sizes, dtype=np.int64)
+        begins = ends - sizes
         return ids, [(int(starts[a]), int(starts[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)]
 
     def _ordinary(self, text: str) -> list[int]:
@@ -159,7 +173,7 @@ class Tokenizer:
             return [self.vocab[symbol]]
         if self.level.byte_fallback:
             return [self.vocab[BYTE_TOKENS[byte]] for byte in utf8(symbol)]
-        return [self.special_id("[UNK]")]
+        return [self.vocab["[UNK]"] if "[UNK]" in self.vocab else self.special_id("[UNK]")]
 
     def _merge(self, ids: list[int]) -> list[int]:
         """Apply the merges to one pre-token: always the best-ranked pair present, the leftmost first among equals.
@@ -192,7 +206,7 @@ class Tokenizer:
         try:
             return b"".join([self.id_to_bytes[int(i)] for i in ids])
         except KeyError as error:
-            raise UserError(f"no token has the id {error}; ids go from 0 to {len(self) - 1}") from None
+            raise UserError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
@@ -202,16 +216,19 @@ class Tokenizer:
     def byte_lengths(self) -> list[int]:
         """Bytes of text that each id stands for, by id; special tokens stand for none."""
         special = {self.added[text] for text in self.specials}
-        return [0 if i in special else len(self.id_to_bytes[i]) for i in range(len(self))]
+        return [0 if i in special else len(self.id_to_bytes.get(i, b"")) for i in range(len(self))]
 
     def add_tokens(self, texts: list[str]) -> int:
         """Recognise these in any text from now on, appending what is no token yet; returns how many were not added
         before. A model has to follow: `model.set_vocabulary(len(tok))`."""
-        before = len(self.added)
+        before, free = len(self.added), len(self)
+        for text in texts:
+            utf8(text)
         for text in texts:
             if text and text not in self.added:
-                self.added[text] = self.vocab.get(text, len(self))  # HF too gives "cat" the id it has
-                self._index()
+                self.added[text] = self.vocab.get(text, free)  # HF too gives "cat" the id it has
+                free = max(free, self.added[text] + 1)
+        self._index()
         return len(self.added) - before
 
     # Files
@@ -233,7 +250,7 @@ class Tokenizer:
                     "normalized": text not in self.specials,
                     "special": text in self.specials,
                 }
-                for text, i in self.added.items()
+                for text, i in sorted(self.added.items(), key=lambda item: item[1])
             ],
             **self.level.settings(),
             "model": {
@@ -276,10 +293,16 @@ class Tokenizer:
             raise UserError(f"no tokenizer.json in {directory}; python train_tokenizer.py --out {directory} writes one")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is no JSON: {error}") from None
+        if fault := misshapen(data):
+            raise UserError(f"{path} is no tokenizer.json: {fault}")
         level = level_of(data, path)
         model, added = data["model"], sorted(data["added_tokens"], key=lambda token: token["id"])
+        added = [token for token in added if token["content"]]
+        for token in added:
+            if model["vocab"].get(token["content"], token["id"]) != token["id"]:
+                raise UserError(f"{path}: {token['content']} has one id in the vocabulary and another in added_tokens")
         specials = {token["content"] for token in added if token["special"]}
         vocab = {token: i for token, i in model["vocab"].items() if token not in specials}
         if missing := set(level.alphabet([])) - vocab.keys():

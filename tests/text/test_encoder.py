@@ -72,6 +72,24 @@ def test_added_tokens_are_found_in_batches_too(tok):
     assert tok.encode_batch(TEXTS) == before
 
 
+def test_specials_are_sought_in_the_text_as_it_stands():
+    """At char level a blank becomes "▁": batches sought [MY TOK] in the text after that and did not find it."""
+    tok = train_bpe(TEXTS, 700, level="char")
+    tok.added["[MY TOK]"] = len(tok)
+    tok.specials.add("[MY TOK]")
+    tok._index()
+    texts = ["感冒 [MY TOK] 了", "［EOS］"]
+    assert tok.encode_batch(texts, specials=True) == [tok.encode(text, specials=True) for text in texts]
+    assert tok.special_id("[MY TOK]") in tok.encode(texts[0], specials=True)
+
+
+def test_offsets_at_char_level():
+    tok = train_bpe(TEXTS, 700, level="char")
+    ids, offsets = tok.encode_with_offsets("感鱻 月")
+    assert ids[1] == tok.special_id("[UNK]")
+    assert [(offsets[0][0], offsets[0][1]), offsets[1], offsets[-1][1]] == [(0, 1), (1, 2), 4]
+
+
 def test_half_a_surrogate_pair_is_refused_with_its_place(tok):
     for encode in (tok.encode, lambda text: tok.encode_batch([text])):
         with pytest.raises(UserError, match="half of a surrogate pair"):

@@ -44,6 +44,9 @@ def test_mistakes(both, tmp_path):
     path.write_text("AA== 0\n!! 1\n")
     with pytest.raises(UserError, match=r"x\.tiktoken, line 2: not a token"):
         load_ranks(path)
+    path.write_text("AA== 0\nAQ== 0\n")
+    with pytest.raises(UserError, match=r"line 2: the token or its rank 0 stands there twice"):
+        load_ranks(path)
     path.write_text("AA== 0\n")
     with pytest.raises(UserError, match="255 of the 256 bytes are missing"):
         load_ranks(path)

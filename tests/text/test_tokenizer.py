@@ -64,7 +64,7 @@ def test_long_runs_are_no_trap(tok, hf, text):
 
 
 def test_an_id_that_is_no_token_is_named(tok):
-    with pytest.raises(UserError, match="no token has the id 400; ids go from 0 to 399"):
+    with pytest.raises(UserError, match="no token has the id 400; the largest is 399"):
         tok.decode([5, 400])
     with pytest.raises(ValueError, match="no token has the id -1"):
         tok.decode_bytes([-1])
@@ -129,6 +129,99 @@ def test_settings_that_would_give_other_ids_are_refused(tok, tmp_path, changes, 
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         Tokenizer.load(tmp_path)
+
+
+def changed(data, path, value):
+    """A copy of nested dicts in which the entry at `path` is `value`, or missing where that is `...`."""
+    copy = json.loads(json.dumps(data))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return copy
+
+
+ODD = [..., None, 5, "x", [], {}, [None], [[]], [["a"]], ["a b c"], {"a": None}, {"a": -1}, {"a": 1.5}, {"a": 10**30}]
+
+
+@pytest.mark.parametrize("level", ["byte", "char"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("model",), ("added_tokens",), ("pre_tokenizer",), ("normalizer",), ("post_processor",), ("model", "vocab"),
+        ("model", "merges"), ("model", "type"), ("added_tokens", 0), ("added_tokens", 0, "id"),
+        ("added_tokens", 0, "content"), ("added_tokens", 0, "special"), ("pre_tokenizer", "pretokenizers"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_file_is_one_clear_error_or_a_tokenizer(path, level, tmp_path):
+    """There were seventy kinds of traceback."""
+    data = train_bpe(TEXTS, 500, level=level).to_dict()
+    if path[-1] == "pretokenizers" and level == "byte":
+        return
+    for value in ODD:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed(data, path, value)), encoding="utf-8")
+        try:
+            Tokenizer.load(tmp_path).encode_batch(TEXTS)
+        except UserError:
+            continue
+    for text in ("null", "[]", "[" * 100_000):
+        (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"tokenizer\.json is no"):
+            Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model", "fuse_unk"), True), (("model", "continuing_subword_prefix"), "##"), (("model", "dropout"), 0.5),
+        (("truncation",), {"max_length": 2}), (("padding",), {"length": 9}), (("added_tokens", 1, "normalized"), True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_would_change_ids_are_refused(path, value, tmp_path):
+    data = train_bpe(TEXTS, 500, level="char").to_dict()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed(data, path, value)), encoding="utf-8")
+    with pytest.raises(UserError, match=f"the settings {path[-1]} are not supported"):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_added_stand_in_character_leaves_other_texts_alone(tmp_path):
+    """ "é" is also how byte 0xE9 is spelled: once added, 鑑 (E9 91 91) came back damaged."""
+    tok = train_bpe(TEXTS, 400)
+    tok.add_tokens(["é"])
+    assert tok.decode(tok.encode("鑑")) == "鑑"
+
+
+def test_ids_with_gaps(tmp_path):
+    """A file from elsewhere may have [EOS] at 1000: a new token gets 1001, and shards must hold such ids."""
+    data = train_bpe(TEXTS, 400).to_dict()
+    del data["model"]["vocab"]["[EOS]"]
+    data["added_tokens"][1]["id"] = 1000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    tok = Tokenizer.load(tmp_path)
+    assert (len(tok), tok.eos_id) == (1001, 1000)
+    assert tok.add_tokens(["<工具>"]) == 1
+    assert tok.encode("<工具>") == [1001]
+    assert tok.decode([1001, *tok.encode("感冒")]) == "<工具>感冒"
+    assert len(tok.byte_lengths()) == 1002
+
+
+def test_fingerprint_survives_saving_after_tokens_were_added(tmp_path):
+    tok = train_bpe(TEXTS, 400)
+    tok.add_tokens(["zz", "a"])  # "a" has a smaller id than "zz"
+    tok.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+
+
+def test_adding_is_all_or_nothing():
+    tok = train_bpe(TEXTS, 400)
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        tok.add_tokens(["好的", "\ud800"])
+    assert len(tok) == 400
 
 
 def test_auto_tokenizer_gives_the_same_ids_and_template(tok, tmp_path):
