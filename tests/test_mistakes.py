@@ -114,6 +114,11 @@ CASES = [
     ),
     (f"{DPO_TO} {{bad}}/questions.jsonl", "questions.jsonl, line 1: a preference pair needs prompt, chosen, rejected"),
     ("pairs --model {house}/sft --out x.jsonl --data {bad}/keys.jsonl", "keys.jsonl, line 1: .* is no conversation"),
+    ("train_tokenizer --out x --input {bad}/one.jsonl --held-out {bad}/none.txt", "no such file, .*none.txt"),
+    ("train_tokenizer --out x --input {bad}/one.jsonl --level char --split qwen2", "--split is for --level byte"),
+    ("train_tokenizer --out x --input {bad}/one.jsonl --trainer sentencepiece --level char", "leave out those flags"),
+    ("train_tokenizer --out x --input {bad}/blank.txt --trainer sentencepiece", "no text to train a tokenizer on"),
+    ("train_tokenizer --out x --input {bad}/one.jsonl --max-memory 0.1", "0.1 is out of range: it must be above 0.3"),
     # sizes
     ("train_tokenizer --out x --vocab-size 262 --input {bad}/one.jsonl", "vocab_size 262 is too small: .* are 263"),
     (f"{PRETRAIN} {{house}}/tokens", "too little data for one batch of --batch-tokens 16,384: give --batch-tokens"),
