@@ -7,6 +7,7 @@ Parts are short and repeat, so each is encoded once and then looked up, all in n
     感冒了要多喝水   --no token holds 了要 or 要多-->   感冒了 | 要 | 多喝水   --look up-->   ids
 """
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +18,7 @@ from nanophi.text.words import WordStore, codes_of
 
 MOST_PARTS = 2_000_000  # remembered; some 200 MB. Beyond it the memory starts afresh
 LONGEST_IN_ROUNDS = 64  # characters; each round merges one pair of every part
-SIEVE_BITS = 22  # of the hashed sets of character pairs and triples; a false hit only makes a part longer
+SIEVE_BITS = 21  # of the hashed sets of character pairs and triples; a false hit only makes a part longer
 
 
 def _places(*characters: np.ndarray) -> np.ndarray:
@@ -28,17 +29,14 @@ def _places(*characters: np.ndarray) -> np.ndarray:
     return mixed >> np.uint32(32 - SIEVE_BITS)
 
 
-def first_byte(codes: np.ndarray) -> np.ndarray:
-    """The first byte of each character's UTF-8."""
-    return np.where(
-        codes < 0x80,
-        codes,
-        np.where(codes < 0x800, 0xC0 | codes >> 6, np.where(codes < 0x10000, 0xE0 | codes >> 12, 0xF0 | codes >> 18)),
+@cache
+def outer_bytes() -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last byte of each code point's UTF-8: (0x110000,) uint8 each."""
+    c = np.arange(0x110000)
+    first = np.where(
+        c < 0x80, c, np.where(c < 0x800, 0xC0 | c >> 6, np.where(c < 0x10000, 0xE0 | c >> 12, 0xF0 | c >> 18))
     )
-
-
-def last_byte(codes: np.ndarray) -> np.ndarray:
-    return np.where(codes < 0x80, codes, 0x80 | codes & 0x3F)
+    return first.astype(np.uint8), np.where(c < 0x80, c, 0x80 | c & 0x3F).astype(np.uint8)
 
 
 class BatchEncoder:
@@ -84,7 +82,7 @@ class BatchEncoder:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, in which no added token is looked for."""
         codes = codes_of([self.tok.level.normalized(text) for text in texts])
-        begins = np.flatnonzero(self.tok.level.starts(codes) | self._borders(codes))
+        begins = np.flatnonzero(self._borders(codes, self.tok.level.starts(codes)))
         ends = np.append(begins[1:], len(codes))
         real = codes.take(begins) != BREAK
         if len(self.store) > MOST_PARTS:
@@ -97,20 +95,22 @@ class BatchEncoder:
         until[real] = sizes
         return np.split(ids, np.cumsum(until)[~real][:-1]) if texts else []
 
-    def _borders(self, codes: np.ndarray) -> np.ndarray:
-        """Where no token can reach across the border before a character."""
+    def _borders(self, codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Where a word starts, or no token can reach across the border before a character."""
         crossed, narrow = np.zeros(len(codes), bool), codes.astype(np.uint32)
         crossed[1:] = self.pairs.take(_places(narrow[:-1], narrow[1:]))
         triples = self.triples.take(_places(narrow[:-2], narrow[1:-1], narrow[2:]))
         crossed[1:-1] |= triples
         crossed[2:] |= triples
-        open_ = np.flatnonzero(~crossed[1:]) + 1
+        crossed &= ~starts
+        open_ = np.flatnonzero(~(crossed | starts)[1:]) + 1
         crossed[open_[self._torn(codes.take(open_ - 1), codes.take(open_))]] = True
         return ~crossed
 
     def _torn(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
         """Whether some token that tears a character may lie across the border between two characters."""
-        return self.torn[last_byte(before), first_byte(after)]
+        first, last = outer_bytes()
+        return self.torn[last.take(before), first.take(after)]
 
     def _learn(self) -> None:
         """Encode the parts that have come into the store."""

@@ -20,6 +20,7 @@ What keeps it exact and fast:
 """
 
 import heapq
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class Trainer:
         self.floor = max(self.lowest, len(slots) // (64 * (symbols + limit)))
 
     def run(self) -> list[Pair]:
+        started = time.monotonic()
         with Progress("merges", self.limit) as bar:
             while True:
                 self._index()
@@ -74,7 +76,8 @@ class Trainer:
                 while batch := self._next_batch(largest):
                     count = -batch[-1][0]
                     merged = self._merge(batch)
-                    bar.update(merged, f"count {count:,}")
+                    rate = len(self.merges) / (time.monotonic() - started)
+                    bar.update(merged, f"{rate:,.0f} merges/s, count {count:,}")
                     largest = min(BATCH_PAIRS, max(3 * merged, 32))  # much of a larger one would be cut again
                 if len(self.merges) >= self.limit or self.floor <= self.lowest:
                     return self.merges

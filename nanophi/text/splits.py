@@ -30,9 +30,14 @@ def class_of(*patterns: str) -> np.ndarray:
 
 def kinds_of(codes: np.ndarray) -> np.ndarray:
     """OTHER, LETTER, NUMBER or SPACE of each code point; END at a BREAK."""
-    kinds = class_of(r"\p{L}", r"\p{N}", r"\s").take(codes)
-    kinds[codes == BREAK] = END
-    return kinds
+    return _table_of_kinds().take(codes)
+
+
+@cache
+def _table_of_kinds() -> np.ndarray:
+    table = class_of(r"\p{L}", r"\p{N}", r"\s").copy()
+    table[BREAK] = END
+    return table
 
 
 def changes(kinds: np.ndarray) -> np.ndarray:
