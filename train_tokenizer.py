@@ -21,7 +21,7 @@ from nanophi.text.stats import draw_lengths, report, write_vocabulary
 
 # GB that n characters of Chinese take: BASE + FACTOR * n^POWER, measured from 1 to 100 million and a tenth added.
 BASE, FACTOR, POWER = 0.2, 1.55e-5, 0.62
-CHOICES = ("byte", "gpt2", 2, False)  # defaults of what sentencepiece does not ask for
+OWN_CHOICES = ("byte", "gpt2", 2, False)  # defaults of what --trainer sentencepiece decides itself
 REPORT_SHARE, REPORT_CHARACTERS = 0.05, 500_000  # of the training text, where no other is named
 
 
@@ -54,8 +54,10 @@ def share_that_fits(cfg: Config) -> float:
 def main(cfg: Config) -> dict:
     if cfg.level == "char" and cfg.split != "gpt2":
         raise UserError("--split is for --level byte: the char level has one split of its own")
-    if cfg.trainer == "sentencepiece" and (cfg.level, cfg.split, cfg.min_frequency, cfg.byte_fallback) != CHOICES:
-        raise UserError("--trainer sentencepiece has its own level, split and fallback: leave out those flags")
+    if cfg.trainer == "sentencepiece" and (cfg.level, cfg.split, cfg.min_frequency, cfg.byte_fallback) != OWN_CHOICES:
+        raise UserError(
+            "--trainer sentencepiece decides level, split, frequency and fallback itself: leave out those flags"
+        )
     held_out = list(read_texts(cfg.held_out, cfg.sample_by)) if cfg.held_out else None  # before long work
     share = share_that_fits(cfg)
     started, characters, sample = time.monotonic(), 0, []

@@ -7,16 +7,15 @@ are in bpe_training.py and encoding.py.
 """
 
 import json
-import random
 from dataclasses import dataclass
 from itertools import islice
 
+from sample import shuffled, take
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from nanophi.cli import flag, run
 from nanophi.text.bpe import train_bpe
-from nanophi.text.corpus import read_texts
 from nanophi.text.levels import QWEN2_SPLIT
 from nanophi.text.tokenizer import SPECIAL_TOKENS
 
@@ -49,12 +48,8 @@ def hf_tokenizer(kind: str) -> HFTokenizer:
 
 
 def main(cfg: Config) -> None:
-    documents = list(read_texts(cfg.input))
-    random.Random(cfg.seed).shuffle(documents)
-    texts, left = [], cfg.characters
-    while left > 0 and documents:
-        texts.append(documents.pop()[:left])
-        left -= len(texts[-1])
+    documents = shuffled(cfg.input, cfg.seed)
+    texts = take(documents, cfg.characters)
     lines = list(islice((line for text in documents for line in text.splitlines(keepends=True)), cfg.lines))
     print(f"{sum(map(len, texts)):,} characters in {len(texts):,} documents; {len(lines):,} other lines\n")
     print("| split | min. frequency | merges | as HF's | ids of the other lines | as HF's |\n|---|---|---|---|---|---|")

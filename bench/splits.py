@@ -6,18 +6,16 @@ Trained on a seeded shuffle of the documents, measured on the next ones. gpt2 an
 "digits by three" is qwen2's pattern with \\p{N}{1,3}, as GPT-4 and Llama 3 have it; "white space" cuts there alone.
 """
 
-import os
-import random
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
+from sample import shuffled, take
 
 from nanophi.cli import flag, peak_memory_gb, run
 from nanophi.text.bpe import train_bpe
-from nanophi.text.corpus import read_texts
 from nanophi.text.levels import QWEN2_SPLIT, SPLITS
 from nanophi.text.pieces import train_sentencepiece
 from nanophi.text.splits import BREAK
@@ -55,17 +53,8 @@ def by_regex(pattern: str):
 
 
 def measure(cfg: Config) -> None:
-    documents = [text for text in read_texts(cfg.input) if text]
-    random.Random(cfg.seed).shuffle(documents)
-
-    def take(characters: int) -> list[str]:
-        taken = []
-        while characters > 0 and documents:
-            taken.append(documents.pop()[:characters])
-            characters -= len(taken[-1])
-        return taken
-
-    texts, held_out = take(cfg.characters), take(cfg.held_out)
+    documents = shuffled(cfg.input, cfg.seed)
+    texts, held_out = take(documents, cfg.characters), take(documents, cfg.held_out)
     documents.clear()
     for name, pattern in OTHERS.items():
         SPLITS[name] = pattern, by_regex(pattern)
@@ -95,7 +84,9 @@ def main(cfg: Config) -> None:
     )
     print("|---|---|---|---|---|---|---|", flush=True)
     for kind in KINDS:
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--kind", kind], check=True, env=os.environ, stderr=-3)
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--kind", kind], check=False)
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
 
 
 if __name__ == "__main__":

@@ -229,9 +229,9 @@ def misshapen(data) -> str | None:
         return "model.vocab is no object of ids"
     if len(set(vocab.values())) < len(vocab):
         return "two tokens of model.vocab have one id"
-    pairs = (
-        [merge.split(" ") if isinstance(merge, str) else merge for merge in merges] if isinstance(merges, list) else [0]
-    )
+    if not isinstance(merges, list):
+        return "model.merges is no list of pairs"
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs):
         return "model.merges is no list of pairs"
     return "a merge stands twice in model.merges" if len(set(map(tuple, pairs))) < len(pairs) else None

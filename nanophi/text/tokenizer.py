@@ -47,11 +47,10 @@ class Tokenizer:
 
     def __init__(self, level: Level, tokens: list[str], merges: list[tuple[int, int]]):
         """tokens: the ordinary tokens, with ids behind the special ones; merges: pairs of ids, most frequent first."""
-        specials = SPECIAL_TOKENS
         self.level = level
-        self.added = {text: i for i, text in enumerate(specials)}  # text -> id, of special and later added tokens
-        self.specials = set(specials)
-        self.vocab = {token: i for i, token in enumerate(tokens, start=len(specials))}
+        self.added = {text: i for i, text in enumerate(SPECIAL_TOKENS)}  # text -> id, of special and later added ones
+        self.specials = set(SPECIAL_TOKENS)
+        self.vocab = {token: i for i, token in enumerate(tokens, start=len(SPECIAL_TOKENS))}
         self.merge_list = list(merges)
         self.merge_counts: list[int] = []  # how often each pair stood there when it was merged, known after training
         self._index()
@@ -61,6 +60,7 @@ class Tokenizer:
         self.id_to_bytes = {i: self.level.bytes_of(token) for i, token in self.spelling.items()}
         # An added token that was a token before keeps what that stands for, as in HF.
         self.id_to_bytes |= {i: utf8(text) for text, i in self.added.items() if i not in self.spelling}
+        self._size = max(self.id_to_bytes, default=-1) + 1
         self.merges = {
             (left, right): (rank, self.vocab[self.spelling[left] + self.spelling[right]])
             for rank, (left, right) in enumerate(self.merge_list)
@@ -73,7 +73,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """One more than the largest id; a vocabulary from elsewhere may have gaps."""
-        return max(self.id_to_bytes, default=-1) + 1
+        return self._size
 
     def special_id(self, text: str) -> int:
         """The id of a special token: `tok.special_id("[SEP]")`."""
