@@ -16,7 +16,8 @@ from nanophi.cli import Progress, flag, run
 from nanophi.model.checkpoint import load_with_tokenizer, pick_device
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
-from nanophi.text.corpus import preference_of, read_rows
+from nanophi.text.corpus import read_rows
+from nanophi.text.rows import preference_of
 from nanophi.text.shards import is_validation
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train

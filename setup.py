@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 plot = ["matplotlib>=3.8"]
+zst = ["backports.zstd; python_version < '3.14'"]
+parquet = ["pyarrow"]
 oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0"]
 
 setup(
@@ -21,6 +23,8 @@ setup(
     install_requires=["torch>=2.9", "numpy>=2.0", "regex", "safetensors", "opencc", "sentencepiece", "tqdm"],
     extras_require={
         "plot": plot,
-        "test": ["pytest>=8", "hypothesis>=6", "ruff", *oracles, *plot],
+        "zst": zst,
+        "parquet": parquet,
+        "test": ["pytest>=8", "hypothesis>=6", "ruff", *oracles, *plot, *zst, *parquet],
     },
 )

@@ -14,7 +14,8 @@ from nanophi.cli import UserError, flag, run
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
-from nanophi.text.corpus import messages_of, read_rows
+from nanophi.text.corpus import read_rows
+from nanophi.text.rows import messages_of
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.loop import TrainConfig, context_of, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss

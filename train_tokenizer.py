@@ -14,7 +14,8 @@ from typing import Literal
 
 from nanophi.cli import Progress, UserError, flag, peak_memory_gb, run
 from nanophi.text.bpe import train_bpe
-from nanophi.text.corpus import SampleBy, read_texts
+from nanophi.text.corpus import read_texts
+from nanophi.text.formats import SampleBy
 from nanophi.text.pieces import train_sentencepiece
 from nanophi.text.shards import is_validation
 from nanophi.text.stats import draw_lengths, report, write_vocabulary

@@ -30,7 +30,8 @@ from nanophi.infer.modes import side_by_side
 from nanophi.infer.pairs import similarity
 from nanophi.text import clean, shards
 from nanophi.text.chat import chat_prompt
-from nanophi.text.corpus import messages_of, read_rows
+from nanophi.text.corpus import read_rows
+from nanophi.text.rows import messages_of
 from nanophi.train.plot import draw, read_metrics
 
 ALIKE = 0.9  # an answer counts as taught from this similarity on

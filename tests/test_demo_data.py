@@ -7,7 +7,8 @@ from statistics import median
 import pytest
 
 from nanophi.text.clean import clean
-from nanophi.text.corpus import messages_of, preference_of, read_rows, texts_of
+from nanophi.text.corpus import read_rows
+from nanophi.text.rows import messages_of, preference_of, texts_of
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "demo"
 

@@ -99,10 +99,13 @@ CASES = [
     # rows
     (f"{CLEAN} {{bad}}/broken.jsonl --strict", "broken.jsonl, line 2: not JSON"),
     (f"{CLEAN} {{bad}}/keys.jsonl --strict", "keys.jsonl, line 2: a row with the keys title is no conversation"),
-    (f"{CLEAN} {{bad}}/gbk.jsonl --strict", r"gbk.jsonl, line 2: not UTF-8 \(.* byte \d+ of the file\)"),
+    (
+        f"{CLEAN} {{bad}}/gbk.jsonl --strict",
+        r"gbk.jsonl, line 2: not UTF-8 \(.* byte \d+ of the file\); it looks like GB18030",
+    ),
     (f"{SHARDS} --tokenizer {{house}}/tokenizer --strict --input {{bad}}/broken.jsonl", "broken.jsonl, line 2: not"),
     (f"{TOK} {{bad}}/broken.jsonl", "broken.jsonl, line 2: not JSON"),
-    (f"{TOK} {{bad}}/gbk.txt", r"gbk.txt, line 2: not UTF-8 \(invalid .*, byte 1\d of the file\); convert it first"),
+    (f"{TOK} {{bad}}/gbk.txt", r"gbk.txt, line 2: not UTF-8 \(invalid .*, byte 1\d of the file\); .* convert it first"),
     (
         f"{SFT_TO} {{bad}}/questions.jsonl",
         "questions.jsonl, line 2: a row with the keys instruction is no conversation",

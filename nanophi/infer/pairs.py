@@ -16,7 +16,8 @@ from nanophi.infer.generate import generate
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.chat import chat_prompt
-from nanophi.text.corpus import messages_of, read_rows, write_rows
+from nanophi.text.corpus import read_rows, write_rows
+from nanophi.text.rows import messages_of
 from nanophi.text.tokenizer import Tokenizer
 
 

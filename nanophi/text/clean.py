@@ -22,22 +22,9 @@ from itertools import chain
 from pathlib import Path
 
 from nanophi.cli import Progress, UserError, flag, run
-from nanophi.text.corpus import (
-    ASKED,
-    LEARNED,
-    TURNS,
-    SampleBy,
-    Skipped,
-    expand,
-    format_of,
-    messages_of,
-    read_rows,
-    refuse,
-    text_of,
-    texts_of,
-    with_texts,
-    write_rows,
-)
+from nanophi.text.corpus import Skipped, expand, read_rows, refuse, write_rows
+from nanophi.text.formats import SampleBy, format_of
+from nanophi.text.rows import ASKED, LEARNED, TURNS, messages_of, text_of, texts_of, with_texts
 
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff〇"
 

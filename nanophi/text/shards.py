@@ -27,7 +27,8 @@ import numpy as np
 
 from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing
-from nanophi.text.corpus import SampleBy, Skipped, read_texts, refuse
+from nanophi.text.corpus import Skipped, read_texts, refuse
+from nanophi.text.formats import SampleBy
 from nanophi.text.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"nanophi\0", 1

@@ -10,7 +10,8 @@ from nanophi.cli import UserError
 from nanophi.infer.modes import chatting, comparing, converse, display_width, retrieving, side_by_side, wrap
 from nanophi.infer.rag import BM25, NOT_FOUND, Index, build_index, chunk, grams, question_with
 from nanophi.text.chat import chat_prompt
-from nanophi.text.corpus import messages_of, read_rows
+from nanophi.text.corpus import read_rows
+from nanophi.text.rows import messages_of
 
 
 @given(text=st.text(st.sampled_from("感冒了要多喝水。\n春天来ab "), max_size=200), size=st.integers(12, 40))

@@ -7,7 +7,8 @@ import lzma
 import pytest
 
 from nanophi.cli import UserError
-from nanophi.text.corpus import expand, messages_of, read_rows, read_texts, write_rows
+from nanophi.text.corpus import expand, read_rows, read_texts, write_rows
+from nanophi.text.rows import messages_of
 
 ROWS = [{"text": "第一篇。"}, {"text": "第二篇，\n有两行。"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -63,8 +64,8 @@ def test_mistakes_are_named_with_their_place(tmp_path):
     bad.write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(UserError, match="line 1: not JSON"):
         list(read_rows([bad]))
-    bad.write_bytes("编码".encode("gbk"))
-    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: not UTF-8"):
+    bad.write_bytes('{"text": "好"}\n'.encode() + "编码".encode("gbk"))
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: not UTF-8 .* it looks like GB18030"):
         list(read_rows([bad]))
     with pytest.raises(UserError, match="no such file"):
         expand([tmp_path / "missing.txt"])

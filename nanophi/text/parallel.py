@@ -1,0 +1,43 @@
+"""The same work on many items with several processes, results in order."""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from typing import TypeVar
+
+A, B = TypeVar("A"), TypeVar("B")
+
+
+def batches(texts: Iterable[A], size: int, of: Callable[[A], int] = len) -> Iterator[list[A]]:
+    """Lists of consecutive items, each as soon as its sizes sum to `size`."""
+    held, total = [], 0
+    for item in texts:
+        held.append(item)
+        total += of(item)
+        if total >= size:
+            yield held
+            held, total = [], 0
+    if held:
+        yield held
+
+
+def ordered(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """work(item) for each item, in order; with several workers, at most three items a worker are under way, so that
+    neither waiting items nor finished results fill the memory. `work` is a module's function, or a partial of one."""
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    items = iter(items)
+    # Ctrl-C reaches every process of the terminal; the parent alone deals with it.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, get_context("forkserver"), signal.signal, ignore) as pool:
+        under_way = deque(pool.submit(work, item) for item in islice(items, 3 * workers))
+        try:
+            while under_way:
+                yield under_way.popleft().result()
+                under_way.extend(pool.submit(work, item) for item in islice(items, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
