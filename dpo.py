@@ -17,8 +17,7 @@ from nanophi.model.checkpoint import load_with_tokenizer, pick_device
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import read_rows
-from nanophi.text.rows import preference_of
-from nanophi.text.shards import is_validation
+from nanophi.text.rows import in_share, preference_of
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, validate
@@ -52,7 +51,7 @@ def read_pairs(
         if max(len(ids) for ids, _ in sides) - 1 > context:
             too_long += 1
         else:
-            (held_out if is_validation(prompt, val_fraction) else pairs).append(Pair(*sides))
+            (held_out if in_share(prompt, val_fraction) else pairs).append(Pair(*sides))
     held = f", {len(held_out):,} held out" if val_fraction else ""
     print(f"dpo: {len(pairs):,} pairs{held}; {too_long:,} longer than {context} tokens dropped")
     return pairs, held_out

@@ -6,6 +6,7 @@ Documents are packed into rows and isolated from each other. Ctrl-C saves; --res
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -16,13 +17,14 @@ from nanophi.text.shards import TokenSet
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.loop import TrainConfig, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
+from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
 from nanophi.train.rundir import claim
 
 
 @dataclass(kw_only=True)
 class Config(TrainConfig):
-    data: str = flag(help="token shards, a directory of python -m nanophi.text.shards")
+    data: str = flag(help="token shards, a directory of python -m nanophi.text.shards; or several: news:0.3,poetry:0.1")
     tokenizer: str = flag(help="the tokenizer they were made with")
     batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
     preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
@@ -52,15 +54,19 @@ def main(cfg: Config) -> Phi:
     context = shape.max_position_embeddings
     bos = tok.bos_id if cfg.bos else None
     rows = max(cfg.batch_tokens // context, 1)
-    data = Packed(TokenSet(cfg.data, "train", tok), context, rows, cfg.seed, bos_id=bos)
-    held_out = TokenSet(cfg.data, "val", tok)
-    evaluate = None
-    if len(held_out) and held_out.lengths.max() > 1:
-        validation = Packed(held_out, context, cfg.micro_batch, cfg.seed, bos_id=bos)
-        byte_lengths = tok.byte_lengths()
+    mixture = parse_mixture(cfg.data)
+    sources = {name: Packed(TokenSet(name, "train", tok), context, rows, cfg.seed, bos_id=bos) for name in mixture}
+    data = Mixture(sources, list(mixture.values()), rows) if len(sources) > 1 else next(iter(sources.values()))
+    sets = [TokenSet(name, "val", tok) for name in mixture]
+    held_out = [
+        Packed(documents, context, cfg.micro_batch, cfg.seed, bos_id=bos)
+        for documents in sets
+        if len(documents) and documents.lengths.max() > 1
+    ]
+    byte_lengths = tok.byte_lengths()
 
-        def evaluate(model):
-            return validation_loss(model, validation.in_order(), byte_lengths)
+    def evaluate(model):
+        return validation_loss(model, chain.from_iterable(part.in_order() for part in held_out), byte_lengths)
 
     steps = total_steps(cfg, data.steps_per_epoch)
     torch.manual_seed(cfg.seed)
@@ -70,10 +76,14 @@ def main(cfg: Config) -> Phi:
         model.set_dropout(cfg.dropout)
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"pretrain: {parameters:,} parameters, {data.documents.lengths.sum():,} tokens in "
-        f"{len(data):,} rows of {context} ({data.padding:.1%} padding), {steps:,} steps of {rows} rows = "
+        f"pretrain: {parameters:,} parameters, {data.tokens:,} tokens in "
+        f"{len(data):,} rows of {context} ({data.padding:.1%} padding, {data.cut_documents:.1%} of the "
+        f"documents cut), {steps:,} steps of {rows} rows = "
         f"{steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
     )
+    if len(sources) > 1:
+        print(f"mixture: {data.epochs(steps)}")
+    evaluate = evaluate if held_out else None
     return train(
         model, next_token_loss, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
     )

@@ -14,10 +14,9 @@ from typing import Literal
 
 from nanophi.cli import Progress, UserError, flag, peak_memory_gb, run
 from nanophi.text.bpe import train_bpe
-from nanophi.text.corpus import read_texts
-from nanophi.text.formats import SampleBy
+from nanophi.text.corpus import Reading, Skipped
 from nanophi.text.pieces import train_sentencepiece
-from nanophi.text.shards import is_validation
+from nanophi.text.rows import in_share, text_of
 from nanophi.text.stats import draw_lengths, report, write_vocabulary
 
 # GB that n characters of Chinese take: BASE + FACTOR * n^POWER, measured from 1 to 100 million and a tenth added.
@@ -27,8 +26,7 @@ REPORT_SHARE, REPORT_CHARACTERS = 0.05, 500_000  # of the training text, where n
 
 
 @dataclass(kw_only=True)
-class Config:
-    input: list[str] = flag(help="clean text: files, directories or globs (.jsonl .json .txt, plain or .gz or .xz)")
+class Config(Reading):
     out: str = flag(help="directory for tokenizer.json and its companions")
     vocab_size: int = flag(40960, help="tokens, the 7 special ones and the bytes or characters among them")
     level: Literal["byte", "char"] = flag("byte", help="what merges start from: bytes or characters")
@@ -39,14 +37,13 @@ class Config:
     held_out: list[str] | None = flag(None, help="texts to report on (default: a sample of the training text)")
     report: bool = flag(True, help="say how well the tokenizer serves, by script, and draw its tokens' lengths")
     max_memory: float | None = flag(None, above=0.3, help="GB; a text that may need more is sampled, by documents")
-    sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
 
 
 def share_that_fits(cfg: Config) -> float:
     """The share of the documents that --max-memory lets in; all texts are read once to know their size."""
     if cfg.max_memory is None:
         return 1.0
-    characters = sum(map(len, read_texts(cfg.input, cfg.sample_by)))
+    characters = sum(map(len, cfg.rows(Skipped(), text_of)))
     share = min(((cfg.max_memory - BASE) / FACTOR) ** (1 / POWER) / max(characters, 1), 1.0)
     print(f"tokenizer: {share:.1%} of the documents ({characters:,} characters) will fit in {cfg.max_memory} GB")
     return share
@@ -59,19 +56,20 @@ def main(cfg: Config) -> dict:
         raise UserError(
             "--trainer sentencepiece decides level, split, frequency and fallback itself: leave out those flags"
         )
-    held_out = list(read_texts(cfg.held_out, cfg.sample_by)) if cfg.held_out else None  # before long work
+    skipped = Skipped()
+    held_out = list(cfg.rows(skipped, text_of, cfg.held_out)) if cfg.held_out else None  # before long work
     share = share_that_fits(cfg)
     started, characters, sample = time.monotonic(), 0, []
 
     def counted():
         nonlocal characters
         with Progress("documents", None) as bar:
-            for text in read_texts(cfg.input, cfg.sample_by):
+            for text in cfg.rows(skipped, text_of):
                 bar.update()
-                if share < 1 and not is_validation(f"sample {text}", share):  # by a hash of the text
+                if share < 1 and not in_share(f"sample {text}", share):  # by a hash of the text
                     continue
                 characters += len(text)
-                if is_validation(text, REPORT_SHARE) and sum(map(len, sample)) < REPORT_CHARACTERS:
+                if in_share(text, REPORT_SHARE) and sum(map(len, sample)) < REPORT_CHARACTERS:
                     sample.append(text)
                 yield text
 
@@ -90,8 +88,9 @@ def main(cfg: Config) -> dict:
             else f"tokenizer: the text gave {len(tok):,} of {cfg.vocab_size:,} tokens"
         )
     print(
-        f"tokenizer: read {characters:,} characters, learned {len(tok.merge_list):,} merges, {len(tok):,} tokens, in "
-        f"{seconds:.1f} s, peak {peak_memory_gb():.2f} GB; wrote {cfg.out}"
+        f"{skipped}tokenizer: read {characters:,} characters, skipped {skipped.count:,} bad rows, learned "
+        f"{len(tok.merge_list):,} merges, {len(tok):,} tokens, in {seconds:.1f} s, peak {peak_memory_gb():.2f} GB; "
+        f"wrote {cfg.out}"
     )
     if cfg.report:
         read, whence = (sample, "of the training text") if held_out is None else (held_out, "held out")

@@ -104,8 +104,11 @@ CASES = [
         r"gbk.jsonl, line 2: not UTF-8 \(.* byte \d+ of the file\); it looks like GB18030",
     ),
     (f"{SHARDS} --tokenizer {{house}}/tokenizer --strict --input {{bad}}/broken.jsonl", "broken.jsonl, line 2: not"),
-    (f"{TOK} {{bad}}/broken.jsonl", "broken.jsonl, line 2: not JSON"),
-    (f"{TOK} {{bad}}/gbk.txt", r"gbk.txt, line 2: not UTF-8 \(invalid .*, byte 1\d of the file\); .* convert it first"),
+    (f"{TOK} {{bad}}/broken.jsonl --strict", "broken.jsonl, line 2: not JSON"),
+    (
+        f"{TOK} {{bad}}/gbk.txt --strict",
+        r"gbk.txt, line 2: not UTF-8 \(invalid .*, byte 1\d of the file\); .* convert it",
+    ),
     (
         f"{SFT_TO} {{bad}}/questions.jsonl",
         "questions.jsonl, line 2: a row with the keys instruction is no conversation",
@@ -151,7 +154,7 @@ CASES = [
     # output
     (f"{SFT_TO} {{house}}/sft.jsonl --out {{house}}/dpo", "dpo holds a run .*: --resume goes on with it, --overwrite"),
     (f"{SFT_TO} {{house}}/sft.jsonl --resume", "nothing to resume in x"),
-    ("clean --out x.txt --input {bad}/one.jsonl", "x.txt: rows are written as .jsonl"),
+    ("clean --out x.doc --input {bad}/one.jsonl", "x.doc: rows are written as .jsonl"),
     ("clean --out {bad}/one.jsonl --input {bad}/one.jsonl", "is the only input: it would overwrite what it reads"),
     # prompts and flags
     (f"generate --model {{house}}/sft --prompt {'很长' * 200}", "the prompt has .* tokens, the model was made for 128"),

@@ -1,148 +1,47 @@
-"""Cleaning: named rules, each str -> str, applied in the order of RULES until nothing changes any more.
+"""Cleaning: the rules of `rules.py` until nothing changes any more, then the filters of `filters.py`, with a report.
 
     python -m nanophi.text.clean --input raw/ --out clean.jsonl --dedup
+    python -m nanophi.text.clean --input crawl/ --out clean.jsonl.zst --workers 8 --shard-rows 100000 --resume
 
-What the rules must not do is half of their job: Chinese punctuation, decimals, URLs, code and Latin words stay as they
-are (the original turned `4.567Ga` into `4。567Ga` and deleted every letter s that stood twice). Questions, which people
-type without a full stop, get none: `clean(text, final=False)`.
+Rules change texts, filters drop documents. Questions, which people type without a full stop, get none:
+`clean(text, final=False)`. Your own list of rules: `clean(text, rules={**RULES, "mine": str.strip})`.
 
 Cleaning is a step of its own: the training scripts never clean.
 """
 
-import hashlib
-import html
+import io
 import json
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 from nanophi.cli import Progress, UserError, flag, run
-from nanophi.text.corpus import Skipped, expand, read_rows, refuse, write_rows
-from nanophi.text.formats import SampleBy, format_of
-from nanophi.text.rows import ASKED, LEARNED, TURNS, messages_of, text_of, texts_of, with_texts
+from nanophi.files import replacing, write_json
+from nanophi.text.corpus import Reading, Skipped, numbered, read_rows, writable, write_rows
+from nanophi.text.filters import Limits, why_dropped
+from nanophi.text.formats import opened, write_jsonl
+from nanophi.text.parallel import batches, ordered
+from nanophi.text.rows import ASKED, LEARNED, TURNS, in_share, messages_of, text_of, texts_of, with_texts
+from nanophi.text.rules import RULES, Rule, simplify
 
-HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff〇"
-
-TAG_NAMES = (
-    "p|br|div|span|a|b|i|u|em|strong|h[1-6]|ul|ol|li|table|tbody|thead|tr|td|th|img|font|center|hr|sup|sub|blockquote"
-)
-# Attributes need a value: `a <b and c> d` is no tag; nor is one letter right behind a word: List<a> is code.
-TAG = re.compile(
-    rf"""<(?!(?<=\w<)[abiup]>)(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I
-)
-COMMENT = re.compile(r"<!--.*?-->", re.S)
-CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.S)  # Markdown's code shows tags as text
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")  # with `;`: not in `?a=1&copy=2`
-BREAKING_TAGS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr")
-
-
-def strip_html(text: str) -> str:
-    """Entities become characters, to the bottom of `&amp;lt;`; comments and well-known tags go. Markdown code stays,
-    and so does any other `<...>`: it is code or mathematics."""
-    parts = CODE.split(text)
-    return "".join(part if i % 2 else _strip_html(part) for i, part in enumerate(parts))
-
-
-def _strip_html(text: str) -> str:
-    before = None
-    while text != before:  # each replacement shortens the text
-        before = text
-        text = ENTITY.sub(lambda m: html.unescape(m[0]), COMMENT.sub("", text))
-    return TAG.sub(lambda m: "\n" if m[2].lower() in BREAKING_TAGS else "", text)
-
-
-INVISIBLE = re.compile(
-    # Controls but \t and \n; zero-width and directional marks; half surrogate pairs. U+200D stays: it joins emoji.
-    r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
-)
-
-
-def drop_invisible(text: str) -> str:
-    """Remove characters one cannot see; every kind of line break becomes \\n."""
-    return INVISIBLE.sub("", re.sub(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029", "\n", text))
-
-
-# NFKC would make most of these ASCII (，->, …->...), lose a power, an index or a unit (m² -> m2, ㎡ -> m2, ② -> 2), run
-# a fraction into the number before it (5½ -> 51⁄2), or tear a lone accent or a double prime apart.
-KEPT_BY_NFKC = re.compile(r"[，。？！：；（）…～²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸①-⓿㈀-㋿㌀-㏿]+")
-
-
-def nfkc(text: str) -> str:
-    """Unicode NFKC (full-width letters and digits become ordinary ones), Chinese punctuation and units excepted."""
-    parts, end = [], 0
-    for kept in KEPT_BY_NFKC.finditer(text):
-        parts += [unicodedata.normalize("NFKC", text[end : kept.start()]), kept[0]]
-        end = kept.end()
-    return "".join(parts) + unicodedata.normalize("NFKC", text[end:])
-
-
-@cache
-def _opencc():
-    import opencc
-
-    return opencc.OpenCC("t2s")
-
-
-def simplify(text: str) -> str:
-    """Traditional -> simplified characters, by OpenCC's phrase tables.
-
-    薴 stays: OpenCC makes it 苧, which it would make 苎, another plant, the next time.
-    """
-    return "薴".join(_opencc().convert(part) for part in text.split("薴"))
-
-
-# Not `.` (1.000, ...), not + - * = # / (C++, --, ==); ASCII ! or ? only after Han, or three behind a word: `!!x` is
-# code, and a line may begin with `???` or `!!!` as Markdown.
-REPEATED = re.compile(rf"([，。？！：；、～])\1+|(…)…{{2,}}|(—)—{{2,}}|(?<=[{HAN}])([!?])\4+|(?<=\S)([!?])\5{{2,}}")
-
-
-def collapse_punctuation(text: str) -> str:
-    """`。。。。` -> `。`, `!!!!` -> `!`; the ellipsis `……` and the dash `——` are two characters each and stay so."""
-
-    def once(match: re.Match) -> str:
-        return match[2] * 2 if match[2] else match[3] * 2 if match[3] else match[0][0]
-
-    return REPEATED.sub(once, text)
-
-
-def tidy_space(text: str) -> str:
-    """Trim the text and its lines' ends, at most one blank line, no ideographic indentation (code keeps its own), one
-    space at most between Han."""
-    text = re.sub(r"[^\S\n]+$", "", text, flags=re.M)
-    text = re.sub(rf"^[^\S\n]*\u3000[^\S\n]*|\A\s+(?=[{HAN}])", "", text, flags=re.M)
-    text = re.sub(rf"(?<=[{HAN}，。？！：；])[^\S\n]{{2,}}(?=[{HAN}])", " ", text)
-    return re.sub(r"\n{3,}", "\n\n", text).lstrip("\n").rstrip()
-
-
-def final_punctuation(text: str) -> str:
-    """A text that ends in Han, or in a closing bracket right after Han, gets its 。; anything else ends as it is."""
-    return re.sub(rf"(?<=[{HAN}])([”’）》】」』)\]]?)\Z", r"\1。", text)
-
-
-Rule = Callable[[str], str]
-RULES: dict[str, Rule] = {
-    "html": strip_html,
-    "invisible": drop_invisible,
-    "space": tidy_space,  # before NFKC, which makes ideographic spaces ordinary ones
-    "nfkc": nfkc,
-    "simplified": simplify,
-    "punctuation": collapse_punctuation,
-}
-FINAL_RULE: dict[str, Rule] = {"final": final_punctuation}
+SHOWN = 16  # characters of a sample in the report
 
 
 @dataclass
 class Report:
-    """What each rule did: documents it changed, characters it removed (negative: added), and one sample."""
+    """What each rule did (texts it changed, characters it removed, negative where it added, one sample), and what each
+    filter dropped."""
 
     changed: Counter = field(default_factory=Counter)
     removed: Counter = field(default_factory=Counter)
     sample: dict[str, tuple[str, str]] = field(default_factory=dict)
+    dropped: Counter = field(default_factory=Counter)
 
     def note(self, rule: str, before: str, after: str, again: bool) -> None:
         """A rule changed a text; again: it had changed this one before."""
@@ -151,113 +50,187 @@ class Report:
         if rule not in self.sample:
             start = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
             start = max(0, min(start, len(before) - 1) - 6)
-            self.sample[rule] = (before[start : start + 16], after[start : start + 16])
+            self.sample[rule] = (before[start : start + SHOWN], after[start : start + SHOWN])
+
+    def add(self, other: "Report") -> None:
+        self.changed += other.changed
+        self.removed.update(other.removed)  # `+=` would lose the negative ones
+        self.dropped += other.dropped
+        self.sample = other.sample | self.sample
 
     def __str__(self) -> str:
-        lines = [f"  {'rule':12} {'texts':>7} {'characters':>11}   sample"]
-        for rule in [*RULES, *FINAL_RULE]:
+        lines = [f"  {'rule':12} {'texts':>9} {'characters':>12}   sample"]
+        for rule in [*RULES, *(self.changed.keys() - RULES.keys())]:
             before, after = self.sample.get(rule, ("", ""))
             sample = f"{before!r} -> {after!r}" if before else ""
-            lines.append(f"  {rule:12} {self.changed[rule]:>7,} {-self.removed[rule]:>+11,}   {sample}")
-        return "\n".join(lines)
+            lines.append(f"  {rule:12} {self.changed[rule]:>9,} {-self.removed[rule]:>+12,}   {sample}")
+        dropped = ", ".join(f"{name} {count:,}" for name, count in self.dropped.most_common())
+        return "\n".join([*lines, f"  dropped: {dropped or 'none'}"])
 
 
-def clean(text: str, final: bool = True, report: Report | None = None) -> str:
+def clean(text: str, final: bool = True, report: Report | None = None, rules: dict[str, Rule] = RULES) -> str:
     """Apply the rules until they change nothing, so that clean(clean(x)) == clean(x).
 
     final: also the rule that ends a text in 。; for documents and answers, not for questions.
     """
-    rules = RULES | (FINAL_RULE if final else {})
+    names = [name for name in rules if final or name != "final"]
     acted: set[str] = set()
-    for _ in range(100):  # seldom more than two rounds: the second only confirms
-        start = text
-        for name, rule in rules.items():
-            before, text = text, rule(text)
-            if report is not None and text != before:
+    quiet = 0  # rules in a row that changed nothing; a bound, as a user's own rules may chase each other
+    for name in chain.from_iterable(names for _ in range(100)):
+        before, text = text, rules[name](text)
+        quiet += 1
+        if text != before:
+            quiet = 0
+            if report is not None:
                 report.note(name, before, text, again=name in acted)
                 acted.add(name)
-        if text == start:
+        if quiet == len(names):
             break
     return text
 
 
-def clean_row(row: dict, report: Report | None = None) -> dict:
+def clean_row(row: dict, report: Report | None = None, rules: dict[str, Rule] = RULES) -> dict:
     """Clean the texts of a row of any schema; other keys stay as they are. Questions get no final punctuation."""
     cleaned = dict(row)
     for key in (*ASKED, *LEARNED):
         if key in row:
-            cleaned[key] = clean(row[key], key in LEARNED, report)
+            cleaned[key] = clean(row[key], key in LEARNED, report, rules)
     for key in TURNS:
         if key in row:
             cleaned[key] = [
-                {"role": turn["role"], "content": clean(turn["content"], turn["role"] == "assistant", report)}
+                {"role": turn["role"], "content": clean(turn["content"], turn["role"] == "assistant", report, rules)}
                 for turn in messages_of({key: row[key]})
             ]
     return cleaned
 
 
 @dataclass(kw_only=True)
-class Config:
-    input: list[str] = flag(help="files, directories or globs: .jsonl .json .txt, plain or .gz or .xz")
-    out: str = flag(help="the .jsonl to write (.jsonl.xz and .gz too)")
-    dedup: bool = flag(False, help="drop repeated and nearly repeated rows (character 5-grams, Jaccard 0.8)")
-    sample: float = flag(
-        1.0, above=0, at_most=1, help="share of the rows to take, chosen by a hash of each row and --seed"
-    )
+class Config(Reading, Limits):
+    out: str = flag(help="file to write: .jsonl, .jsonl.gz, .parquet, ...")
+    dedup: bool = flag(False, help="drop repeated and nearly repeated rows (see nanophi.text.dedup, which can do more)")
+    without: list[str] | None = flag(None, help=f"rules to leave out, of: {' '.join(RULES)}")
+    script: Literal["t2s", "tw2s", "hk2s"] = flag("t2s", help="OpenCC's table of the rule simplified")
+    dropped: str | None = flag(None, help="write what was dropped, and why, into this file")
+    sample: float = flag(1.0, above=0, at_most=1, help="share of the rows to take, chosen by a hash of each and --seed")
     seed: int = flag(0, help="of --sample")
-    sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
-    strict: bool = flag(False, help="stop at a bad row (no JSON, no UTF-8, no known keys) instead of skipping it")
+    workers: int = flag(1, at_least=1, help="processes; the output is in the same order with any number")
+    shard_rows: int | None = flag(None, at_least=1, help="write name-00000 ... for each so many rows read")
+    resume: bool = flag(False, help="with --shard-rows: go on behind the shards that are complete")
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        if unknown := set(self.without or []) - RULES.keys():
+            raise UserError(f"--without {' '.join(sorted(unknown))}: no such rule; there are {', '.join(RULES)}")
+        rules = {name: rule for name, rule in RULES.items() if name not in (self.without or [])}
+        return rules | ({"simplified": partial(simplify, config=self.script)} if "simplified" in rules else {})
+
+    @property
+    def effective(self) -> dict:
+        """What decides over the content of a shard."""
+        return {name: value for name, value in asdict(self).items() if name not in ("workers", "resume", "dropped")}
 
 
-def sampled(row: dict, share: float, seed: int) -> bool:
-    """Whether a row is in the sample: depends on its content and the seed, not on its place."""
-    digest = hashlib.blake2b(f"{seed}{json.dumps(row, sort_keys=True)}".encode(), digest_size=8).digest()
-    return share >= 1 or int.from_bytes(digest, "little") < share * 2**64
+def clean_rows(rows: list[dict], cfg: Config) -> tuple[list[dict], list[dict], Report]:
+    """(cleaned rows, dropped ones with a key "why", report): the work of one process on a batch."""
+    kept, dropped, report, rules = [], [], Report(), cfg.rules
+    for row in rows:
+        cleaned = clean_row(row, report, rules)
+        if "text" in row:
+            why = why_dropped(row["text"], cleaned["text"], cfg)
+        else:
+            why = None if all(text.strip() for text in texts_of(cleaned)) else "empty"
+        if why is None:
+            kept.append(cleaned)
+        else:
+            report.dropped[why] += 1
+            dropped.append({"why": why, **row})
+    return kept, dropped, report
 
 
 def main(cfg: Config) -> dict:
-    """Clean every row of the inputs; returns the counts it prints. With --dedup all rows are held in memory."""
-    from nanophi.text.dedup import near_duplicates
+    """Clean every row of the inputs; returns the counts it prints."""
+    writable(cfg.out)
+    inputs = cfg.files(cfg.out)
+    cfg.rules  # noqa: B018 - an unknown rule is refused before any work
+    if cfg.dedup and cfg.shard_rows:
+        raise UserError("--dedup sees all rows at once: clean with --shard-rows, then python -m nanophi.text.dedup")
+    if cfg.resume and not cfg.shard_rows:
+        raise UserError("--resume goes on behind complete shards: it needs --shard-rows")
+    report, skipped, counts = Report(), Skipped(), {"read": 0, "written": 0, "repeated": 0}
+    aside = io.StringIO()
 
-    out = Path(cfg.out)
-    if format_of(out) != ".jsonl" or out.is_dir():
-        raise UserError(f"--out {cfg.out}: rows are written as .jsonl (or .jsonl.gz, .jsonl.xz), so name such a file")
-    inputs = [path for path in expand(cfg.input) if path.resolve() != out.resolve()]  # not yesterday's output
-    if not inputs:
-        raise UserError(f"--out {cfg.out} is the only input: it would overwrite what it reads")
-    report, skipped, counts = Report(), Skipped(), {"read": 0, "empty": 0, "repeated": 0}
-
-    def cleaned_rows() -> Iterator[dict]:
+    def taken() -> Iterator[dict]:
         with Progress("rows", None) as bar:
-            for row in read_rows(inputs, cfg.sample_by, with_texts, refuse if cfg.strict else skipped):
+            for row in cfg.rows(skipped, with_texts, inputs):
                 bar.update()
-                if not sampled(row, cfg.sample, cfg.seed):
-                    continue
-                counts["read"] += 1
-                cleaned = clean_row(row, report)
-                if all(text.strip() for text in texts_of(cleaned)):
-                    yield cleaned
-                else:
-                    counts["empty"] += 1
+                if cfg.sample == 1 or in_share(json.dumps(row, sort_keys=True), cfg.sample, str(cfg.seed)):
+                    yield row
 
-    rows = cleaned_rows()
-    if cfg.dedup:
-        kept = list(rows)
-        repeated = set(near_duplicates(map(text_of, kept)))
-        counts["repeated"] = len(repeated)
-        rows = (row for i, row in enumerate(kept) if i not in repeated)
-    first = next(rows, None)
-    if first is None:
-        bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
-        raise UserError(f"nothing to write to {out}: of {counts['read']:,} rows {counts['empty']:,} are empty{bad}")
-    counts["written"] = write_rows(out, chain([first], rows))
-    counts["skipped"] = skipped.count
+    def cleaned(rows: Iterable[dict]) -> Iterator[dict]:
+        work = partial(clean_rows, cfg=cfg)
+        for kept, refused, part in ordered(work, batches(rows, 200_000, lambda row: len(text_of(row))), cfg.workers):
+            report.add(part)
+            counts["read"] += len(kept) + len(refused)
+            write_jsonl(aside, refused if cfg.dropped else [])
+            yield from kept
+        if not counts["read"] - report.dropped.total() and not cfg.shard_rows:  # raised here, nothing is written
+            bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
+            raise UserError(f"nothing to write to {cfg.out}: of {counts['read']:,} rows all are dropped{bad}")
+
+    with ExitStack() as stack:
+        if cfg.dropped:
+            beside = stack.enter_context(replacing(cfg.dropped))
+            aside = stack.enter_context(opened(beside, "wt", like=Path(cfg.dropped)))
+        if cfg.shard_rows:
+            counts["written"] = _write_shards(cfg, taken(), cleaned, inputs)
+        elif cfg.dedup:
+            counts["written"] = _write_unique(cfg, cleaned(taken()), counts)
+        else:
+            counts["written"] = write_rows(cfg.out, cleaned(taken()))
+    counts |= {"skipped": skipped.count, "dropped": report.dropped.total()}
     print(
-        "clean: read {read:,} rows, skipped {skipped:,} bad ones, dropped {empty:,} empty and {repeated:,} repeated, "
-        "wrote {written:,}".format(**counts)
-        + f" to {out}\n{skipped}{report}"
+        "{0}clean: read {read:,} rows, skipped {skipped:,} bad ones, dropped {dropped:,} and {repeated:,} repeated, "
+        "wrote {written:,} to {1}\n{2}".format(skipped, cfg.out, report, **counts)
     )
     return counts
+
+
+def _write_unique(cfg: Config, rows: Iterable[dict], counts: dict[str, int]) -> int:
+    """Cleaned rows to a file beside --out, which is read again for what is new in it: no text is held in memory."""
+    from nanophi.text.dedup import Again, Duplicates
+
+    with TemporaryDirectory(dir=Path(cfg.out).parent) as folder:
+        beside = Path(folder) / "cleaned.jsonl"
+        write_rows(beside, rows)
+        again = Again(lambda: read_rows([beside]))
+        return write_rows(cfg.out, Duplicates(workers=cfg.workers).drop(again, counts))
+
+
+def _write_shards(cfg: Config, rows: Iterator[dict], cleaned: Callable, inputs: list[Path]) -> int:
+    """One file for each --shard-rows rows read, so that the number of complete files says where to go on."""
+    settings = Path(f"{cfg.out}.settings.json")
+    now = json.loads(json.dumps(cfg.effective | {"files": [[str(path), path.stat().st_size] for path in inputs]}))
+    done = 0
+    if cfg.resume and settings.exists():
+        before = json.loads(settings.read_text(encoding="utf-8"))
+        if differing := [name for name in now if before.get(name) != now[name]]:
+            raise UserError(f"--resume: {', '.join(differing)} differ from what {settings} says; leave --resume out")
+        while numbered(cfg.out, done).exists():
+            done += 1
+        print(f"clean: {done} complete shards of {cfg.shard_rows:,} rows each stay")
+        next(islice(rows, done * cfg.shard_rows, done * cfg.shard_rows), None)  # reads past them
+    else:
+        for number in count():
+            if not numbered(cfg.out, number).exists():
+                break
+            numbered(cfg.out, number).unlink()
+        write_json(settings, now)
+    written = 0
+    while (first := next(rows, None)) is not None:
+        some = chain([first], islice(rows, cfg.shard_rows - 1))
+        written += write_rows(numbered(cfg.out, done), cleaned(some))
+        done += 1
+    return written
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 """
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -106,6 +107,16 @@ class Reading:
     sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
     field: str | None = flag(None, help="key or column that holds the text, where it is not called text")
     strict: bool = flag(False, help="stop at a bad row (not decodable, no JSON, no known keys) instead of skipping it")
+
+    def files(self, out: str) -> list[Path]:
+        """The input files, but for yesterday's output: --out, or name-00000 and so on of it."""
+        own = re.compile(re.escape(numbered(out, 0).name).replace("00000", r"\d{5}"))
+        folder = Path(out).resolve().parent
+        found = [path for path in expand(self.input) if path.resolve() != Path(out).resolve()]
+        found = [path for path in found if not (path.resolve().parent == folder and own.fullmatch(path.name))]
+        if not found:
+            raise UserError(f"--out {out} is the only input: it would overwrite what it reads")
+        return found
 
     def rows(self, skipped: Skipped, use: Callable[[dict], T] = as_it_is, inputs=None) -> Iterator[T]:
         """use(row) for every row; bad ones are counted in `skipped`, or refused with --strict."""

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing
-from nanophi.text.corpus import Reading, Skipped, expand, writable, write_rows
+from nanophi.text.corpus import Reading, Skipped, writable, write_rows
 from nanophi.text.parallel import batches, ordered
 from nanophi.text.rows import text_of, with_texts
 
@@ -286,7 +285,7 @@ class Config(Reading, Duplicates):
 def main(cfg: Config) -> dict[str, int]:
     """Write the rows that say something new; returns the counts it prints."""
     writable(cfg.out)
-    inputs = [path for path in expand(cfg.input) if path.resolve() != Path(cfg.out).resolve()]
+    inputs = cfg.files(cfg.out)
     counts, skipped = {"read": 0, "lines": 0, "repeated": 0}, Skipped()
 
     def rows() -> Iterator[dict]:

@@ -71,14 +71,10 @@ def opened(path: Path, mode: str = "rb", like: Path | None = None) -> Iterator[I
     try:
         with OPENERS.get(suffix, open)(path, mode, **text) as file:
             yield file
-    except DAMAGED as error:
-        raise UserError(f"{path} is damaged or no {suffix} file: {error}") from None
-    except OSError as error:
-        if error.errno is None:  # bz2 has no error of its own
-            raise UserError(f"{path} is damaged or no {suffix} file: {error}") from None
-        raise
     except Exception as error:
-        if type(error).__name__ != "ZstdError":  # its class is not to be had before it is needed
+        # bz2 says OSError without a number; the class ZstdError is not to be had before it is needed
+        numberless = isinstance(error, OSError) and error.errno is None
+        if not (isinstance(error, DAMAGED) or numberless or type(error).__name__ == "ZstdError"):
             raise
         raise UserError(f"{path} is damaged or no {suffix} file: {error}") from None
 

@@ -31,13 +31,24 @@ def ordered(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterato
         yield from map(work, items)
         return
     items = iter(items)
-    # Ctrl-C reaches every process of the terminal; the parent alone deals with it.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, get_context("forkserver"), signal.signal, ignore) as pool:
-        under_way = deque(pool.submit(work, item) for item in islice(items, 3 * workers))
+    with ProcessPoolExecutor(workers, get_context("forkserver"), _start, (work,)) as pool:
+        under_way = deque(pool.submit(_do, item) for item in islice(items, 3 * workers))
         try:
             while under_way:
                 yield under_way.popleft().result()
-                under_way.extend(pool.submit(work, item) for item in islice(items, 1))
+                under_way.extend(pool.submit(_do, item) for item in islice(items, 1))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+_work: Callable  # of a worker process: what it does with each item, sent to it once
+
+
+def _start(work: Callable) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone deals with it
+
+
+def _do(item):
+    return _work(item)

@@ -13,32 +13,26 @@ A shard is one file, little-endian:
 that it stays out of training however the corpus is ordered or grows.
 """
 
-import hashlib
 import os
 import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import tee
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing
-from nanophi.text.corpus import Skipped, read_texts, refuse
-from nanophi.text.formats import SampleBy
+from nanophi.text.corpus import Reading, Skipped
+from nanophi.text.parallel import batches, ordered
+from nanophi.text.rows import in_share, text_of
 from nanophi.text.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"nanophi\0", 1
 HEADER = struct.Struct("<8sIIQQI16s12x")  # 64 bytes
-
-
-def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a pure function of its text."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 class ShardWriter:
@@ -136,8 +130,19 @@ class TokenSet:
         return "-".join(f"{len(shard.tokens)}.{shard.crc:08x}" for shard in self.shards)
 
 
+def _encode(texts: list[str], tok: Tokenizer, val_fraction: float) -> list[tuple[str, np.ndarray]]:
+    """(split, ids) of each text: the work of one process on a batch. The split is a function of the text alone."""
+    splits = ("val" if in_share(text, val_fraction) else "train" for text in texts)
+    return list(zip(splits, tok.encode_stream(texts), strict=True))
+
+
 def write_shards(
-    texts: Iterable[str], tok: Tokenizer, directory: str | Path, val_fraction: float, shard_tokens: int = 100_000_000
+    texts: Iterable[str],
+    tok: Tokenizer,
+    directory: str | Path,
+    val_fraction: float,
+    shard_tokens: int = 100_000_000,
+    workers: int = 1,
 ) -> dict[str, ShardWriter]:
     """Encode documents into a shard directory; returns the writers of "train" and "val", with their counts.
 
@@ -149,9 +154,9 @@ def write_shards(
         shutil.rmtree(fresh)
     writers = {split: ShardWriter(fresh, split, tok, shard_tokens) for split in ("train", "val")}
     try:
-        for_split, for_ids = tee(texts)
-        for text, ids in zip(for_split, tok.encode_stream(for_ids), strict=True):
-            writers["val" if is_validation(text, val_fraction) else "train"].add(ids)
+        for encoded in ordered(partial(_encode, tok=tok, val_fraction=val_fraction), batches(texts, 500_000), workers):
+            for split, ids in encoded:
+                writers[split].add(ids)
         for writer in writers.values():
             writer.flush()
         if not writers["train"].documents:
@@ -171,13 +176,11 @@ def write_shards(
 
 
 @dataclass(kw_only=True)
-class Config:
-    input: list[str] = flag(help="clean documents: files, directories or globs")
+class Config(Reading):
     tokenizer: str = flag(help="directory of train_tokenizer.py")
     out: str = flag(help="directory for the shards")
     val_fraction: float = flag(0.01, at_least=0, at_most=0.9, help="share of documents kept for validation")
-    sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
-    strict: bool = flag(False, help="stop at a bad row (no JSON, no UTF-8, no known keys) instead of skipping it")
+    workers: int = flag(1, at_least=1, help="processes that encode; the shards are the same with any number")
 
 
 def main(cfg: Config) -> dict:
@@ -187,13 +190,13 @@ def main(cfg: Config) -> dict:
 
     def counted() -> Iterator[str]:
         with Progress("documents", None) as bar:
-            for text in read_texts(cfg.input, cfg.sample_by, refuse if cfg.strict else skipped):
+            for text in cfg.rows(skipped, text_of):
                 read["characters"] += len(text)
                 read["bytes"] += len(text.encode("utf-8", "surrogatepass"))
                 yield text
                 bar.update()
 
-    writers = write_shards(counted(), tok, cfg.out, cfg.val_fraction)
+    writers = write_shards(counted(), tok, cfg.out, cfg.val_fraction, workers=cfg.workers)
     train, val = writers["train"], writers["val"]
     documents, tokens = train.documents + val.documents, train.tokens + val.tokens
     print(

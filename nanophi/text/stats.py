@@ -1,12 +1,27 @@
-"""What a tokenizer holds and how well it serves: vocab.tsv to read, a report to print, a picture of token lengths."""
+"""What a corpus holds, and what a tokenizer: tables to print and pictures.
+
+    python -m nanophi.text.stats --input text/ --tokenizer out/tokenizer --plot corpus.png
+
+Of a tokenizer: vocab.tsv to read, how well it serves each script, and the lengths of its tokens; train_tokenizer.py
+calls these.
+"""
 
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing, write_text
+from nanophi.text.corpus import Reading, Skipped
+from nanophi.text.dedup import Again, find_clusters
 from nanophi.text.levels import BYTE_TOKENS
+from nanophi.text.parallel import batches
+from nanophi.text.rows import text_of, with_texts
 from nanophi.text.tokenizer import Tokenizer
 
 ROUND_TRIPS = {
@@ -123,3 +138,123 @@ def draw_lengths(tok: Tokenizer, path: str | Path) -> None:
     with replacing(path) as beside:
         figure.savefig(beside, dpi=110, format="png")
     plt.close(figure)
+
+
+# ---- corpora
+
+
+@dataclass
+class Group:
+    """What documents of one source hold."""
+
+    lengths: array = field(default_factory=lambda: array("q"))  # characters of each document
+    characters: Counter = field(default_factory=Counter)
+    tokens: int = 0
+
+    def scripts(self) -> dict[str, float]:
+        """Share of each script in the characters, white space left out."""
+        found = Counter()
+        for char, times in self.characters.items():
+            found[script_of(char)] += times
+        total = max(found.total() - found["space"], 1)
+        return {name: found[name] / total for name in SCRIPTS[:4]} | {"other": found["mixed"] / total}
+
+
+def corpus_table(groups: dict[str, Group], with_tokens: bool) -> str:
+    """One line a source: documents, characters, tokens, lengths, scripts."""
+    scripts = [*SCRIPTS[:4], "other"]
+    head = f"{'source':22} {'documents':>10} {'characters':>13} {'share':>6} {'tokens':>12} {'a document':>10}"
+    lines = [head + "".join(f" {name[:6]:>6}" for name in scripts)]
+    everything = sum(sum(group.lengths) for group in groups.values())
+    whole = Group(array("q", [n for g in groups.values() for n in g.lengths]), Counter(), 0)
+    for group in groups.values():
+        whole.characters.update(group.characters)
+        whole.tokens += group.tokens
+    for name, group in [*sorted(groups.items(), key=lambda item: -sum(item[1].lengths)), ("all", whole)]:
+        size = sum(group.lengths)
+        tokens = f"{group.tokens:,}" if with_tokens else "-"
+        median = int(np.median(group.lengths))
+        line = (
+            f"{name[:22]:22} {len(group.lengths):>10,} {size:>13,} {size / everything:>6.1%} {tokens:>12} {median:>10,}"
+        )
+        lines.append(line + "".join(f" {share:>6.1%}" for share in group.scripts().values()))
+    marks = (1, 10, 25, 50, 75, 90, 99, 100)
+    lengths = zip(marks, np.percentile(whole.lengths, marks).astype(int), strict=True)
+    lines.append("length of a document in characters, " + ", ".join(f"{mark} %: {n:,}" for mark, n in lengths))
+    return "\n".join(lines)
+
+
+def draw_corpus(groups: dict[str, Group], path: str | Path) -> None:
+    """Documents by length, and the share of scripts in each source. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["font.sans-serif"] = ["DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "SimHei"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    largest = sorted(groups, key=lambda name: -sum(groups[name].lengths))[:12]
+    longest = max(max(groups[name].lengths) for name in groups)
+    edges = np.geomspace(1, max(longest, 2) + 1, 40)
+    left.hist([n for group in groups.values() for n in group.lengths], edges, color="#4878a8")
+    left.set(xscale="log", xlabel="characters of a document", ylabel="documents", title="lengths")
+    start = np.zeros(len(largest))
+    for script in groups[largest[0]].scripts():
+        shares = np.array([groups[name].scripts()[script] for name in largest])
+        right.barh(largest, shares, left=start, label=script)
+        start += shares
+    right.invert_yaxis()
+    right.set(xlim=(0, 1), title="scripts, white space left out")
+    right.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.06), fontsize=8)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110, format="png")
+    plt.close(figure)
+
+
+@dataclass(kw_only=True)
+class Config(Reading):
+    tokenizer: str | None = flag(None, help="also count the tokens of this tokenizer")
+    by: str = flag("source", help="key of a row that names its source; rows without it are counted together")
+    plot: str | None = flag(None, help="draw lengths and scripts into this .png")
+    duplicates: bool = flag(True, help="count repeated documents too (the text is then read three times)")
+
+
+def main(cfg: Config) -> dict[str, Group]:
+    """Print the table; returns what it counted, by source."""
+    tok = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
+    groups, skipped = defaultdict(Group), Skipped()
+
+    def rows() -> Iterator[dict]:
+        with Progress("rows", None) as bar:
+            for row in cfg.rows(skipped, with_texts):
+                yield row
+                bar.update()
+
+    for some in batches(rows(), 500_000, lambda row: len(text_of(row))):
+        texts = [text_of(row) for row in some]
+        tokens = map(len, tok.encode_stream(texts)) if tok else [0] * len(some)
+        for row, text, count in zip(some, texts, tokens, strict=True):
+            group = groups[str(row.get(cfg.by, "all"))]
+            group.lengths.append(len(text))
+            group.characters.update(text)
+            group.tokens += count
+    if not groups:
+        raise UserError(f"no text in {', '.join(cfg.input)}; {skipped}")
+    print(f"{skipped}{corpus_table(groups, tok is not None)}")
+    if cfg.duplicates:
+        clusters = find_clusters(Again(lambda: cfg.rows(Skipped(), text_of)))
+        again = sum(map(len, clusters)) - len(clusters)
+        documents = sum(len(group.lengths) for group in groups.values())
+        print(
+            f"repeated or nearly repeated: {again:,} documents ({again / documents:.1%}), in {len(clusters):,} clusters"
+        )
+    if cfg.plot:
+        try:
+            draw_corpus(groups, cfg.plot)
+        except ImportError:
+            raise UserError("--plot needs matplotlib: pip install 'nanophi[plot]'") from None
+    return groups
+
+
+if __name__ == "__main__":
+    run(Config, main)

@@ -59,15 +59,15 @@ class Batch:
         return replace(self, **moved)
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put pieces into rows of `capacity`, each into the fullest open row that has room: row -> indices of its pieces.
+def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
+    """Put pieces into rows of `capacity`, each into the fullest open row that has room: the row of each piece.
 
     Open rows are kept by their free space; the set of free spaces is one integer, bit s for "some row has s free", so
     that finding the fullest is a shift and a lowest bit, whatever their number.
     """
-    rows: list[list[int]] = []
+    placed = np.zeros(len(lengths), dtype=np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space -> rows
-    spaces = 0
+    rows = spaces = 0
     for index, length in enumerate(lengths):
         fitting = spaces >> length
         if fitting:
@@ -76,13 +76,13 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             if not open_rows[space]:
                 spaces &= ~(1 << space)
         else:
-            space, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(index)
+            space, row = capacity, rows
+            rows += 1
+        placed[index] = row
         if left := space - length:
             open_rows[left].append(row)
             spaces |= 1 << left
-    return rows
+    return placed
 
 
 def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -119,22 +119,25 @@ class Packed:
         self.piece_length = np.minimum(pairs[self.piece_document] - self.piece_start, context)
         if not len(self.piece_length):
             raise UserError("there is nothing to learn from: every document is shorter than two tokens")
+        self.tokens, self.cut_documents = int(lengths.sum()), float((pieces > 1).sum() / max((pieces > 0).sum(), 1))
         order = shuffled(seed, 2**32, len(self.piece_length))  # an epoch that no run reaches
-        self.rows = [order[row] for row in best_fit(self.piece_length[order].tolist(), context)]
+        placed = best_fit(self.piece_length[order].tolist(), context)
+        self.row_pieces = order[np.argsort(placed, kind="stable")]  # row r: row_pieces[row_start[r] : row_start[r + 1]]
+        self.row_start = np.concatenate([[0], np.cumsum(np.bincount(placed))])
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
     def __len__(self) -> int:
         """Rows in an epoch."""
-        return len(self.rows)
+        return len(self.row_start) - 1
 
     @property
     def steps_per_epoch(self) -> float:
-        return len(self.rows) / self.batch_rows
+        return len(self) / self.batch_rows
 
     @property
     def padding(self) -> float:
         """Share of an epoch's positions that hold no token."""
-        return 1 - float(self.piece_length.sum()) / (len(self.rows) * self.context)
+        return 1 - float(self.piece_length.sum()) / (len(self) * self.context)
 
     @property
     def data_id(self) -> str:
@@ -147,9 +150,9 @@ class Packed:
 
     def row_at(self, index: int) -> int:
         """The row that stands at `index` in the endless sequence of shuffled epochs."""
-        epoch, place = divmod(index, len(self.rows))
+        epoch, place = divmod(index, len(self))
         if self._order[0] != epoch:
-            self._order = (epoch, shuffled(self.seed, epoch, len(self.rows)))
+            self._order = (epoch, shuffled(self.seed, epoch, len(self)))
         return int(self._order[1][place])
 
     def batch_at(self, step: int) -> Batch:
@@ -158,8 +161,8 @@ class Packed:
 
     def in_order(self):
         """Every row once, in batches: for validation."""
-        for first in range(0, len(self.rows), self.batch_rows):
-            yield self.batch(range(first, min(first + self.batch_rows, len(self.rows))))
+        for first in range(0, len(self), self.batch_rows):
+            yield self.batch(range(first, min(first + self.batch_rows, len(self))))
 
     def batch(self, rows: Sequence[int]) -> Batch:
         shape = (len(rows), self.context)
@@ -167,7 +170,7 @@ class Packed:
         boundaries = [0]
         for i, row in enumerate(rows):
             at = 0
-            for piece in self.rows[row]:
+            for piece in self.row_pieces[self.row_start[row] : self.row_start[row + 1]]:
                 inputs, learned = self._piece(piece)
                 ids[i, at : at + len(inputs)], targets[i, at : at + len(inputs)] = inputs, learned
                 at += len(inputs)

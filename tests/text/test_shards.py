@@ -5,7 +5,8 @@ import pytest
 
 from nanophi.cli import UserError
 from nanophi.text.bpe import train_bpe
-from nanophi.text.shards import Shard, TokenSet, is_validation, write_shards
+from nanophi.text.rows import in_share
+from nanophi.text.shards import Shard, TokenSet, write_shards
 from tests.conftest import TEXTS
 
 
@@ -25,11 +26,11 @@ def test_round_trip_over_several_shards(tok, tmp_path):
 
 def test_split_depends_on_the_text_alone():
     texts = [f"第{i}篇" for i in range(200)]
-    half = {text for text in texts if is_validation(text, 0.5)}
+    half = {text for text in texts if in_share(text, 0.5)}
     assert 70 < len(half) < 130
-    assert {text for text in texts if is_validation(text, 0.2)} < half  # a larger share keeps what a smaller one took
-    assert not any(is_validation(t, 0.0) for t in TEXTS)
-    assert all(is_validation(t, 1.0) for t in TEXTS)
+    assert {text for text in texts if in_share(text, 0.2)} < half  # a larger share keeps what a smaller one took
+    assert not any(in_share(t, 0.0) for t in TEXTS)
+    assert all(in_share(t, 1.0) for t in TEXTS)
 
 
 def test_data_id_names_the_tokens(tok, tmp_path):

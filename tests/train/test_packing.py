@@ -25,6 +25,33 @@ def expected_transitions(documents):
     return [(int(a), int(b)) for d in documents for a, b in itertools.pairwise(d)]
 
 
+def test_all_tokens_once_per_epoch_whatever_the_documents():
+    """See test_each_token...: the same for any documents, with and without [BOS]."""
+
+    @given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 12), st.integers(1, 5), st.booleans())
+    def check(lengths, context, batch_rows, bos):
+        documents = [np.arange(100 * i, 100 * i + n) for i, n in enumerate(lengths, start=1)]
+        with_bos = [np.concatenate([[3], d]) for d in documents] if bos else documents
+        wanted = Counter(expected_transitions(with_bos))
+        if wanted:
+            data = Packed(documents, context, batch_rows, seed=0, bos_id=3 if bos else None)
+            assert Counter(t for batch in data.in_order() for t in transitions(batch)) == wanted
+            assert data.tokens == sum(lengths)
+            assert data.cut_documents == np.mean([len(d) - 1 > context for d in with_bos if len(d) > 1])
+
+    check()
+
+
+def test_ranks_joined_are_the_step():
+    """The batch of a step does not know how many ranks there are: they cut it, and nothing is lost or doubled."""
+    data = Packed(DOCUMENTS, 16, batch_rows=4, seed=0)
+    whole = data.batch_at(5)
+    for world in (1, 2, 4):
+        parts = [data.batch_at(5).cut(4 * rank // world, 4 * (rank + 1) // world) for rank in range(world)]
+        assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
+        assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+
+
 @pytest.mark.parametrize("context", [4, 16, 64])
 def test_each_token_after_a_documents_first_is_a_target_once_per_epoch(context):
     """A long document's next piece begins with the last token of the one before, or one target a cut would be lost."""
@@ -82,7 +109,10 @@ def test_cutting_a_batch_loses_nothing():
 
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=60))
 def test_best_fit_places_each_piece_once_in_the_fullest_row_with_room(lengths):
-    rows = best_fit(lengths, 16)
+    rows: list[list[int]] = [[] for _ in lengths]
+    for i, row in enumerate(best_fit(lengths, 16)):
+        rows[row].append(i)
+    rows = [row for row in rows if row]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 16 for row in rows)
     slow: list[list[int]] = []
