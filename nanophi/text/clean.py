@@ -31,6 +31,7 @@ from nanophi.text.rows import ASKED, LEARNED, TURNS, in_share, messages_of, text
 from nanophi.text.rules import RULES, Rule, simplify
 
 SHOWN = 16  # characters of a sample in the report
+BATCH = 200_000  # characters that a process gets at once
 
 
 @dataclass
@@ -168,7 +169,7 @@ def main(cfg: Config) -> dict:
 
     def cleaned(rows: Iterable[dict]) -> Iterator[dict]:
         work = partial(clean_rows, cfg=cfg)
-        for kept, refused, part in ordered(work, batches(rows, 200_000, lambda row: len(text_of(row))), cfg.workers):
+        for kept, refused, part in ordered(work, batches(rows, BATCH, lambda row: len(text_of(row))), cfg.workers):
             report.add(part)
             counts["read"] += len(kept) + len(refused)
             write_jsonl(aside, refused if cfg.dropped else [])

@@ -24,7 +24,7 @@ class Limits:
     max_repeated: float = flag(
         0.8, at_least=0, at_most=1, help="drop documents with a larger share of repeated 10-grams"
     )
-    max_symbols: float = flag(0.6, at_least=0, at_most=1, help="drop documents with more punctuation and signs")
+    max_symbols: float = flag(0.8, at_least=0, at_most=1, help="drop documents with more punctuation and signs")
     max_garbled: float = flag(0.05, at_least=0, at_most=1, help="drop documents with more mojibake before cleaning")
 
 

@@ -9,54 +9,60 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from html.entities import name2codepoint
 
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff〇"
-CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.S)  # Markdown's code is shown as it is
+FENCED = re.compile(r"((?:^[^\S\n]*)(?:```|~~~).*?(?:^[^\S\n]*(?:```|~~~)|\Z))", re.S | re.M)
+CODE = re.compile(rf"{FENCED.pattern[:-1]}|`[^`\n]+`)", re.S | re.M)  # Markdown's code, an unclosed fence to the end
+CODE_OR_URL = re.compile(rf"{CODE.pattern[:-1]}|https?://[^\s，。；！？（）《》“”‘’]+)", re.S | re.M)
 
 
-def outside_code(rule: Callable[[str], str], text: str) -> str:
-    """The rule, applied to what is no Markdown code."""
-    if "`" not in text:
+def outside_code(rule: Callable[[str], str], text: str, code: re.Pattern = CODE) -> str:
+    """The rule, applied to what is no code."""
+    if "`" not in text and "~~~" not in text and (code is CODE or "://" not in text):
         return rule(text)
-    return "".join(part if i % 2 else rule(part) for i, part in enumerate(CODE.split(text)))
+    return "".join(part if i % 2 else rule(part) for i, part in enumerate(code.split(text)))
 
 
-# UTF-8 that was read as Windows-1252: ä½\xa0å¥½ for 你好. The first byte of a Chinese character is E3 to E9 (ã to é),
-# that of Chinese punctuation E2 or EF; bytes 80 to 9F are other characters there.
-_HIGH = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(0x80, 0xC0))
-MISREAD = re.compile(f"(?:[âã-éï][{re.escape(_HIGH)}]{{2}})+")
+# UTF-8 that was read as Windows-1252 or Latin-1: ä½\xa0å¥½ for 你好. A Chinese character begins with the byte E3 to E9
+# (ã to é), Chinese punctuation with E2 or EF, rare characters and emoji with F0. `café…”` is such a triple too, but
+# behind a letter and alone.
+_CP1252 = {bytes([b]).decode("cp1252"): b for b in range(256) if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
+_HIGH = re.escape("".join(char for char, byte in _CP1252.items() if 0x80 <= byte < 0xC0)) + "\x80-\x9f"
+_TRIPLE = f"(?:[âã-éï][{_HIGH}]{{2}}|ð[{_HIGH}]{{3}})"
+MISREAD = re.compile(f"(?<![A-Za-z]){_TRIPLE}+|{_TRIPLE}{{2,}}|(?:â€[{_HIGH}])+")
+CHINESE = re.compile(f"[{HAN}\u2010-\u2027\u3000-\u303f\ufeff-\uffef\U0001f000-\U0001ffff]")
 LOST = re.compile(r"(?:锟斤拷){2,}锟?|(?:烫烫|屯屯){3,}|\ufffd+|[\ue000-\uf8ff\U000f0000-\U0010ffff]+")
 
 
 def repair_mojibake(text: str) -> str:
     """UTF-8 read as Windows-1252 becomes what it was, if that is Chinese; what is lost for good goes: U+FFFD, its
     double error 锟斤拷锟斤拷, and private-use characters, which mean something in one font only."""
-    return LOST.sub("", MISREAD.sub(_reread, text))
+    if re.search("[âã-éïð]", text):
+        text = MISREAD.sub(_reread, text)
+    return LOST.sub("", text)
 
 
 def _reread(match: re.Match) -> str:
-    raw = b"".join(char.encode("cp1252") if char in _CP1252 else bytes([ord(char)]) for char in match[0])
     try:
-        read = raw.decode()
+        read = bytes(_CP1252.get(char, ord(char)) for char in match[0]).decode()
     except UnicodeDecodeError:
         return match[0]
-    return read if re.search(f"[{HAN}\u3000-\u303f\uff00-\uffef]", read) else match[0]
-
-
-_CP1252 = frozenset(bytes(b for b in range(256) if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)).decode("cp1252"))
+    return read if CHINESE.search(read) else match[0]
 
 
 TAG_NAMES = (
     "p|br|div|span|a|b|i|u|em|strong|h[1-6]|ul|ol|li|table|tbody|thead|tr|td|th|img|font|center|hr|sup|sub|blockquote"
 )
-# Attributes need a value: `a <b and c> d` is no tag; nor is one letter right behind a word: List<a> is code.
-TAG = re.compile(
-    rf"""<(?!(?<=\w<)[abiup]>)(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I
-)
+# Attributes need a value: `a <b and c> d` is no tag.
+TAG = re.compile(rf"""<(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I)
 INVISIBLE_HTML = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.S | re.I)
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")  # with `;`: not in `?a=1&copy=2`
-BREAKING_TAGS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr")
+# Only the names of HTML 4, and with `;`: code has `&num;`, URLs `?a=1&copy=2`.
+ENTITY = re.compile(rf"&(?:#\d{{1,7}}|#[xX][0-9a-fA-F]{{1,6}}|apos|{'|'.join(sorted(name2codepoint))});")
+BREAKING = frozenset(["p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr"])
+RAISED = {"sup": str.maketrans("0123456789+-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"), "sub": str.maketrans("0123456789+-", "₀₁₂₃₄₅₆₇₈₉₊₋")}
+SUPERSCRIPT = re.compile(r"<(sup|sub)>([0-9+-]{1,8})</\1>", re.I)
 
 
 def strip_html(text: str) -> str:
@@ -70,12 +76,26 @@ def _strip_html(text: str) -> str:
     while text != before:  # each replacement shortens the text
         before = text
         text = ENTITY.sub(lambda m: html.unescape(m[0]), INVISIBLE_HTML.sub("", text) if ">" in text else text)
-    return TAG.sub(lambda m: "\n" if m[2].lower() in BREAKING_TAGS else "", text)
+    text = SUPERSCRIPT.sub(lambda m: m[2].translate(RAISED[m[1].lower()]), text)
+    # A line break in a row of a Markdown table must not break the row.
+    text = re.sub(r"^\|.*<br.*$", lambda row: re.sub(r"(?i)<br\s*/?>", " ", row[0]), text, flags=re.M | re.I)
+    return TAG.sub(partial(_without_tag, text), text)
 
 
+def _without_tag(text: str, tag: re.Match) -> str:
+    name = tag[2].lower()
+    if tag[1]:
+        return "\n" if name in BREAKING else " " if name in ("td", "th") else ""
+    behind_word = tag.start() > 0 and text[tag.start() - 1].isascii() and (text[tag.start() - 1].isalnum())
+    if behind_word and name not in BREAKING and f"</{tag[2]}>" not in text:
+        return tag[0]  # List<Font> is code
+    return "\n" if name in BREAKING else ""
+
+
+# Controls but \t and \n; zero-width and directional marks, fillers; half surrogate pairs; U+200D, but not among emoji.
 INVISIBLE = re.compile(
-    # Controls but \t and \n; zero-width and directional marks; half surrogate pairs. U+200D stays: it joins emoji.
-    r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
+    r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u115f\u1160\u180e\u200b\u200c\u200e\u200f"
+    rf"\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff]|(?<=[{HAN}])\u200d|\u200d(?=[{HAN}])"
 )
 
 
@@ -85,16 +105,17 @@ def drop_invisible(text: str) -> str:
 
 
 # NFKC would make most of these ASCII (，->, …->...), lose a power, an index or a unit (m² -> m2, ㎡ -> m2, ② -> 2), run
-# a fraction into the number before it (5½ -> 51⁄2), or tear a lone accent or a double prime apart.
-KEPT_BY_NFKC = re.compile(r"[，。？！：；（）…～²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸①-⓿㈀-㋿㌀-㏿]+")
+# a fraction into the number before it (5½ -> 51⁄2), or tear a lone accent, a double prime or a Korean letter apart.
+KEPT_BY_NFKC = re.compile(r"[，。？！：；（）…～￣‾‗²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸˘-˝˙゛゜℃℉™℠①-⓿㈀-㋿㌀-㏿ㄱ-ㅣㅥ-ㆎ]+")
+
+
+ASTRAL = "\U00010000"  # from here on `re` looks through a class of characters one by one, below in one step
 
 
 @cache
 def _changed_by_nfkc() -> re.Pattern:
-    """What NFKC would change, alone or as a mark on the letter before it."""
-    chars = (
-        chr(code) for code in range(0x80, 0x110000) if not 0xAC00 <= code <= 0xD7A3 and not 0xD800 <= code <= 0xDFFF
-    )
+    """What NFKC would change below U+10000, alone or as a mark on the letter before it."""
+    chars = [chr(code) for code in range(0x80, 0x10000) if not 0xAC00 <= code <= 0xDFFF]
     changed = [c for c in chars if not unicodedata.is_normalized("NFKC", c) or unicodedata.combining(c)]
     jamo = "\u1161-\u1175\u11a8-\u11c2"  # vowels and finals join the syllable before them
     return re.compile(f"[{''.join(c for c in changed if not KEPT_BY_NFKC.match(c))}{jamo}]")
@@ -102,8 +123,13 @@ def _changed_by_nfkc() -> re.Pattern:
 
 def nfkc(text: str) -> str:
     """Unicode NFKC (full-width letters and digits become ordinary ones), Chinese punctuation and units excepted."""
-    if not _changed_by_nfkc().search(text):
+    if not text or (max(text) < ASTRAL and not _changed_by_nfkc().search(text)):
         return text
+    return outside_code(_nfkc, text)
+
+
+def _nfkc(text: str) -> str:
+    text = text.replace("︰", "：")  # the colon of vertical writing, common in Taiwan; NFKC makes it two dots
     parts, end = [], 0
     for kept in KEPT_BY_NFKC.finditer(text):
         parts += [unicodedata.normalize("NFKC", text[end : kept.start()]), kept[0]]
@@ -117,27 +143,36 @@ def _opencc(config: str):
     import opencc
 
     convert = opencc.OpenCC(config).convert
-    blocks = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32000))
-    han = [chr(code) for first, last in blocks for code in range(first, last)]
+    han = [chr(code) for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000), *range(0xF900, 0xFB00))]
     changed = [a for a, b in zip(han, convert("\n".join(han)).split("\n"), strict=True) if a != b]
     return convert, re.compile(f"[{''.join(changed)}]")
 
 
 # OpenCC makes 薴 苧, and that 苎, another plant, the next time.
 NOT_TWICE = "薴"
+KANA = re.compile("[\u3041-\u30ff]")
 
 
 def simplify(text: str, config: str = "t2s") -> str:
     """Traditional -> simplified characters by OpenCC's phrase tables; tw2s and hk2s know Taiwan's and Hong Kong's."""
     convert, traditional = _opencc(config)
-    if not traditional.search(text):
+    if not text or (max(text) < ASTRAL and not traditional.search(text)):
         return text
+    if KANA.search(text):  # Japanese stays: 東京の大学
+        lines = text.split("\n")
+        return "\n".join(
+            line if len(KANA.findall(line)) * 4 > len(line) else _simplify(line, convert) for line in lines
+        )
+    return _simplify(text, convert)
+
+
+def _simplify(text: str, convert: Callable[[str], str]) -> str:
     return NOT_TWICE.join(convert(part) for part in text.split(NOT_TWICE))
 
 
 # Not `.` (1.000, ...), not + - * = # / (C++, --, ==); ASCII ! or ? only after Han, or three behind a word: `!!x` is
 # code, and a line may begin with `???` or `!!!` as Markdown.
-REPEATED = re.compile(rf"([，。？！：；、～])\1+|(…)…{{2,}}|(—)—{{2,}}|(?<=[{HAN}])([!?])\4+|(?<=\S)([!?])\5{{2,}}")
+REPEATED = re.compile(rf"([，。？！：；、～])\1+|(…)…{{2,}}|(—)—{{2,}}|(?<=[{HAN}])([!?])\4+|(?<=\w)([!?])\5{{2,}}")
 
 
 def collapse_repeated(text: str) -> str:
@@ -146,54 +181,63 @@ def collapse_repeated(text: str) -> str:
     def once(match: re.Match) -> str:
         return match[2] * 2 if match[2] else match[3] * 2 if match[3] else match[0][0]
 
-    return REPEATED.sub(once, text)
+    return outside_code(partial(REPEATED.sub, once), text)
 
 
 def tidy_space(text: str) -> str:
-    """Trim the text and its lines' ends, at most one blank line, no ideographic indentation (code keeps its own), one
-    space at most between Han."""
-    text = re.sub(
-        r"(?<![^\S\n])[^\S\n]++$", "", text, flags=re.M
-    )  # from a run's beginning, so that long ones cost no n^2
-    text = re.sub(rf"^[^\S\n]*\u3000[^\S\n]*|\A\s+(?=[{HAN}])", "", text, flags=re.M)
+    """Trim the text and its lines' ends, at most one blank line, no indentation by other spaces than code has, nor in
+    front of Han throughout; one space at most between Han."""
+    parts = FENCED.split(text) if "```" in text or "~~~" in text else [text]
+    text = "".join(part if i % 2 else _tidy_space(part) for i, part in enumerate(parts)).lstrip("\n").rstrip()
+    if indent := re.match(rf"[^\S\n]+(?=[{HAN}])", text):
+        lines = text.split("\n")
+        everywhere = all(line.startswith(indent[0]) or not line for line in lines)
+        return "\n".join(line.removeprefix(indent[0]) for line in lines) if everywhere else text[indent.end() :]
+    return text
+
+
+def _tidy_space(text: str) -> str:
+    text = re.sub(r"(?<![^\S\n])[^\S\n]++$", "", text, flags=re.M)  # tried at a run's beginning alone, or it costs n^2
+    text = re.sub(r"^[ \t]*[^\S\n \t][^\S\n]*", "", text, flags=re.M)
     text = re.sub(rf"(?<=[{HAN}，。？！：；])[^\S\n]{{2,}}(?=[{HAN}])", " ", text)
-    return re.sub(r"\n{3,}", "\n\n", text).lstrip("\n").rstrip()
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
-# ASCII punctuation behind Han and before Han, a space, a quotation mark or the line's end is Chinese; so is what
-# brackets hold that begins with Han. `:` and `.` need a line's end or Han right behind them, as in 北京.
+# ASCII punctuation behind Han and before Han, a quotation mark or the line's end is Chinese; so are brackets around
+# what begins with Han. `:` needs Han right behind it, and `.` the end.
 _BEHIND, _BEFORE = f"[{HAN}”’）》】」』]", f"[{HAN}“‘（《【「『]"
 TO_CHINESE = re.compile(
-    rf"(?<={_BEHIND})(?:([,;?!]) ?(?={_BEFORE})|([,;:?!.])(?=[”’」』）]|\n|\Z)|(:) ?(?={_BEFORE}))"
-    rf"|(?<=[{HAN}])\(([{HAN}][^()（）\n]*)[)）]|（([^()（）\n]*)\)"
+    rf"(?<={_BEHIND})(?:([,;:]|[?!]{{1,3}}) ?(?={_BEFORE})|([,;:.]|[?!]{{1,3}})(?=[”’」』）]|\n|\Z))"
+    rf"|(?<=[{HAN}])\(([{HAN}](?:[^()（）\n]|（[^()（）\n]*）)*)[)）]|（([^()（）\n]*)\)"
 )
-WIDE = dict(zip(",;:?!.()", "，；：？！。（）", strict=True))
-NARROW = {wide: narrow for narrow, wide in WIDE.items()}
+WIDE = str.maketrans(",;:?!.()", "，；：？！。（）")
+NARROW = str.maketrans("，；：？！。（）", ",;:?!.()")
 
 
 def punctuate(text: str) -> str:
-    """Punctuation by context: Chinese between Han, ASCII in a text without any. Code and indented lines stay."""
+    """Punctuation by context: Chinese between Han, ASCII in a text without any. Code, URLs and indented lines stay."""
     if re.search(f"[{HAN}\u3040-\u30ff]", text):
-        return outside_code(lambda part: re.sub(r"^(?! {4}|\t).+$", _widen, part, flags=re.M), text)
-    if not re.search("[A-Za-z]", text):
-        return text
-    text = re.sub(r"(?<=[A-Za-z0-9）])([，。；：？！])(?=[A-Za-z（“‘])", lambda m: NARROW[m[1]] + " ", text)
-    text = re.sub(r"(?<=[A-Za-z0-9）])[，。；：？！](?=\s|\Z|）)", lambda m: NARROW[m[0]], text)
+        return outside_code(lambda part: re.sub(r"^(?! {4}|\t).+$", _widen, part, flags=re.M), text, CODE_OR_URL)
+    return outside_code(_narrow, text, CODE_OR_URL) if re.search("[A-Za-z]", text) else text
+
+
+def _widen(line: re.Match) -> str:
+    return TO_CHINESE.sub(
+        lambda m: f"（{m[3] or m[4] or ''}）" if m[0][-1] in ")）" else m[0].strip().translate(WIDE), line[0]
+    )
+
+
+def _narrow(text: str) -> str:
+    text = re.sub(r"(?<=[0-9])：(?=[0-9])", ":", text)
+    text = re.sub(r"(?<=[A-Za-z0-9）])([，。；：？！])(?=[A-Za-z（“‘])", lambda m: m[1].translate(NARROW) + " ", text)
+    text = re.sub(r"(?<=[A-Za-z0-9）])[，。；：？！](?=[\s）”’]|\Z)", lambda m: m[0].translate(NARROW), text)
     text = re.sub(r"(?<=[A-Za-z0-9,.;:?!])（", " (", text)
     return re.sub(r"）(?=[A-Za-z0-9])", ") ", text).replace("（", "(").replace("）", ")")
 
 
-def _widen(line: re.Match) -> str:
-    def wide(match: re.Match) -> str:
-        mark, bracketed = match[1] or match[2] or match[3], match[4] or match[5]
-        return WIDE[mark] if mark else f"（{bracketed or ''}）"
-
-    return TO_CHINESE.sub(wide, line[0])
-
-
 def final_punctuation(text: str) -> str:
-    """A text that ends in Han, or in a closing bracket right after Han, gets its 。; anything else ends as it is."""
-    return re.sub(rf"(?<=[{HAN}])([”’）》】」』)\]]?)\Z", r"\1。", text)
+    """A text that ends in Han, or in a closing brackets right after Han, gets its 。; anything else ends as it is."""
+    return re.sub(rf"(?<=[{HAN}])([”’）》】」』)\]]{{0,3}})\Z", r"\1。", text)
 
 
 Rule = Callable[[str], str]

@@ -3,34 +3,20 @@
 import json
 import re
 import unicodedata
+from collections import Counter
+from functools import partial
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
+from nanophi.text import clean as clean_module
 from nanophi.text import rules
 from nanophi.text.clean import Config, Report, clean, clean_row, main
-
-SAME = [
-    "Homo sapiens 约4.567Ga。",
-    "class Foo: pass",
-    "他说：“走吧……”——然后就走了。",
-    "圆周率是3.14159，版本号是1.000。",
-    "写信到 info@example.org，或看 https://example.org/a?x=1&copy=2&lt=3 。",
-    "C++ 和 C# 都行；a --> b；x == y；!!x ?? y",
-    "1，2，3？（是的）！；：",
-    "面积 5 m² 或 5㎡，步骤①②。",
-    "若 a <b and c> d，List<String>，1 < 2。",
-    "??? note\n    代码缩进保持不变。",
-    "👨‍👩‍👧 一家人。",
-    "    for i in a:\n        print(i)",
-    "标签 `<p>` 和 `&lt;` 是这样写的。",
-    "```html\n<p>一段</p>\n```",
-    "Map<a> List<i> x;",
-    "一杯半是1½杯，屏幕24″。",
-    "薴是一种化合物。",
-]
+from nanophi.text.corpus import read_rows, write_rows
+from nanophi.text.filters import Limits, why_dropped
+from tests.text.clean_cases import CHANGES, DROPPED, KEPT, SAME
 
 
 @pytest.mark.parametrize("text", SAME)
@@ -39,29 +25,30 @@ def test_what_must_not_change(text):
     assert clean(text) == text
 
 
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
-        ("ＷｉＦｉ的密码是１２３４，记住了。", "WiFi的密码是1234，记住了。"),
-        ("這隻貓喜歡曬太陽。", "这只猫喜欢晒太阳。"),
-        ("真好。。。。。", "真好。"),
-        ("太好了!!!!", "太好了！"),
-        ("真的？？？？", "真的？"),
-        ("走了…………就这样——————好。", "走了……就这样——好。"),
-        ("今天天气不错", "今天天气不错。"),
-        ("如图（左边）", "如图（左边）。"),
-        ("共计 30", "共计 30"),
-        ("<p>第一段</p><b>第二段</b>&nbsp;<br/>", "第一段\n第二段。"),
-        ("&amp;lt;b&amp;gt;粗体", "粗体。"),
-        ("零\u200b宽\ufeff字符\r\n换行", "零宽字符\n换行。"),
-        ("　　缩进的段落。   \n\n\n\n下一段。", "缩进的段落。\n\n下一段。"),
-        ("他  和  她。", "他 和 她。"),
-        ("第一页\x0c第二页。", "第一页\n第二页。"),
-        ("半个\ud800字符。", "半个字符。"),  # OpenCC refuses half a surrogate pair
-    ],
-)
-def test_what_must_change(raw, expected):
-    assert clean(raw) == expected
+@pytest.mark.parametrize(("rule", "raw", "expected"), CHANGES)
+def test_what_must_change(rule, raw, expected):
+    report = Report()
+    assert clean(raw, report=report) == expected
+    assert clean(expected) == expected
+    assert report.changed[rule]
+
+
+def test_every_rule_has_its_cases():
+    cases = Counter(rule for rule, _, _ in CHANGES)
+    assert cases.keys() == rules.RULES.keys()
+    assert min(cases.values()) >= 5
+    assert len(SAME) >= 50
+
+
+@pytest.mark.parametrize(("why", "text"), DROPPED)
+def test_what_the_filters_drop(why, text):
+    limits = Limits(min_length=20 if why == "short" else 1, min_han=0.3 if why == "language" else 0)
+    assert why_dropped(text, clean(text), limits) == why
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_what_the_filters_keep(text):
+    assert why_dropped(text, clean(text), Limits()) is None
 
 
 def test_questions_get_no_final_punctuation():
@@ -72,7 +59,7 @@ def test_questions_get_no_final_punctuation():
     assert [m["content"] for m in clean_row(turns)["messages"]] == ["你好", "你好。"]
 
 
-SOUP = "，。！？…—!?.s \n\t<>&;#br/p=\"'ａＡ１²㎡薴么麼幺隻頭髮乾里后后面a3\u3000\u200b\u0301"
+SOUP = "，。！？…—!?.:,()（）“”`s \n\t<>&;#br/p=\"'ａＡ１²㎡薴么麼幺隻頭髮乾里后后面a3\u3000\u200b\u0301"
 soup = st.text(st.sampled_from(SOUP), max_size=40)
 
 
@@ -87,11 +74,15 @@ def test_cleaning_twice_changes_nothing_more(text):
     assert clean(once) == once
 
 
-@given(st.text() | soup)
-def test_letters_and_digits_survive_in_order(text):
+def check_letters(text):
     """Outside tags, entities and what NFKC is kept from, every ASCII letter and digit of NFKC(x) is still there."""
     text = rules.KEPT_BY_NFKC.sub("", re.sub("[<>&]", "", unicodedata.normalize("NFKC", text)))
     assert re.sub("[^A-Za-z0-9]", "", clean(text)) == re.sub("[^A-Za-z0-9]", "", text)
+
+
+@given(st.text() | soup)
+def test_letters_and_digits_survive_in_order(text):
+    check_letters(text)
 
 
 def test_report_and_dedup(tmp_path, capsys):
@@ -156,3 +147,122 @@ def test_out_is_a_jsonl_file_and_not_its_own_input(tmp_path):
         assert main(Config(input=[str(tmp_path)], out=str(tmp_path / "clean.jsonl")))["read"] == 1
     with pytest.raises(UserError, match="only input"):
         main(Config(input=[str(tmp_path / "raw.jsonl")], out=str(tmp_path / "raw.jsonl")))
+
+
+ROWS = [{"text": f"第{i}篇：這是ＡＢＣ" + "。" * (i % 3), "n": i} for i in range(100)] + [
+    {"text": " "},
+    {"text": "!@#$%" * 20},
+]
+
+
+@pytest.fixture
+def raw(tmp_path):
+    path = tmp_path / "raw" / "a.jsonl"
+    write_rows(path, ROWS)
+    return path
+
+
+def test_workers_change_nothing(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(clean_module, "BATCH", 100)  # many batches for each process
+    outputs = []
+    for workers in (1, 2):
+        out, dropped = tmp_path / f"{workers}.jsonl", tmp_path / f"dropped-{workers}.jsonl.gz"
+        counts = main(Config(input=[str(raw)], out=str(out), workers=workers, dropped=str(dropped)))
+        assert counts == {"read": 102, "written": 100, "repeated": 0, "skipped": 0, "dropped": 2}
+        outputs.append((out.read_bytes(), list(read_rows([dropped]))))
+    assert outputs[0] == outputs[1]
+    assert [row["why"] for row in outputs[0][1]] == ["empty", "symbols"]
+    assert [row["text"] for row in outputs[0][1]] == [row["text"] for row in ROWS[-2:]]
+
+
+def test_shards_and_resuming(raw, tmp_path, capsys):
+    """A run that was killed goes on behind its complete shards and gives the same files."""
+    out = tmp_path / "out" / "clean.jsonl"
+    arguments = {"input": [str(raw)], "out": str(out), "shard_rows": 30}
+    main(Config(**arguments))
+    names = [f"clean-0000{i}.jsonl" for i in range(4)]
+    whole = {name: (out.parent / name).read_bytes() for name in names}
+    assert sorted(p.name for p in out.parent.iterdir()) == [*names, "clean.jsonl.settings.json"]
+    for name in names[2:]:
+        (out.parent / name).unlink()
+    (out.parent / names[0]).write_bytes(b"")  # as a mark: it is not written again
+    assert main(Config(resume=True, **arguments))["read"] == 42
+    assert (out.parent / names[0]).read_bytes() == b""
+    assert {name: (out.parent / name).read_bytes() for name in names[1:]} == {n: whole[n] for n in names[1:]}
+    assert "2 complete shards of 30 rows each stay" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--resume: without differ from"):
+        main(Config(resume=True, without=["nfkc"], **arguments))
+    write_rows(raw, ROWS[:50])
+    with pytest.raises(UserError, match="--resume: files differ from"):
+        main(Config(resume=True, **arguments))
+    main(Config(**arguments))
+    assert sorted(p.name for p in out.parent.iterdir()) == [*names[:2], "clean.jsonl.settings.json"]
+
+
+def test_flags_that_do_not_go_together(raw, tmp_path):
+    for wrong, message in (
+        ({"dedup": True, "shard_rows": 10}, "then python -m nanophi.text.dedup"),
+        ({"resume": True}, "needs --shard-rows"),
+        ({"without": ["nfkd"]}, "--without nfkd: no such rule; there are mojibake, "),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(Config(input=[str(raw)], out=str(tmp_path / "x.jsonl"), **wrong))
+
+
+def test_rules_can_be_left_out_and_added(raw, tmp_path):
+    out = tmp_path / "x.jsonl"
+    main(Config(input=[str(raw)], out=str(out), without=["nfkc", "simplified"]))
+    assert next(read_rows([out]))["text"] == "第0篇：這是ＡＢＣ"
+    shout = {**rules.RULES, "mine": lambda text: text.replace("。", "！")}
+    assert clean("真好。。", rules=shout) == "真好！"
+    taiwan = {**rules.RULES, "simplified": partial(rules.simplify, config="tw2s")}
+    assert clean("臺灣的計程車裏", rules=taiwan) == "台湾的计程车里。"
+
+
+def test_long_texts_take_no_more_than_their_time():
+    """Expressions that look again from each place of a run take hours on these; ten megabytes take seconds."""
+    for piece in (
+        " ",
+        "\u3000",
+        "。",
+        "!",
+        "<",
+        "<!--",
+        "&amp;",
+        "`",
+        "(",
+        "（",
+        "<p ",
+        "好 ",
+        "锟斤拷",
+        "…",
+        "a\n",
+        "\n",
+    ):
+        text = "好" + piece * 100_000 + "好"
+        assert clean(clean(text)) == clean(text)
+
+
+@pytest.mark.slow
+@settings(max_examples=100_000, deadline=None)
+@given(st.text() | soup)
+def test_cleaning_twice_changes_nothing_more_often(text):
+    once = clean(text)
+    assert clean(once) == once
+
+
+@pytest.mark.slow
+@settings(max_examples=100_000, deadline=None)
+@given(st.text() | soup)
+def test_letters_and_digits_survive_more_often(text):
+    check_letters(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["tw2s", "hk2s"])
+@settings(max_examples=20_000, deadline=None)
+@given(st.data())
+def test_the_other_scripts_are_idempotent_too(script, data):
+    one = {**rules.RULES, "simplified": partial(rules.simplify, config=script)}
+    once = clean(data.draw(st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF)) | soup), rules=one)
+    assert clean(once, rules=one) == once
