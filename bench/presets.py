@@ -14,6 +14,7 @@ import torch
 from nanophi.cli import flag, run
 from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
+from nanophi.train.distributed import World
 from nanophi.train.loop import accumulate
 from nanophi.train.losses import next_token_loss
 from nanophi.train.optim import build_optimizers
@@ -48,7 +49,7 @@ def tokens_per_s(name: str, rows: int, steps: int) -> float:
     times = []
     for _ in range(steps):
         started = time.perf_counter()
-        accumulate(model, next_token_loss, batch, rows, "cpu")
+        accumulate(model, next_token_loss, batch, rows, World(0, 1, "cpu"))
         for optimizer in optimizers:
             optimizer.step()
         times.append(time.perf_counter() - started)

@@ -107,6 +107,8 @@ def run(cls: type, main, argv: list[str] | None = None) -> None:
     """
     description = sys.modules[main.__module__].__doc__ or ""
     cfg = cls(**vars(parser_for(cls, description).parse_args(argv)))
+    if os.environ.get("RANK", "0") != "0":  # of several ranks under torchrun the first one speaks; all may fail aloud
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # lines reach a log file in the order of those on stderr
     try:
@@ -155,7 +157,8 @@ class Progress:
         self.what, self.total, self.first, self.done, self.every_s = what, total, done, done, every_s
         self.started = self.shown = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        self.silent = os.environ.get("RANK", "0") != "0"  # another rank's business, see `run`
+        if sys.stderr.isatty() and not self.silent:
             try:
                 from tqdm import tqdm
             except ImportError:  # training runs where only torch, numpy and safetensors are installed
@@ -178,7 +181,7 @@ class Progress:
             self.bar.update(n)
             return
         now = time.monotonic()
-        if now - self.shown >= self.every_s:
+        if now - self.shown >= self.every_s and not self.silent:
             self.shown = now
             line = f"{self.what} {self.done:,}"
             if self.total is not None:
@@ -190,5 +193,5 @@ class Progress:
         """Print a line that stays, without tearing the bar."""
         if self.bar is not None:
             self.bar.write(line)
-        else:
+        elif not self.silent:
             print(line, flush=True)

@@ -35,8 +35,8 @@ RUN = 100  # in a run of colliding texts each is compared with so many after it:
 
 @cache
 def _alphabet() -> tuple[np.ndarray, np.ndarray]:
-    """For each code point: its lower case, and whether it is a letter or a digit."""
-    chars = list(map(chr, range(0x110000)))
+    """For each code point: its lower case, and whether it is a letter or a digit. Beyond these there are none."""
+    chars = list(map(chr, range(0x34000)))
     lower = [ord(c.lower()) if len(c.lower()) == 1 else ord(c) for c in chars]
     return np.array(lower, dtype=np.uint32), np.array([c.isalnum() for c in chars])
 
@@ -45,6 +45,7 @@ def letters(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(codes, starts): letters and digits of all texts, lower case, uint32; text i is codes[starts[i]:starts[i+1]]."""
     lower, keep = _alphabet()
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    codes = np.minimum(codes, len(keep) - 1)
     kept = keep[codes]
     count = np.concatenate([[0], np.cumsum(kept)])
     starts = count[np.cumsum([0, *map(len, texts)])]

@@ -13,6 +13,7 @@ from functools import cache, partial
 from html.entities import name2codepoint
 
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff〇"
+ASTRAL = "\U00010000"  # from here on `re` looks through a class of characters one by one, below in one step
 FENCED = re.compile(r"((?:^[^\S\n]*)(?:```|~~~).*?(?:^[^\S\n]*(?:```|~~~)|\Z))", re.S | re.M)
 CODE = re.compile(rf"{FENCED.pattern[:-1]}|`[^`\n]+`)", re.S | re.M)  # Markdown's code, an unclosed fence to the end
 CODE_OR_URL = re.compile(rf"{CODE.pattern[:-1]}|https?://[^\s，。；！？（）《》“”‘’]+)", re.S | re.M)
@@ -33,15 +34,26 @@ _HIGH = re.escape("".join(char for char, byte in _CP1252.items() if 0x80 <= byte
 _TRIPLE = f"(?:[âã-éï][{_HIGH}]{{2}}|ð[{_HIGH}]{{3}})"
 MISREAD = re.compile(f"(?<![A-Za-z]){_TRIPLE}+|{_TRIPLE}{{2,}}|(?:â€[{_HIGH}])+")
 CHINESE = re.compile(f"[{HAN}\u2010-\u2027\u3000-\u303f\ufeff-\uffef\U0001f000-\U0001ffff]")
-LOST = re.compile(r"(?:锟斤拷){2,}锟?|(?:烫烫|屯屯){3,}|\ufffd+|[\ue000-\uf8ff\U000f0000-\U0010ffff]+")
+LOST = re.compile(r"(?:锟斤拷){2,}锟?|(?:烫烫|屯屯){3,}|\ufffd+|[\ue000-\uf8ff\U000f0000-\U0010ffff]")
+# Private-use characters that are Chinese: those of older GBK fonts, which GB18030 has given a place.
+_OF_GBK = (bytes([0xFE, byte]).decode("gb18030") for byte in range(0x50, 0xA1) if byte != 0x7F)
+FORMERLY_PRIVATE = {chr(0xE815 + i): char for i, char in enumerate(_OF_GBK) if not "\ue000" <= char <= "\uf8ff"}
 
 
 def repair_mojibake(text: str) -> str:
-    """UTF-8 read as Windows-1252 becomes what it was, if that is Chinese; what is lost for good goes: U+FFFD, its
-    double error 锟斤拷锟斤拷, and private-use characters, which mean something in one font only."""
+    """UTF-8 read as Windows-1252 becomes what it was, if that is Chinese. What is lost for good goes: U+FFFD, its
+    double error 锟斤拷锟斤拷, and private-use characters, which mean something in one font only; between Han one stands
+    for a character, and □ takes its place."""
     if re.search("[âã-éïð]", text):
         text = MISREAD.sub(_reread, text)
-    return LOST.sub("", text)
+    return LOST.sub(_replacement, text)
+
+
+def _replacement(lost: re.Match) -> str:
+    if lost[0] in FORMERLY_PRIVATE:
+        return FORMERLY_PRIVATE[lost[0]]
+    around = lost.string[max(lost.start() - 1, 0) : lost.start()] + lost.string[lost.end() : lost.end() + 1]
+    return "□" if lost[0] >= "\ue000" and lost[0] != "\ufffd" and re.fullmatch(f"[{HAN}]{{2}}", around) else ""
 
 
 def _reread(match: re.Match) -> str:
@@ -86,6 +98,9 @@ def _without_tag(text: str, tag: re.Match) -> str:
     name = tag[2].lower()
     if tag[1]:
         return "\n" if name in BREAKING else " " if name in ("td", "th") else ""
+    around = text[max(tag.start() - 1, 0) : tag.start()] + text[tag.end() : tag.end() + 1]
+    if around in ('""', "''", "“”", "‘’", "()", "（）"):
+        return tag[0]  # it is spoken of
     behind_word = tag.start() > 0 and text[tag.start() - 1].isascii() and (text[tag.start() - 1].isalnum())
     if behind_word and name not in BREAKING and f"</{tag[2]}>" not in text:
         return tag[0]  # List<Font> is code
@@ -106,10 +121,7 @@ def drop_invisible(text: str) -> str:
 
 # NFKC would make most of these ASCII (，->, …->...), lose a power, an index or a unit (m² -> m2, ㎡ -> m2, ② -> 2), run
 # a fraction into the number before it (5½ -> 51⁄2), or tear a lone accent, a double prime or a Korean letter apart.
-KEPT_BY_NFKC = re.compile(r"[，。？！：；（）…～￣‾‗²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸˘-˝˙゛゜℃℉™℠①-⓿㈀-㋿㌀-㏿ㄱ-ㅣㅥ-ㆎ]+")
-
-
-ASTRAL = "\U00010000"  # from here on `re` looks through a class of characters one by one, below in one step
+KEPT_BY_NFKC = re.compile(r"[，。？！：；（）…～￣‾‗²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸˘-˝˙゛゜｀℃℉™℠①-⓿㈀-㋿㌀-㏿ㄱ-ㅣㅥ-ㆎ]+")
 
 
 @cache
@@ -125,11 +137,11 @@ def nfkc(text: str) -> str:
     """Unicode NFKC (full-width letters and digits become ordinary ones), Chinese punctuation and units excepted."""
     if not text or (max(text) < ASTRAL and not _changed_by_nfkc().search(text)):
         return text
-    return outside_code(_nfkc, text)
-
-
-def _nfkc(text: str) -> str:
     text = text.replace("︰", "：")  # the colon of vertical writing, common in Taiwan; NFKC makes it two dots
+    text = text.replace("－－", "——").replace("\u2011", "-")
+    text = re.sub(rf"＜(?=[{HAN}])([^＜＞\n]*)＞", r"〈\1〉", text)
+    if text.count("．") > text.count("。"):  # a full stop there, as in mathematics; else it stands in names
+        text = re.sub(rf"(?<=[{HAN}）])．", "。", text)
     parts, end = [], 0
     for kept in KEPT_BY_NFKC.finditer(text):
         parts += [unicodedata.normalize("NFKC", text[end : kept.start()]), kept[0]]
@@ -158,6 +170,8 @@ def simplify(text: str, config: str = "t2s") -> str:
     convert, traditional = _opencc(config)
     if not text or (max(text) < ASTRAL and not traditional.search(text)):
         return text
+    if len(text) > 100 and len(traditional.findall(text)) < len(text) / 100:
+        return text  # simplified text with a few names and old words, which conversion would rather spoil: 乾元, 凌濛初
     if KANA.search(text):  # Japanese stays: 東京の大学
         lines = text.split("\n")
         return "\n".join(
@@ -167,7 +181,10 @@ def simplify(text: str, config: str = "t2s") -> str:
 
 
 def _simplify(text: str, convert: Callable[[str], str]) -> str:
-    return NOT_TWICE.join(convert(part) for part in text.split(NOT_TWICE))
+    converted = NOT_TWICE.join(convert(part) for part in text.split(NOT_TWICE))
+    if max(converted, default="") >= ASTRAL and len(converted) == len(text):  # 爇 would become 𦶟, which nobody types
+        return "".join(old if new >= ASTRAL else new for old, new in zip(text, converted, strict=True))
+    return converted
 
 
 # Not `.` (1.000, ...), not + - * = # / (C++, --, ==); ASCII ! or ? only after Han, or three behind a word: `!!x` is
@@ -198,7 +215,7 @@ def tidy_space(text: str) -> str:
 
 def _tidy_space(text: str) -> str:
     text = re.sub(r"(?<![^\S\n])[^\S\n]++$", "", text, flags=re.M)  # tried at a run's beginning alone, or it costs n^2
-    text = re.sub(r"^[ \t]*[^\S\n \t][^\S\n]*", "", text, flags=re.M)
+    text = re.sub(r"^[ \t]*[^\S\n \t][^\S\n]*(?![\x21-\x7e])", "", text, flags=re.M)  # code has it with \xa0 too
     text = re.sub(rf"(?<=[{HAN}，。？！：；])[^\S\n]{{2,}}(?=[{HAN}])", " ", text)
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -235,9 +252,20 @@ def _narrow(text: str) -> str:
     return re.sub(r"）(?=[A-Za-z0-9])", ") ", text).replace("（", "(").replace("）", ")")
 
 
+NO_SENTENCE = re.compile(  # a heading or list item, a quotation's source, a byline behind a finished sentence
+    r"[-—–#*·•【＊★]|\d+[.、）)]|[A-Za-z ]+[:：]|.*★|.*[。！？]”?\s*[（(][^（()）]*[)）]\Z|.*——?\s*《[^《》]*》\Z"
+)
+
+
 def final_punctuation(text: str) -> str:
-    """A text that ends in Han, or in a closing brackets right after Han, gets its 。; anything else ends as it is."""
-    return re.sub(rf"(?<=[{HAN}])([”’）》】」』)\]]{{0,3}})\Z", r"\1。", text)
+    """A text that ends in Han, or in closing brackets right after Han, gets its 。; anything else ends as it is. So
+    does one whose last line is no sentence: a heading, a source, or one of several lines without punctuation."""
+    if not re.search(rf"[{HAN}][”’）》】」』)\]]{{0,3}}\Z", text):
+        return text
+    *before, last = text.split("\n")
+    earlier = next((line for line in reversed(before) if line.strip()), "")
+    of_a_sentence = not before or re.search("[，。；！？：、]", last) or earlier.endswith(tuple("，、；："))
+    return text + "。" if of_a_sentence and not NO_SENTENCE.match(last) else text
 
 
 Rule = Callable[[str], str]

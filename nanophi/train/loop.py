@@ -6,6 +6,7 @@ rundir.py keeps it on disk.
 """
 
 import contextlib
+import math
 import shutil
 import signal
 import time
@@ -20,9 +21,10 @@ import nanophi
 from nanophi.cli import Progress, UserError, flag
 from nanophi.files import write_json
 from nanophi.model import checkpoint
-from nanophi.model.checkpoint import pick_device
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
+from nanophi.train.distributed import World, join
+from nanophi.train.faults import Faults
 from nanophi.train.losses import LossFn
 from nanophi.train.optim import build_optimizers, schedule
 from nanophi.train.packing import Batch
@@ -46,9 +48,13 @@ class TrainConfig:
     decay: float = flag(0.3, at_least=0, at_most=1, help="share of the steps in which wsd falls to zero")
     clip: float = flag(1.0, above=0, help="largest norm of the gradient")
     seed: int = flag(0, at_least=0, help="of weights, data order and dropout")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", help="compute; weights are fp32. auto: bf16 on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", help="compute; weights are fp32. auto: bf16 on CUDA"
+    )
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
     save_every: int = flag(500, at_least=1, help="steps between checkpoints")
+    save_minutes: float | None = flag(None, above=0, help="also save when so many minutes have passed")
+    keep_going: bool = flag(False, help="where a checkpoint cannot be written (a full disk), say so and train on")
     keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
     keep_at: float | None = flag(
         None, above=0, at_most=1, help="keep the model of this share of the steps in <out>-early"
@@ -92,9 +98,9 @@ def context_of(cfg: TrainConfig, model: Phi) -> int:
 
 
 def precision(cfg: TrainConfig, device: str):
-    """The autocast context of a run: bf16 compute over fp32 weights, or nothing."""
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.startswith("cuda"))
-    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
+    """The autocast context of a run: bf16 or fp16 compute over fp32 weights, or nothing."""
+    name = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    return torch.autocast(device.split(":")[0], getattr(torch, name), enabled=name != "float32")
 
 
 class _Interrupts:
@@ -139,59 +145,90 @@ def train(
     cfg = replace(cfg, resume=resume)
     claim(cfg)
     steps = steps if steps is not None else total_steps(cfg, 1)
-    out, device = Path(cfg.out), pick_device(cfg.device)
+    world = join(cfg.device)
+    out, device = Path(cfg.out), world.device
     model.to(device).train()
-    run = Run(model, build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay), cfg, tok, data_id)
-    torch.manual_seed(cfg.seed)  # of dropout; a resumed run gets the state it had
+    optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
+    run = Run(model, optimizers, cfg, tok, data_id, world)
+    torch.manual_seed(cfg.seed + 10_007 * world.rank)  # of dropout; a resumed run gets the state it had
     if resume and (out / STATE).exists():
         run.restore(steps)
-    else:
+    elif world.first:
         for old in files_of_a_run(out):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     versions = {"nanophi": nanophi.__version__, "torch": torch.__version__}
-    description = {"config": asdict(cfg), "steps": steps, "data_id": data_id, "versions": versions}
-    write_json(out / "run.json", description)
+    description = {"config": asdict(cfg), "steps": steps, "data_id": data_id, "ranks": world.size, "versions": versions}
+    if world.first:
+        write_json(out / "run.json", description)
+    faults, saved_at, stop = Faults(), time.monotonic(), 0
     with _Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
-        while run.step < steps and run.step != stop_at and interrupts.signal is None:
+        while run.step < steps and run.step != stop_at and not stop:
             factor = schedule(cfg.schedule, run.step, steps, cfg.warmup, cfg.decay)
             began = time.perf_counter()
             batch = batch_at(run.step)
             with precision(cfg, device):
-                line = accumulate(model, loss_fn, batch, cfg.micro_batch, device)
+                line = accumulate(model, loss_fn, batch, cfg.micro_batch, world, run.scale)
             line["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
-            line["lr"] = run.update(factor)
+            sound = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+            line["lr"] = run.update(factor, sound)
             run.count(line, batch, time.perf_counter() - began)
+            for note in faults.look_at(line, sound):
+                bar.say(note)
+            if faults.hopeless:
+                raise UserError(faults.give_up(run, batch))
             last = run.step == steps
             if evaluate is not None and (run.step % cfg.eval_every == 0 or last):
                 with precision(cfg, device):
-                    line |= evaluate(model)
-                bar.say(_log_line(line, steps) + f"  val {line['val_loss']:.3f}")
+                    line |= evaluate(model) if world.first else {}
+                if world.first:
+                    bar.say(_log_line(line, steps) + f"  val {line['val_loss']:.3f}")
             run.log(line)
             bar.update(1, _log_line(line, steps).split("  ", 1)[1])
-            if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1):
+            if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1) and world.first:
                 checkpoint.save(f"{cfg.out}-early", model, tok)
-            if run.step % cfg.save_every == 0 and not last:
-                run.save()
+            due = cfg.save_minutes is not None and time.monotonic() - saved_at > 60 * cfg.save_minutes
+            stop, due = world.largest([interrupts.signal or 0, due])  # the same on all ranks, or they would part
+            if (run.step % cfg.save_every == 0 or due) and not last:
+                saved_at = time.monotonic()
+                _save(run, cfg.keep_going, bar)
         run.save()  # the last step's, or the one at which it was stopped
-    if interrupts.signal is not None and run.step < steps:
+    if stop and run.step < steps:
         print(f"interrupted: saved step {run.step:,} of {steps:,} in {out}; go on with --resume")
-        raise SystemExit(128 + interrupts.signal)
+        raise SystemExit(128 + int(stop))
     return model.eval()
 
 
-def accumulate(model: Phi, loss_fn: LossFn, batch: Batch, micro_batch: int, device: str) -> dict[str, float]:
-    """Gradients of the mean loss over the whole step, in micro-steps; returns the means of loss and metrics."""
+def _save(run: Run, keep_going: bool, bar: Progress) -> None:
+    """A checkpoint on the way; with --keep-going, one that cannot be written is only a pity."""
+    try:
+        run.save()
+    except (UserError, OSError) as error:
+        if not keep_going:
+            raise
+        bar.say(f"step {run.step:,} could not be saved, the checkpoint before it stays: {error}")
+
+
+def accumulate(
+    model: Phi, loss_fn: LossFn, batch: Batch, micro_batch: int, world: World, scale: float = 1.0
+) -> dict[str, float]:
+    """Gradients of the mean loss over the whole step, in micro-steps and over all ranks; returns the means of loss and
+    metrics. scale: what the loss is multiplied by before it is differentiated, so that fp16 gradients do not vanish."""
     for p in model.parameters():
         p.grad = None
     total, count, sums = 0.0, 0, {}
-    for start in range(0, len(batch), micro_batch):
-        loss, n, metrics = loss_fn(model, batch.cut(start, start + micro_batch).to(device))
-        loss.backward()
+    begin, end = world.part(len(batch))
+    for start in range(begin, end, micro_batch):
+        part = batch.cut(start, min(start + micro_batch, end)).to(world.device)
+        loss, n, metrics = loss_fn(model, part)
+        (loss * scale if scale != 1 else loss).backward()
         total, count = total + loss.detach(), count + n
         sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+    world.add_gradients(model.parameters())
+    names = ["loss", *sums]
+    total, *others, count = world.add([float(total), *(float(value) for value in sums.values()), count])
     # Sums were differentiated: dividing once by the whole step's count weighs every token alike.
-    torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], max(count, 1))
-    return {name: float(value) / max(count, 1) for name, value in ({"loss": total} | sums).items()}
+    torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], max(count, 1) * scale)
+    return {name: value / max(count, 1) for name, value in zip(names, [total, *others], strict=True)}
 
 
 def _log_line(line: dict, steps: int) -> str:

@@ -34,11 +34,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
         compute = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # of the softmax
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
             rows = hidden[start : start + CHUNK]
             target = targets[start : start + CHUNK, None]
-            logits = torch.addmm(bias.to(rows.dtype), rows, compute.t()).float()  # (chunk, V)
+            logits = torch.addmm(bias.to(rows.dtype), rows, compute.t()).to(exact)  # (chunk, V)
             log_sum = logits.logsumexp(-1, keepdim=True)
             loss += (log_sum - logits.gather(1, target)).sum()
             if not learning:

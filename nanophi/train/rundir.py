@@ -8,6 +8,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -21,13 +22,18 @@ from nanophi.files import replacing, write_text
 from nanophi.model import checkpoint
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
+from nanophi.train.distributed import World, is_first
 from nanophi.train.packing import Batch
 
 STATE = "train_state.pt"
 METRICS = "metrics.jsonl"
 
+FIRST_SCALE = 32.0  # of an fp16 loss, which is a sum over tokens: 2,048 of them make it the usual 65,536 of a mean
+GROW_AFTER = 1000  # sound steps
+
 # What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
 MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
+MAY_DIFFER |= {"save_minutes", "keep_going"}
 MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
 
 
@@ -37,6 +43,8 @@ def claim(cfg) -> None:
     cfg: a TrainConfig (loop.py), of which out, resume, overwrite and init_from are read.
     """
     out = Path(cfg.out)
+    if not is_first():  # what rank 0 has begun to write would look like another run
+        return
     if cfg.resume not in (None, "yes", "auto"):
         raise UserError(f"--resume {cfg.resume}: it stands alone, or is `--resume auto`")
     holds = [path.name for path in files_of_a_run(out) if path.exists()]
@@ -60,21 +68,38 @@ def files_of_a_run(out: Path) -> list[Path]:
 class Run:
     """The state of a run and its files."""
 
-    def __init__(self, model: Phi, optimizers, cfg, tok: Tokenizer | None, data_id: str):
-        self.model, self.optimizers, self.tok = model, optimizers, tok
+    def __init__(self, model: Phi, optimizers, cfg, tok: Tokenizer | None, data_id: str, world: World):
+        self.model, self.optimizers, self.tok, self.world = model, optimizers, tok, world
         self.out, self.keep = Path(cfg.out), cfg.keep
         # What fixes the result beside the step; strings, so that the state loads with weights_only=True.
         self.settings = {name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER}
         self.settings |= {"model": str(model.cfg), "data": data_id}
-        self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, float("inf")
+        self.step, self.tokens, self.seconds, self.best, self.skipped = 0, 0, 0.0, float("inf"), 0
+        self.fp16 = cfg.dtype == "float16"
+        self.scale, self.unbroken = (FIRST_SCALE if self.fp16 else 1.0), 0  # of the loss; steps since it changed
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
-    def update(self, factor: float) -> float:
-        """One step of every optimizer at `factor` times its peak learning rate; returns the first group's rate."""
+    @property
+    def cuda(self) -> bool:
+        return self.world.device.startswith("cuda")
+
+    def update(self, factor: float, sound: bool) -> float:
+        """One step of every optimizer at `factor` times its peak learning rate; returns the first group's rate.
+
+        sound: loss and gradient are finite; otherwise the step is skipped and counted. In fp16 the loss is then scaled
+        by less, and by more after GROW_AFTER sound steps (Micikevicius et al. 2018, section 3.2).
+        """
+        self.skipped += not sound
+        self.unbroken = self.unbroken + 1 if sound else 0
+        if self.fp16 and not sound:
+            self.scale /= 2
+        elif self.fp16 and self.unbroken == GROW_AFTER:
+            self.scale, self.unbroken = self.scale * 2, 0
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            optimizer.step()
+            if sound:
+                optimizer.step()
         return self.optimizers[0].param_groups[0]["lr"]
 
     def count(self, line: dict, batch: Batch, seconds: float) -> None:
@@ -83,12 +108,15 @@ class Run:
         self.tokens += batch.real_tokens
         self.seconds += seconds
         line |= {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-        line["tokens_per_s"] = round(batch.real_tokens / seconds, 1)
+        line |= {"tokens_per_s": round(batch.real_tokens / seconds, 1), "skipped": self.skipped}
 
     def log(self, line: dict) -> None:
         """Append the step to metrics.jsonl; keep the model where it is the best so far."""
+        if not self.world.first:
+            return
         first = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
         ordered = {name: line[name] for name in first} | line
+        ordered = {name: value if math.isfinite(value) else None for name, value in ordered.items()}  # JSON has no NaN
         with open(self.out / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(ordered) + "\n")
         if line.get("val_loss", float("inf")) < self.best:
@@ -97,18 +125,31 @@ class Run:
 
     def save(self) -> None:
         """Keep the state that is there as step-..., then replace it file by file. train_state.pt alone is what a
-        resume reads, and it writes the others again, so a kill between two files harms nothing."""
+        resume reads, and it writes the others again, so a kill between two files harms nothing. All ranks call it
+        together, as each has a random state; rank 0 writes, and the others wait and hear of what goes wrong."""
+        rng = self.world.gather((torch.get_rng_state(), torch.cuda.get_rng_state() if self.cuda else None))
+        problem = None
+        if self.world.first:
+            try:
+                self._write(rng)
+            except (UserError, OSError) as error:
+                problem = error
+        if self.world.gather(problem)[0] is not None:
+            raise problem or UserError("rank 0 could not save")
+
+    def _write(self, rng: list) -> None:
         self._keep_previous()
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "best": self.best,
+            "skipped": self.skipped,
+            "scale": [self.scale, self.unbroken],
             "settings": self.settings,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "rng": rng,
         }
         with replacing(self.out / STATE) as beside:
             try:
@@ -152,13 +193,18 @@ class Run:
         if state["step"] > steps:
             raise UserError(f"{self.out} is at step {state['step']:,}, beyond the {steps:,} asked for: raise --steps")
         self.step, self.tokens = state["step"], state["tokens"]
-        self.seconds, self.best = state["seconds"], state["best"]
+        self.seconds, self.best, self.skipped = state["seconds"], state["best"], state["skipped"]
+        self.scale, self.unbroken = state["scale"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        if self.world.rank < len(state["rng"]):  # more ranks than before have seeds of their own
+            cpu, cuda = state["rng"][self.world.rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.cuda:
+                torch.cuda.set_rng_state(cuda)
+        if not self.world.first:
+            return
         write_text(self.out / METRICS, _metrics_until(self.out / METRICS, self.step))
         checkpoint.save(self.out, self.model, self.tok)
         print(f"resume: {self.out} at step {self.step:,} of {steps:,}")

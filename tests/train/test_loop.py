@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nanophi.cli import UserError
+from nanophi.train.distributed import World
 from nanophi.train.loop import TrainConfig, accumulate, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, next_token_loss
 from nanophi.train.packing import Packed, Pair, Pairs
@@ -21,6 +22,7 @@ from nanophi.train.rundir import STATE
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = World(0, 1, "cpu")
 
 
 def random_documents(n=40, seed=0):
@@ -96,7 +98,7 @@ def test_training_learns(tmp_path):
     assert lines[0]["loss"] > 6
     assert lines[-1]["loss"] < 4
     assert lines[-1]["tokens"] == sum(Packed(random_documents(), 32, 4, 1).batch_at(i).real_tokens for i in range(60))
-    assert list(lines[0]) == ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds"]
+    assert list(lines[0]) == ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "skipped"]
 
 
 def test_dpo_logs_rewards_and_widens_the_margin(tmp_path):
@@ -122,7 +124,7 @@ def test_micro_batches_do_not_change_the_result():
         loss_fn, data = stage(model)
         found = []
         for micro_batch in (4, 3, 1):
-            line = accumulate(model, loss_fn, data.batch_at(0), micro_batch, "cpu")
+            line = accumulate(model, loss_fn, data.batch_at(0), micro_batch, ALONE)
             found.append((line, [p.grad.clone() for p in model.parameters()]))
         for line, grads in found[1:]:
             assert line == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)

@@ -1,0 +1,112 @@
+"""Several processes that train as one: torchrun starts them, and once a step their gradients are added.
+
+    torchrun --nproc-per-node 4 pretrain.py ...          (more machines, restarts: torchrun's own flags)
+
+Every rank builds the same model and reads the same `batch_at(step)`, takes its part of the samples, and after the last
+micro-step adds up gradient sums, losses and counts with the others; then all take the same optimizer step. There is no
+wrapper around the model: the chunked loss reads hidden states and head apart, past any hook a wrapper would have put on
+`forward`. `--out` has to be seen by all ranks (they resume from it), and rank 0 alone writes there.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanophi.cli import UserError
+from nanophi.model.checkpoint import pick_device
+
+BUCKET = 25_000_000  # elements added at once: 100 MB of fp32
+PATIENCE = timedelta(minutes=30)  # for a rank that does not answer, such as rank 0 while it evaluates
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among those that train together."""
+
+    rank: int
+    size: int
+    device: str
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def part(self, samples: int) -> tuple[int, int]:
+        """[start, stop) of the samples of a step that are this rank's."""
+        return samples * self.rank // self.size, samples * (self.rank + 1) // self.size
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace every gradient by its sum over the ranks."""
+        if self.size == 1:
+            return
+        waiting: list[Tensor] = []
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            waiting.append(p.grad)
+            if sum(map(torch.Tensor.numel, waiting)) >= BUCKET:
+                waiting = _add(waiting)
+        _add(waiting)
+
+    def add(self, numbers: list[float]) -> list[float]:
+        """The sums over the ranks, in double precision."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def largest(self, numbers: list[float]) -> list[float]:
+        return self._reduced(numbers, dist.ReduceOp.MAX)
+
+    def _reduced(self, numbers: list[float], operation) -> list[float]:
+        if self.size == 1:
+            return numbers
+        together = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(together, operation)
+        return together.tolist()
+
+    def gather(self, value) -> list:
+        """The value of every rank, in order, on every rank."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+
+def _add(tensors: list[Tensor]) -> list[Tensor]:
+    """Sum over the ranks, in place, as one flat message; returns a new empty list."""
+    if tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+    return []
+
+
+def join(device: str) -> World:
+    """The world that torchrun has made (its environment variables say so), or a world of one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, pick_device(device))
+    device = pick_device(device)
+    if device == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise UserError(f"rank {local} has no GPU of its own: this machine has {there}; start as many ranks")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13), and they would look for
+            # each other where the dead ones were.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, before or without `join`."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,113 @@
+"""Two ranks train as one process would: the same gradients, exact resume, one of them killed or interrupted."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanophi.cli import UserError
+from nanophi.train import distributed
+from nanophi.train.distributed import World, join
+from tests.train.test_loop import state, tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(out, task, *flags, ranks=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(ROOT / "tests/train/ranks.py"), str(out), task],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same work by one process and by two."""
+    found = {}
+    for ranks in (1, 2):
+        found[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        done = torchrun(found[ranks], "gradients", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.float32", 1e-6), ("torch.float64", 1e-10)])
+def test_gradients_are_those_of_one_process(folders, dtype, tolerance):
+    whole = torch.load(folders[1] / f"{dtype}-8.pt")
+    for ranks in (1, 2):
+        for micro_batch in (8, 4, 1):
+            got = torch.load(folders[ranks] / f"{dtype}-{micro_batch}.pt")
+            assert got.keys() == whole.keys()
+            assert max((got[name] - whole[name]).abs().max().item() for name in whole) < tolerance
+
+
+def test_two_ranks_end_where_one_process_does(folders):
+    one, two = (tensors(state(folders[ranks] / "plain")["model"]) for ranks in (1, 2))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-9
+    lines = [
+        [json.loads(line) for line in (folders[ranks] / "plain" / "metrics.jsonl").read_text().splitlines()]
+        for ranks in (1, 2)
+    ]
+    assert len(lines[0]) == len(lines[1]) == 20
+    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-9) for a, b in zip(*lines, strict=True))
+    assert json.loads((folders[2] / "plain" / "run.json").read_text())["ranks"] == 2
+
+
+def test_resumed_equals_unbroken_on_two_ranks(folders):
+    """With dropout: each rank's random generator is part of the state."""
+    whole, parts = (tensors(state(folders[2] / name)) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_replaced_and_the_result_the_same(folders, tmp_path):
+    done = torchrun(tmp_path, "killed", "--max-restarts", "1")
+    assert done.returncode == 0, done.stderr
+    assert "resume:" in done.stdout
+    whole, killed = (tensors(state(folder)) for folder in (folders[2] / "whole", tmp_path / "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_an_interrupt_that_one_rank_hears_stops_all(tmp_path):
+    done = torchrun(tmp_path, "interrupted")
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    assert state(tmp_path / "interrupted")["step"] == 6
+
+
+def test_parts_cover_all_samples():
+    for size in (1, 2, 3, 7):
+        for samples in (1, 5, 8):
+            parts = [World(rank, size, "cpu").part(samples) for rank in range(size)]
+            assert parts[0][0] == 0
+            assert parts[-1][1] == samples
+            assert all(a[1] == b[0] for a, b in pairwise(parts))
+
+
+def test_a_world_of_one_needs_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = join("cpu")
+    assert (world.rank, world.size, world.device, world.first) == (0, 1, "cpu", True)
+    assert world.add([1.0, 2.0]) == world.largest([1.0, 2.0]) == [1.0, 2.0]
+    assert world.gather("x") == ["x"]
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(distributed, "pick_device", lambda name: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="rank 3 has no GPU of its own: this machine has 2"):
+        join("auto")

@@ -1,0 +1,108 @@
+"""A loss that is no number costs a step, not the run; a streak of them ends it with the batch kept."""
+
+import json
+
+import pytest
+import torch
+
+from nanophi.cli import UserError
+from nanophi.train import loop, rundir
+from nanophi.train.faults import BAD_BATCH, MEMORY, STREAK, Faults
+from nanophi.train.loop import train
+from nanophi.train.losses import next_token_loss
+from nanophi.train.rundir import STATE, Run
+from tests.conftest import tiny_model
+from tests.train.test_loop import config, pretraining, state, tensors
+
+
+def broken_at(steps, value=float("nan")):
+    """A loss that is `value` times too large at these steps (counted from 0)."""
+    calls = iter(range(10**9))
+
+    def loss_fn(model, batch):
+        loss, count, sums = next_token_loss(model, batch)
+        return (loss * value if next(calls) in steps else loss), count, sums
+
+    return loss_fn
+
+
+def lines_of(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path, capsys):
+    model, (_, data) = tiny_model(), pretraining(None)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(model, broken_at({0}), data.batch_at, config(tmp_path, steps=1))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    train(model, broken_at({1, 3}, float("inf")), data.batch_at, config(tmp_path, steps=6, overwrite=True))
+    lines = lines_of(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 2, 2]
+    assert [line["loss"] is None for line in lines] == [False, True, False, True, False, False]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert "step 2: loss inf, gradient nan: skipped" in capsys.readouterr().out
+    assert state(tmp_path)["skipped"] == 2
+
+
+def test_a_streak_ends_the_run_and_keeps_the_batch(tmp_path):
+    model, (_, data) = tiny_model(), pretraining(None)
+    bad = set(range(8, 100))
+    with pytest.raises(UserError, match=f"{STREAK} steps in a row had a loss or gradient that is not finite"):
+        train(model, broken_at(bad), data.batch_at, config(tmp_path, steps=40))
+    kept = torch.load(tmp_path / BAD_BATCH)
+    assert torch.equal(kept["ids"], data.batch_at(8 + STREAK - 1).ids)
+    assert state(tmp_path)["step"] % 7 == 0  # the checkpoint before
+    assert all(torch.isfinite(t).all() for t in tensors(state(tmp_path)["model"]).values())
+
+
+def test_a_jump_of_the_loss_is_said_once_it_is_known_what_is_usual():
+    faults = Faults()
+    for step in range(MEMORY):
+        assert faults.look_at({"step": step, "loss": 3 + 0.01 * (step % 5), "grad_norm": 1.0}, True) == []
+    (note,) = faults.look_at({"step": 99, "loss": 4.5, "grad_norm": 1.0}, True)
+    assert note == "step 99: loss 4.500 jumped from about 3.020"
+    assert faults.look_at({"step": 100, "loss": 3.3, "grad_norm": 1.0}, True) == []
+
+
+def test_fp16_scales_the_loss_and_learns_from_overflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "GROW_AFTER", 4)
+    model, (_, data) = tiny_model(), pretraining(None)
+    train(model, broken_at({1, 2}, float("inf")), data.batch_at, config(tmp_path, steps=8, dtype="float16"))
+    assert state(tmp_path)["scale"] == [rundir.FIRST_SCALE / 4 * 2, 1]  # halved twice, doubled after four sound steps
+    plain, scaled = tmp_path / "plain", tmp_path / "scaled"
+    for out, dtype in ((plain, "float32"), (scaled, "float16")):
+        train(tiny_model(), next_token_loss, data.batch_at, config(out, steps=5, dtype=dtype))
+    for a, b in zip(lines_of(plain), lines_of(scaled), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
+
+
+def test_a_full_disk_ends_the_run_or_is_only_said(tmp_path, monkeypatch, capsys):
+    """The checkpoint before stays; with --keep-going training does too."""
+    _, data = pretraining(None)
+    save, failing = Run.save, {14}
+
+    def full(run):
+        if run.step in failing:
+            raise UserError("cannot write: No space left on device")
+        save(run)
+
+    monkeypatch.setattr(Run, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))
+    assert state(tmp_path)["step"] == 7
+    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, keep_going=True, overwrite=True))
+    assert state(tmp_path)["step"] == 20
+    assert "step 14 could not be saved, the checkpoint before it stays" in capsys.readouterr().out
+
+
+def test_saving_by_the_clock(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 30))  # half a minute between looks
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    _, data = pretraining(None)
+    saved = []
+    monkeypatch.setattr(Run, "save", lambda run: saved.append(run.step))
+    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, steps=12, save_every=100, save_minutes=2))
+    assert len(saved) > 2
+    assert saved[-1] == 12
+    assert not (tmp_path / STATE).exists()
