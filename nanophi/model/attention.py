@@ -6,11 +6,24 @@ see key".
     B batch, H heads, T queries, S keys, K head_dim
 """
 
+import contextlib
+import inspect
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("auto", "manual", "sdpa", "documents")
+BACKENDS = {
+    "auto": "the fastest that isolates documents, for the device and dtype",
+    "manual": "the one to read",
+    "sdpa": "torch's, with a mask",
+    "documents": "torch's, one call per document",
+    "varlen": "flash attention over the flattened batch (CUDA, bf16 or fp16)",
+    "causal": "torch's without isolation: the documents of a row see each other",
+}
 
 
 def manual(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float = 0.0) -> Tensor:
@@ -59,9 +72,60 @@ def per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: f
     return torch.cat(out, dim=2).transpose(1, 2).reshape(batch, time, heads, width).transpose(1, 2)
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """What "auto" stands for on a device."""
-    return ("documents" if device.type == "cpu" else "sdpa") if backend == "auto" else backend
+def pad_heads(*tensors: Tensor) -> list[Tensor]:
+    """Zeros behind the last dimension up to a multiple of 8, as flash kernels and cuDNN want it. q.k stays the same;
+    the scale must be that of the true width, and what comes out is cut again."""
+    return [F.pad(x, (0, -x.shape[-1] % 8)) for x in tensors]
+
+
+@cache
+def flash_kernel() -> Callable | None:
+    """A function (q, k, v, cu_seqlens, longest, scale) of flat q, k, v (tokens, H, K), causal within each document:
+    that of the package flash-attn where it imports, else torch's own (2.10 or newer), else None."""
+    with contextlib.suppress(ImportError):
+        from flash_attn import flash_attn_varlen_func
+
+        return lambda q, k, v, cu, longest, scale: flash_attn_varlen_func(
+            q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True
+        )
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
+
+        if "window_size" in inspect.signature(varlen_attn).parameters:
+            return lambda q, k, v, cu, longest, scale: varlen_attn(
+                q, k, v, cu, cu, longest, longest, window_size=(-1, 0), scale=scale
+            )
+        return lambda q, k, v, cu, longest, scale: varlen_attn(  # torch 2.10: K**-0.5 is built in
+            q * (scale * q.shape[-1] ** 0.5), k, v, cu, cu, longest, longest, is_causal=True
+        )
+    return None
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable | None = None) -> Tensor:
+    """All documents of a batch in one call of a flash kernel. The longest document is given as the row, a constant:
+    its true length would have to be fetched from the device at every step."""
+    batch, heads, time, width = q.shape
+    flat = [x.transpose(1, 2).reshape(batch * time, heads, -1) for x in pad_heads(q, k, v)]
+    out = (kernel or flash_kernel())(*flat, cu_seqlens, time, width**-0.5)
+    return out[..., :width].view(batch, time, heads, width).transpose(1, 2)
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> str:
+    """What "auto" stands for on a device, given the dtype that is computed in."""
+    if backend != "auto":
+        return backend
+    if device.type == "cpu":
+        return "documents"
+    flash = dtype in (torch.bfloat16, torch.float16) and dropout == 0 and flash_kernel() is not None
+    return "varlen" if device.type == "cuda" and flash else "sdpa"
+
+
+def preferred_kernels(device: torch.device):
+    """On compute capability 9 (Hopper) cuDNN's attention is about twice as fast as the one torch would take first."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return contextlib.nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 def attend(
@@ -75,16 +139,22 @@ def attend(
 ) -> Tensor:
     """Causal attention. q (B, H, T, K); k and v (B, H or fewer, S, K) -> (B, H, T, K).
 
-    Who sees whom is said by at most one of: `cu_seqlens` (documents of a packed batch, for the backend "documents"),
+    Who sees whom is said by at most one of: `cu_seqlens` (documents of a packed batch, for "documents" and "varlen"),
     `visible` (bool, broadcastable to (B, 1, T, S)), or neither (plain causal). Fewer key heads are repeated (GQA).
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if cu_seqlens is not None:
-        assert backend == "documents", f"the backend {backend} isolates documents by a mask"
+        assert backend in ("documents", "varlen"), f"the backend {backend} isolates documents by a mask"
+        if backend == "varlen":
+            assert dropout == 0, "flash kernels are called without dropout"
+            return varlen(q, k, v, cu_seqlens)
         return per_document(q, k, v, cu_seqlens, dropout)
     if backend == "manual":
         if visible is None:
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         return manual(q, k, v, visible, dropout)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout)
+    width, mask = q.shape[-1], {"attn_mask": visible, "is_causal": visible is None, "dropout_p": dropout}
+    if q.is_cuda:
+        q, k, v = pad_heads(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5, **mask)[..., :width]

@@ -19,8 +19,16 @@ scaling with depth. The first loss is therefore close to ln(vocab_size).
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from nanophi.model.attention import BACKENDS, attend, choose_backend, document_positions, same_document
+from nanophi.model.attention import (
+    BACKENDS,
+    attend,
+    choose_backend,
+    document_positions,
+    preferred_kernels,
+    same_document,
+)
 from nanophi.model.config import PhiConfig
 
 MASKED_BIAS = -1e4  # lm_head.bias of ids that no tokenizer uses: a probability of exactly 0 in every dtype, and finite
@@ -146,13 +154,15 @@ class Trunk(nn.Module):
 class Phi(nn.Module):
     """The causal language model.
 
-    `attention` chooses the backend: "auto" (fastest for the device), "manual" (to read), "sdpa" (one call with a mask)
-    or "documents" (one call per document).
+    `attention` chooses the backend, one of attention.BACKENDS. `recompute` (gradient checkpointing) keeps of each block
+    its input alone and computes it again in backward: a third more work, a fraction of the memory.
     """
+
+    recompute = False
 
     def __init__(self, cfg: PhiConfig, attention: str = "auto"):
         super().__init__()
-        assert attention in BACKENDS, f"attention {attention!r} is none of {BACKENDS}"
+        assert attention in BACKENDS, f"attention {attention!r} is none of {', '.join(BACKENDS)}"
         self.cfg, self.attention = cfg, attention
         self.model = Trunk(cfg)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size)
@@ -183,22 +193,41 @@ class Phi(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = share
 
+    def compile_blocks(self, on: bool = True) -> None:
+        """torch.compile every block in place (names and state_dict stay), or take it back."""
+        for block in self.model.layers:
+            if on:
+                block.compile(dynamic=False)
+            else:
+                block._compiled_call_impl = None  # what nn.Module.compile sets; there is no public way back
+
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the states before the head (B, T, D): what the chunked loss reads. Arguments as `forward`."""
-        time, backend, visible = ids.shape[1], choose_backend(self.attention, ids.device), None
+        weight, time, visible = self.lm_head.weight, ids.shape[1], None
+        device = ids.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dropout = self.cfg.attention_dropout if self.training else 0.0
+        backend = choose_backend(self.attention, ids.device, dtype, dropout)
+        if backend == "causal":
+            cu_seqlens = None
         if cache is not None:
             assert cu_seqlens is None, "a KV cache holds one document per row"
             positions, visible = cache.positions(time), cache.visible(time)
         elif cu_seqlens is not None:
             positions = document_positions(cu_seqlens).view(ids.shape)
-            if backend != "documents":  # the mask is made once, for all layers
+            if backend not in ("documents", "varlen"):  # the mask is made once, for all layers
                 cu_seqlens, visible = None, same_document(cu_seqlens, len(ids))
         else:
             positions = torch.arange(time, device=ids.device)[None]
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, rotary, i, cache, cu_seqlens=cu_seqlens, visible=visible, backend=backend)
+        mask = {"cu_seqlens": cu_seqlens, "visible": visible, "backend": backend}
+        with preferred_kernels(ids.device):
+            for i, block in enumerate(self.model.layers):
+                if self.recompute and self.training:
+                    x = checkpoint(block, x, rotary, i, None, use_reentrant=False, **mask)
+                else:
+                    x = block(x, rotary, i, cache, **mask)
         if cache is not None:
             cache.length += time
         return self.model.final_layernorm(x)

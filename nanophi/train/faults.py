@@ -2,12 +2,17 @@
 
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 import torch
 
 from nanophi.files import replacing
+from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
+
+T = TypeVar("T")
 
 STREAK = 10  # skipped steps in a row after which a run gives up
 MEMORY = 50  # steps whose losses say what is usual
@@ -50,3 +55,14 @@ class Faults:
             f"{STREAK} steps in a row had a loss or gradient that is not finite; the last batch is in {path}, the last "
             "checkpoint is sound. Lower --lr, raise --warmup, or with --dtype float16 take bfloat16 or float32"
         )
+
+
+def compiled_or_not(model: Phi, step: Callable[[], T], say: Callable[[str], None]) -> T:
+    """A step with torch.compile, or where that fails (no compiler, an operation it does not know) once more without."""
+    try:
+        return step()
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        say(f"torch.compile failed, going on without it: {type(error).__name__}: {reason}")
+        model.compile_blocks(False)
+        return step()

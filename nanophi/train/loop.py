@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +22,11 @@ import nanophi
 from nanophi.cli import Progress, UserError, flag
 from nanophi.files import write_json
 from nanophi.model import checkpoint
+from nanophi.model.attention import BACKENDS
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.distributed import World, join
-from nanophi.train.faults import Faults
+from nanophi.train.faults import Faults, compiled_or_not
 from nanophi.train.losses import LossFn
 from nanophi.train.optim import build_optimizers, schedule
 from nanophi.train.packing import Batch
@@ -51,6 +53,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", help="compute; weights are fp32. auto: bf16 on CUDA"
     )
+    attention: str = flag("auto", help=f"{'; '.join(f'{name}: {what}' for name, what in BACKENDS.items())}")
+    recompute: bool = flag(False, help="keep each block's input alone and compute it again: less memory, more time")
+    compile: bool = flag(False, help="torch.compile the blocks; where that fails, it is said and left")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
     save_every: int = flag(500, at_least=1, help="steps between checkpoints")
     save_minutes: float | None = flag(None, above=0, help="also save when so many minutes have passed")
@@ -147,7 +152,12 @@ def train(
     steps = steps if steps is not None else total_steps(cfg, 1)
     world = join(cfg.device)
     out, device = Path(cfg.out), world.device
+    if cfg.attention not in BACKENDS:
+        raise UserError(f"--attention {cfg.attention}: there are {', '.join(BACKENDS)}")
+    model.attention, model.recompute = cfg.attention, cfg.recompute
     model.to(device).train()
+    if cfg.compile:
+        model.compile_blocks()
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     run = Run(model, optimizers, cfg, tok, data_id, world)
     torch.manual_seed(cfg.seed + 10_007 * world.rank)  # of dropout; a resumed run gets the state it had
@@ -160,14 +170,15 @@ def train(
     description = {"config": asdict(cfg), "steps": steps, "data_id": data_id, "ranks": world.size, "versions": versions}
     if world.first:
         write_json(out / "run.json", description)
-    faults, saved_at, stop = Faults(), time.monotonic(), 0
+    faults, saved_at, stop, first = Faults(), time.monotonic(), 0, run.step
     with _Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
         while run.step < steps and run.step != stop_at and not stop:
             factor = schedule(cfg.schedule, run.step, steps, cfg.warmup, cfg.decay)
             began = time.perf_counter()
             batch = batch_at(run.step)
             with precision(cfg, device):
-                line = accumulate(model, loss_fn, batch, cfg.micro_batch, world, run.scale)
+                step = partial(accumulate, model, loss_fn, batch, cfg.micro_batch, world, run.scale)
+                line = step() if run.step > first or not cfg.compile else compiled_or_not(model, step, bar.say)
             line["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
             sound = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
             line["lr"] = run.update(factor, sound)

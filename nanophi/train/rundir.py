@@ -33,7 +33,7 @@ GROW_AFTER = 1000  # sound steps
 
 # What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
 MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
-MAY_DIFFER |= {"save_minutes", "keep_going"}
+MAY_DIFFER |= {"save_minutes", "keep_going", "recompute"}
 MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
 
 

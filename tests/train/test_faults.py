@@ -106,3 +106,33 @@ def test_saving_by_the_clock(tmp_path, monkeypatch):
     assert len(saved) > 2
     assert saved[-1] == 12
     assert not (tmp_path / STATE).exists()
+
+
+def test_where_compiling_fails_the_step_is_done_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: setattr(module, "_compiled_call_impl", broken))
+
+    def broken(*args, **named):
+        raise RuntimeError("no C++ compiler\nand a page of more")
+
+    _, data = pretraining(None)
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    train(tiny_model(), next_token_loss, data.batch_at, config(plain, steps=3))
+    train(tiny_model(), next_token_loss, data.batch_at, config(compiled, steps=3, compile=True))
+    assert "torch.compile failed, going on without it: RuntimeError: no C++ compiler\n" in capsys.readouterr().out
+    weights = zip(*(tensors(state(out)["model"]).values() for out in (plain, compiled)), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_an_unknown_attention_is_refused(tmp_path):
+    _, data = pretraining(None)
+    with pytest.raises(UserError, match="--attention flesh: there are auto, manual"):
+        train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, attention="flesh"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(tmp_path):
+    _, data = pretraining(None)
+    for name, compile in (("plain", False), ("compiled", True)):
+        train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path / name, steps=3, compile=compile))
+    a, b = ([line["loss"] for line in lines_of(tmp_path / name)] for name in ("plain", "compiled"))
+    assert a == pytest.approx(b, abs=1e-4)
