@@ -25,6 +25,7 @@ from nanophi.model import checkpoint
 from nanophi.model.attention import BACKENDS
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
+from nanophi.train import preflight
 from nanophi.train.distributed import World, join
 from nanophi.train.faults import Faults, compiled_or_not
 from nanophi.train.losses import LossFn
@@ -68,6 +69,8 @@ class TrainConfig:
     dropout: float | None = flag(
         None, at_least=0, at_most=0.9, help="of embeddings, attention and both branches (default: the model's)"
     )
+    show_batch: bool = flag(False, help="print the first batch, its documents and what is learned, and do not train")
+    overfit_one_batch: bool = flag(False, help="self-test: learn the first batch by heart, and keep nothing")
     bos: bool = flag(False, help="put [BOS] before every document")
     overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
     resume: str | None = flag(
@@ -104,8 +107,13 @@ def context_of(cfg: TrainConfig, model: Phi) -> int:
 
 def precision(cfg: TrainConfig, device: str):
     """The autocast context of a run: bf16 or fp16 compute over fp32 weights, or nothing."""
-    name = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    name = computes_in(cfg, device)
     return torch.autocast(device.split(":")[0], getattr(torch, name), enabled=name != "float32")
+
+
+def computes_in(cfg: TrainConfig, device: str) -> str:
+    """The dtype of --dtype on this device."""
+    return cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
 
 
 class _Interrupts:
@@ -158,7 +166,17 @@ def train(
     model.to(device).train()
     if cfg.compile:
         model.compile_blocks()
+    example = batch_at(0)
+    if cfg.show_batch and tok is not None:
+        print(preflight.show_batch(example, tok))
+        return model
+    if cfg.overfit_one_batch:
+        print(preflight.overfit(model, loss_fn, example, cfg, world))
+        return model
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
+    half = computes_in(cfg, device) != "float32"
+    print(preflight.outlook(model, optimizers, cfg, example, steps, device, half))
+    flops, peak = preflight.flops_per_token(model.cfg, example.ids.shape[1]), preflight.peak_flops(device)
     run = Run(model, optimizers, cfg, tok, data_id, world)
     torch.manual_seed(cfg.seed + 10_007 * world.rank)  # of dropout; a resumed run gets the state it had
     if resume and (out / STATE).exists():
@@ -183,6 +201,8 @@ def train(
             sound = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
             line["lr"] = run.update(factor, sound)
             run.count(line, batch, time.perf_counter() - began)
+            if peak is not None:
+                line["mfu"] = round(line["tokens_per_s"] * flops / (peak * world.size), 4)
             for note in faults.look_at(line, sound):
                 bar.say(note)
             if faults.hopeless:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanophi.cli import UserError
+from nanophi.cli import UserError, peak_memory_gb
 from nanophi.files import replacing, write_text
 from nanophi.model import checkpoint
 from nanophi.model.phi import Phi
@@ -33,7 +33,7 @@ GROW_AFTER = 1000  # sound steps
 
 # What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
 MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
-MAY_DIFFER |= {"save_minutes", "keep_going", "recompute"}
+MAY_DIFFER |= {"save_minutes", "keep_going", "recompute", "show_batch", "overfit_one_batch"}
 MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
 
 
@@ -108,7 +108,9 @@ class Run:
         self.tokens += batch.real_tokens
         self.seconds += seconds
         line |= {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else peak_memory_gb()
         line |= {"tokens_per_s": round(batch.real_tokens / seconds, 1), "skipped": self.skipped}
+        line["memory_gb"] = round(memory, 3)
 
     def log(self, line: dict) -> None:
         """Append the step to metrics.jsonl; keep the model where it is the best so far."""

@@ -98,7 +98,17 @@ def test_training_learns(tmp_path):
     assert lines[0]["loss"] > 6
     assert lines[-1]["loss"] < 4
     assert lines[-1]["tokens"] == sum(Packed(random_documents(), 32, 4, 1).batch_at(i).real_tokens for i in range(60))
-    assert list(lines[0]) == ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "skipped"]
+    assert list(lines[0]) == [
+        "step",
+        "tokens",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "seconds",
+        "skipped",
+        "memory_gb",
+    ]
 
 
 def test_dpo_logs_rewards_and_widens_the_margin(tmp_path):

@@ -1,0 +1,154 @@
+"""Before the first step: will it fit, how long will it take, does the batch look as it should, can the model learn?"""
+
+import time
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import torch
+
+from nanophi.cli import UserError, duration
+from nanophi.model.config import PhiConfig
+from nanophi.model.phi import Phi
+from nanophi.text.tokenizer import Tokenizer
+from nanophi.train.distributed import World
+from nanophi.train.losses import LossFn
+from nanophi.train.optim import build_optimizers
+from nanophi.train.packing import IGNORE, PAD, Batch
+
+# Dense bf16 FLOP/s that the makers state; what MFU is measured against.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
+# Bytes of optimizer state a parameter: Muon keeps momentum (of matrices), AdamW two moments, Adafactor next to nothing.
+STATE_BYTES = {"muon": 4.6, "adamw": 8, "adafactor": 0.1}
+
+
+def matrix_parameters(cfg: PhiConfig) -> int:
+    """Parameters that are multiplied with each token: those of the blocks' matrices and the head, not the embedding."""
+    kv = cfg.num_key_value_heads * cfg.head_dim
+    block = 2 * cfg.hidden_size**2 + 2 * cfg.hidden_size * kv + 2 * cfg.hidden_size * cfg.intermediate_size
+    return cfg.num_hidden_layers * block + cfg.hidden_size * cfg.vocab_size
+
+
+def flops_per_token(cfg: PhiConfig, context: int) -> float:
+    """Forward and backward: 6 a parameter, and 12 L D T for attention (PaLM, appendix B; not halved for causality)."""
+    return 6 * matrix_parameters(cfg) + 12 * cfg.num_hidden_layers * cfg.hidden_size * context
+
+
+def peak_flops(device: str) -> float | None:
+    """What MFU is a share of; None for a device whose peak is not in the table, such as a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def training_bytes(cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool) -> int:
+    """Estimate of the peak: fp32 weights, gradients, optimizer states; what backward needs of `rows` rows at once (per
+    token and layer some 10 D + 2 F numbers, or D with --recompute); the head's gradient and one chunk of logits."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Phi(cfg).parameters())
+    width, mlp, tokens = cfg.hidden_size, cfg.intermediate_size, rows * context
+    of_a_layer = (10 * width + 2 * mlp) * (2 if half else 4)
+    layers = cfg.num_hidden_layers
+    kept = layers * width * 4 + of_a_layer if recompute else layers * of_a_layer
+    head = cfg.vocab_size * (width * 4 + 512 * 8)
+    return int(parameters * (8 + STATE_BYTES[optimizer]) + tokens * kept + head)
+
+
+def available_bytes(device: str) -> int | None:
+    """Free memory of the device; None where it cannot be known."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def check_memory(
+    cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool, device: str
+) -> int:
+    """The estimate, or a UserError that says what would fit."""
+    wanted = training_bytes(cfg, optimizer, rows, context, half, recompute)
+    free = available_bytes(device)
+    if free is None or wanted <= free:
+        return wanted
+    advice = [
+        f"{words} ({less / 1e9:.1f} GB)"
+        for words, less in (
+            ("--micro-batch 1", training_bytes(cfg, optimizer, 1, context, half, recompute)),
+            ("--micro-batch 1 --recompute", training_bytes(cfg, optimizer, 1, context, half, True)),
+            ("and --optimizer adafactor", training_bytes(cfg, "adafactor", 1, context, half, True)),
+        )
+        if less <= free
+    ]
+    raise UserError(
+        f"training this model takes about {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}: "
+        + (f"try {advice[0]}" if advice else "take a smaller --preset, or --layers and --width")
+    )
+
+
+def matrix_flops(device: str, half: bool) -> float:
+    """FLOP/s of matrix products on this device, measured for a tenth of a second or so."""
+    a = torch.randn(1024, 1024, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    (a @ a).sum().item()
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        (a @ a).sum().item()
+        products += 1
+    return products * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, device: str, half: bool) -> str:
+    """What a run prints before it begins: parameter groups, memory, time. cfg: a TrainConfig."""
+    groups = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            count = sum(p.numel() for p in group["params"])
+            decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
+            groups.append(f"{type(optimizer).__name__} {count:,} in {len(group['params'])} tensors ({decay})")
+    context = batch.ids.shape[1]
+    rows = cfg.micro_batch * batch.rows_per_sample
+    memory = training_bytes(model.cfg, cfg.optimizer, rows, context, half, cfg.recompute)
+    work = steps * batch.ids.numel() * flops_per_token(model.cfg, context)
+    seconds = work / (0.5 * matrix_flops(device, half))  # half of the matrix speed, as small models reach it
+    return (
+        f"parameters: {'; '.join(groups)}\n"
+        f"ahead: {steps:,} steps of {batch.ids.numel():,} tokens on {device}, about {duration(seconds)}, peak memory "
+        f"about {memory / 1e9:.2f} GB"
+    )
+
+
+def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
+    """The first documents of a batch as text: `┃` where one begins, what is learned between ⟦ and ⟧."""
+    ids, targets, lines = batch.ids.flatten().tolist(), batch.targets.flatten().tolist(), []
+    for begin, end in pairwise(batch.cu_seqlens.tolist()):
+        if ids[begin] == PAD:
+            continue
+        last = [] if targets[end - 1] == IGNORE else [targets[end - 1]]  # it stands in no input
+        learned = [target != IGNORE for target in targets[begin:end]]
+        learned.insert(0, learned[0])  # nothing predicts the first one; it may be part of the second's character
+        marked = groupby(zip(ids[begin:end] + last, learned, strict=False), key=lambda pair: pair[1])
+        pieces = [(flag, tok.decode([token for token, _ in group])) for flag, group in marked]
+        lines.append("┃" + "".join(f"⟦{text}⟧" if flag else text for flag, text in pieces))
+        if len(lines) == documents:
+            break
+    return "\n\n".join(lines)
+
+
+def overfit(model: Phi, loss_fn: LossFn, batch: Batch, cfg, world: World, steps: int = 100) -> str:
+    """Self-test: a sound model and loss learn one batch by heart. Trains the model, writes nothing; a UserError where
+    the loss does not fall to a tenth. cfg: a TrainConfig."""
+    from nanophi.train.loop import accumulate, precision
+
+    optimizers, losses = build_optimizers(model, cfg.optimizer, cfg.lr, 0.0), []
+    for _ in range(steps):
+        with precision(cfg, world.device):
+            losses.append(accumulate(model, loss_fn, batch, cfg.micro_batch, world)["loss"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+    said = f"loss of one batch: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps"
+    if not losses[-1] < losses[0] / 10:
+        raise UserError(f"{said}, not a tenth: something is wrong, or --lr {cfg.lr:g} does not suit the model")
+    return f"{said}: the model can learn"

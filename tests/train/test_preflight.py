@@ -1,0 +1,98 @@
+"""What a run says before it begins is true, and refuses what cannot work before it takes the memory."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nanophi.cli import UserError
+from nanophi.model.config import PhiConfig
+from nanophi.train import preflight
+from nanophi.train.loop import train
+from nanophi.train.losses import next_token_loss
+from nanophi.train.packing import Packed
+from nanophi.train.preflight import check_memory, flops_per_token, matrix_parameters, show_batch, training_bytes
+from tests.conftest import tiny_model
+from tests.train.test_loop import config, pretraining
+
+
+def test_matrix_parameters_and_flops():
+    """Counted from the module itself: everything with two dimensions but the embedding."""
+    model = tiny_model()
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    assert matrix_parameters(model.cfg) == sum(p.numel() for p in matrices)
+    cfg = PhiConfig.preset("phi2-chinese-0.2b")
+    attention = 12 * cfg.num_hidden_layers * cfg.hidden_size * 512
+    assert flops_per_token(cfg, 512) == 6 * matrix_parameters(cfg) + attention
+
+
+def test_memory_is_estimated_and_too_much_refused_with_what_would_fit(monkeypatch):
+    cfg = PhiConfig.preset("phi2-chinese-0.35b")
+    monkeypatch.setattr(preflight, "available_bytes", lambda device: 8_000_000_000)
+    few, many = (training_bytes(cfg, "muon", rows, 512, False, False) for rows in (1, 8))
+    assert 4.2e9 < few < many
+    assert training_bytes(cfg, "adamw", 1, 512, False, False) > few > training_bytes(cfg, "muon", 1, 512, True, True)
+    assert check_memory(cfg, "muon", 1, 512, False, False, "cpu") == few
+    with pytest.raises(UserError, match=r"takes about \d+\.\d GB, 8\.0 GB are free on cpu: try --micro-batch 1 \("):
+        check_memory(cfg, "muon", 64, 512, False, False, "cpu")
+    monkeypatch.setattr(preflight, "available_bytes", lambda device: 1_000_000_000)
+    with pytest.raises(UserError, match="take a smaller --preset, or --layers and --width"):
+        check_memory(cfg, "muon", 1, 512, False, False, "cpu")
+    monkeypatch.setattr(preflight, "available_bytes", lambda device: None)
+    assert check_memory(cfg, "muon", 64, 512, False, False, "cpu") > 8e9
+
+
+def test_the_batch_is_shown_with_borders_and_mask(tok):
+    documents = [np.array([*tok.encode(text), tok.eos_id]) for text in ("今天天气很好。", "我们去公园。")]
+    data = Packed(documents, 64, 1, seed=0)
+    shown = show_batch(data.batch_at(0), tok)
+    bare = shown.replace("⟦", "").replace("⟧", "").split("\n\n")
+    assert sorted(bare) == ["┃今天天气很好。[EOS]", "┃我们去公园。[EOS]"]
+    assert all(part.startswith("┃") and part.endswith("[EOS]⟧") for part in shown.split("\n\n"))
+    prompt, answer = tok.encode("##提问:\n你好\n##回答:\n"), [*tok.encode("很好。"), tok.eos_id]
+    masks = [np.array([False] * len(prompt) + [True] * len(answer))]
+    taught = Packed([np.array([*prompt, *answer])], 64, 1, 0, masks)
+    assert show_batch(taught.batch_at(0), tok) == "┃##提问:\n你好\n##回答:\n⟦很好。[EOS]⟧"
+
+
+def test_a_run_says_what_is_ahead(tmp_path, capsys):
+    _, data = pretraining(None)
+    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, steps=2))
+    said = capsys.readouterr().out
+    assert "parameters: Muon " in said
+    assert "AdamW " in said
+    assert "ahead: 2 steps of 128 tokens on cpu, about 0s, peak memory about 0.0" in said
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["memory_gb"] > 0.05
+    assert "mfu" not in line  # the peak of a CPU is not known
+
+
+def test_showing_and_overfitting_leave_nothing(tmp_path, tok, capsys):
+    _, data = pretraining(None)
+    out = tmp_path / "out"
+    train(tiny_model(), next_token_loss, data.batch_at, config(out, show_batch=True), tok=tok)
+    train(tiny_model(), next_token_loss, data.batch_at, config(out, overfit_one_batch=True, lr=1e-2))
+    assert not out.exists()
+    said = capsys.readouterr().out
+    assert "┃" in said
+    assert "after 100 steps: the model can learn" in said
+
+
+def test_a_loss_that_teaches_nothing_fails_the_self_test(tmp_path):
+    _, data = pretraining(None)
+
+    def deaf(model, batch):
+        loss, count, sums = next_token_loss(model, batch)
+        return loss * 0 + count * 5.0, count, sums
+
+    with pytest.raises(UserError, match=r"loss of one batch: 5\.000 at first, 5\.000 after 100 steps, not a tenth"):
+        train(tiny_model(), deaf, data.batch_at, config(tmp_path, overfit_one_batch=True))
+
+
+def test_the_peak_is_known_by_the_devices_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert preflight.peak_flops("cuda:0") == 989e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some other card")
+    assert preflight.peak_flops("cuda") is None
+    assert preflight.peak_flops("cpu") is None
