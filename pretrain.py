@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 
 from nanophi.cli import flag, run
+from nanophi.infer.modes import evaluating_aloud
 from nanophi.model.checkpoint import pick_device
 from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
@@ -30,6 +31,7 @@ class Config(TrainConfig):
     tokenizer: str = flag(help="the tokenizer they were made with")
     batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
     preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
+    sample: str | None = flag(None, help="a beginning to go on from at each evaluation, so that one sees it learn")
     layers: int | None = flag(None, at_least=1, help="instead of the preset's")
     width: int | None = flag(None, at_least=1, help="hidden_size, instead of the preset's")
     heads: int | None = flag(None, at_least=1, help="attention heads, instead of the preset's")
@@ -89,6 +91,8 @@ def main(cfg: Config) -> Phi:
     if len(sources) > 1:
         print(f"mixture: {data.epochs(steps)}")
     evaluate = evaluate if held_out else None
+    if cfg.sample:
+        evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
     return train(
         model, next_token_loss, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
     )

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanophi.cli import UserError, flag, run
+from nanophi.infer.modes import evaluating_aloud
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
-from nanophi.text.chat import encode_chat
+from nanophi.text.chat import chat_prompt, encode_chat
 from nanophi.text.corpus import read_rows
 from nanophi.text.rows import messages_of
 from nanophi.text.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ class Config(TrainConfig):
     init_from: str = flag(help="run directory of pretrain.py, or any Phi checkpoint with a tokenizer")
     data: list[str] = flag(help="conversations: files, directories or globs")
     batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
+    sample: str | None = flag(None, help="a question to answer at each evaluation, so that one sees it learn")
     val_data: str | None = flag(None, help="conversations to validate on")
 
 
@@ -71,6 +73,9 @@ def main(cfg: Config) -> Phi:
         def evaluate(model):
             return validation_loss(model, validation.in_order(), byte_lengths)
 
+    if cfg.sample:
+        prompt = chat_prompt([{"role": "user", "content": cfg.sample}], tok, cfg.bos)
+        evaluate = evaluating_aloud(evaluate, tok, prompt)
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     steps = total_steps(cfg, data.steps_per_epoch)

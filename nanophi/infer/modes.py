@@ -10,7 +10,9 @@ import unicodedata
 from collections.abc import Callable
 
 from nanophi.cli import UserError
+from nanophi.infer.generate import generate
 from nanophi.infer.rag import NOT_FOUND, Index, question_with
+from nanophi.model.phi import Phi
 from nanophi.text.chat import chat_prompt
 from nanophi.text.corpus import write_rows
 from nanophi.text.tokenizer import Tokenizer
@@ -53,6 +55,20 @@ def retrieving(say: Say, tok: Tokenizer, index: Index, chunks: int, threshold: f
         return answer
 
     return reply
+
+
+def evaluating_aloud(evaluate: Callable | None, tok: Tokenizer, prompt: list[int], tokens: int = 60) -> Callable:
+    """`evaluate` for the training loop, which then also prints how the model goes on after a prompt, greedily."""
+
+    def evaluated(model: Phi) -> dict[str, float]:
+        was_training = model.training
+        model.eval()
+        said = tok.decode(generate(model, prompt, max_new_tokens=tokens), skip_special_tokens=True)
+        model.train(was_training)
+        print(f"sample: {tok.decode(prompt)}{said}".replace("\n", "⏎"))
+        return evaluate(model) if evaluate is not None else {}
+
+    return evaluated
 
 
 def comparing(answers: dict[str, Callable[[str], str]]) -> Reply:

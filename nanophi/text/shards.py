@@ -17,6 +17,7 @@ import os
 import shutil
 import struct
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,6 @@ from pathlib import Path
 import numpy as np
 
 from nanophi.cli import Progress, UserError, flag, run
-from nanophi.files import replacing
 from nanophi.text.corpus import Reading, Skipped
 from nanophi.text.parallel import batches, ordered
 from nanophi.text.rows import in_share, text_of
@@ -36,39 +36,45 @@ HEADER = struct.Struct("<8sIIQQI16s12x")  # 64 bytes
 
 
 class ShardWriter:
-    """Collects documents and writes `{split}-{number}.bin` whenever `shard_tokens` are together."""
+    """Writes documents into `{split}-{number}.bin`, a new one whenever `shard_tokens` are together. Tokens go to the
+    disk as they come; the header, which counts them, at last."""
 
     def __init__(self, directory: Path, split: str, tok: Tokenizer, shard_tokens: int):
         self.directory, self.split, self.tok, self.shard_tokens = directory, split, tok, shard_tokens
         self.dtype = np.dtype("<u2" if len(tok) <= 1 << 16 else "<u4")
         self.number, self.tokens, self.documents = 0, 0, 0
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
+        self._file, self._crc, self._offsets = None, 0, array("Q", [0])
 
     def add(self, ids: np.ndarray) -> None:
-        self._pending.append(np.append(ids, self.tok.eos_id).astype(self.dtype))
-        self._pending_tokens += len(ids) + 1
-        if self._pending_tokens >= self.shard_tokens:
-            self.flush()
+        if self._file is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.directory / f"{self.split}-{self.number:05d}.bin", "wb")  # noqa: SIM115 - `close` does
+            self._file.write(bytes(HEADER.size))
+        raw = np.append(ids, self.tok.eos_id).astype(self.dtype).tobytes()
+        self._file.write(raw)
+        self._crc = zlib.crc32(raw, self._crc)
+        self._offsets.append(self._offsets[-1] + len(ids) + 1)
+        if self._offsets[-1] >= self.shard_tokens:
+            self.close()
 
-    def flush(self) -> None:
-        if not self._pending:
+    def abandon(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def close(self) -> None:
+        """Finish the open shard, if there is one."""
+        if self._file is None:
             return
-        tokens = np.concatenate(self._pending)
-        offsets = np.cumsum([0, *map(len, self._pending)], dtype="<u8")
-        documents = len(self._pending)
-        path = self.directory / f"{self.split}-{self.number:05d}.bin"
-        with replacing(path) as beside, open(beside, "wb") as file:
-            fingerprint = self.tok.fingerprint.encode()
-            sizes = (self.dtype.itemsize, len(tokens), documents, zlib.crc32(tokens))
-            file.write(HEADER.pack(MAGIC, VERSION, *sizes, fingerprint))
-            file.write(tokens.tobytes() + offsets.tobytes())
-        self.number, self.tokens, self.documents = (
-            self.number + 1,
-            self.tokens + len(tokens),
-            self.documents + documents,
-        )
-        self._pending, self._pending_tokens = [], 0
+        tokens, documents = self._offsets[-1], len(self._offsets) - 1
+        with self._file as file:
+            file.write(np.array(self._offsets, dtype="<u8").tobytes())
+            file.seek(0)
+            sizes = (self.dtype.itemsize, tokens, documents, self._crc)
+            file.write(HEADER.pack(MAGIC, VERSION, *sizes, self.tok.fingerprint.encode()))
+            file.flush()
+            os.fsync(file.fileno())
+        self.number, self.tokens, self.documents = self.number + 1, self.tokens + tokens, self.documents + documents
+        self._file, self._crc, self._offsets = None, 0, array("Q", [0])
 
 
 class Shard:
@@ -158,10 +164,12 @@ def write_shards(
             for split, ids in encoded:
                 writers[split].add(ids)
         for writer in writers.values():
-            writer.flush()
+            writer.close()
         if not writers["train"].documents:
             raise UserError("there is no document to train on: the input is empty, or all of it is validation")
     except BaseException:
+        for writer in writers.values():
+            writer.abandon()
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     names = {new.name for new in fresh.iterdir()}

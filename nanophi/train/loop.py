@@ -212,7 +212,7 @@ def train(
                 with precision(cfg, device):
                     line |= evaluate(model) if world.first else {}
                 if world.first:
-                    bar.say(_log_line(line, steps) + f"  val {line['val_loss']:.3f}")
+                    bar.say(_log_line(line, steps) + (f"  val {line['val_loss']:.3f}" if "val_loss" in line else ""))
             run.log(line)
             bar.update(1, _log_line(line, steps).split("  ", 1)[1])
             if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1) and world.first:

@@ -1,6 +1,10 @@
-"""metrics.jsonl of one or more runs -> a picture.
+"""metrics.jsonl of one or more runs -> a picture, and whether a run's loss is as it should be.
 
 python -m nanophi.train.plot out/pretrain out/other --out loss.png
+python -m nanophi.train.plot out/demo/pretrain --compare docs/reference/demo-pretrain.json
+
+A reference is what runs of several seeds had in common: at each step the lowest and the highest of their smoothed
+losses, 2 % added on both sides, with the settings and versions that gave them. `--reference FILE` makes one.
 """
 
 import json
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanophi.cli import UserError, flag, run
-from nanophi.files import replacing
+from nanophi.files import replacing, write_json
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -24,7 +28,7 @@ def smooth(values: list[float], window: int) -> list[float]:
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - window + 1) : i + 1])]
 
 
-def draw(panels: dict[str, list[str | Path]], out: str | Path) -> None:
+def draw(panels: dict[str, list[str | Path]], out: str | Path, band: dict | None = None) -> None:
     """One panel per title, with the loss of its runs over their steps; validation loss as dots, DPO's margin dashed."""
     try:
         import matplotlib
@@ -38,7 +42,7 @@ def draw(panels: dict[str, list[str | Path]], out: str | Path) -> None:
     )
     for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
         for number, run_dir in enumerate(runs):
-            lines, color = read_metrics(run_dir), f"C{number}"
+            lines, color = [line for line in read_metrics(run_dir) if line["loss"] is not None], f"C{number}"
             steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
             axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
             name = Path(run_dir).name
@@ -47,6 +51,8 @@ def draw(panels: dict[str, list[str | Path]], out: str | Path) -> None:
                 points = [(line["step"], line[key]) for line in lines if key in line]
                 if points:
                     axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=f"{name}: {label}")
+        if band is not None:
+            axis.fill_between(band["steps"], band["low"], band["high"], color="0.5", alpha=0.25, label="reference")
         dpo = any("margin" in line for line in lines)
         axis.set(title=title, xlabel="step", ylabel="loss" if dpo else "loss (nats per token)")
         axis.grid(alpha=0.3)
@@ -56,14 +62,72 @@ def draw(panels: dict[str, list[str | Path]], out: str | Path) -> None:
     pyplot.close(figure)
 
 
+MARGIN = 0.02  # of a band, beyond what the runs that made it differ
+
+
+def smoothed(run_dir: str | Path) -> dict[int, float]:
+    """Step -> mean loss of the last fortieth of all steps."""
+    lines = [line for line in read_metrics(run_dir) if line["loss"] is not None]
+    values = smooth([line["loss"] for line in lines], max(len(lines) // 40, 1))
+    return {line["step"]: value for line, value in zip(lines, values, strict=True)}
+
+
+def make_reference(runs: list[str]) -> dict:
+    """The band of several runs of the same settings."""
+    curves = [smoothed(run_dir) for run_dir in runs]
+    steps = sorted(set.intersection(*map(set, curves)))
+    told = [json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8")) for run_dir in runs]
+    paths = {"out", "data", "val_data", "tokenizer", "init_from", "seed", "overwrite", "resume"}
+    return {
+        "seeds": [one["config"]["seed"] for one in told],
+        "versions": told[0]["versions"],
+        "config": {name: value for name, value in told[0]["config"].items() if name not in paths},
+        "steps": steps,
+        "low": [round(min(curve[step] for curve in curves) * (1 - MARGIN), 4) for step in steps],
+        "high": [round(max(curve[step] for curve in curves) * (1 + MARGIN), 4) for step in steps],
+    }
+
+
+def compare(run_dir: str, reference: dict) -> str:
+    """Where a run is outside of the band of a reference, in words."""
+    curve = smoothed(run_dir)
+    band = zip(reference["steps"], reference["low"], reference["high"], strict=True)
+    both = [(step, curve[step], low, high) for step, low, high in band if step in curve]
+    if not both:
+        raise UserError(f"{run_dir} and the reference have no step in common")
+    outside = [(step, "above" if loss > high else "below") for step, loss, low, high in both if not low <= loss <= high]
+    step, loss, low, high = both[-1]
+    last = f"at step {step:,} {loss:.3f}, the band is {low:.3f} to {high:.3f}"
+    if len(outside) <= len(both) / 20 and low <= loss <= high:
+        return f"{run_dir}: inside the band ({last})"
+    first, side = outside[0]
+    often = f"in {len(outside):,} of {len(both):,} steps"
+    return f"{run_dir}: OUTSIDE the band {often}, first {side} it at {first:,} ({last})"
+
+
 @dataclass(kw_only=True)
 class Config:
     runs: list[str] = flag(positional=True, help="run directories, drawn over each other")
     out: str = flag("loss.png", help="the picture to write")
+    compare: str | None = flag(None, help="a reference (.json): also say whether the runs are inside its band")
+    reference: str | None = flag(None, help="write a reference made of these runs, which differ in the seed alone")
 
 
 def main(cfg: Config) -> None:
-    draw({"training loss": cfg.runs}, cfg.out)
+    band = None
+    if cfg.reference:
+        write_json(cfg.reference, make_reference(cfg.runs))
+        print(f"plot: a reference of {len(cfg.runs)} runs -> {cfg.reference}")
+    if cfg.compare:
+        try:
+            band = json.loads(Path(cfg.compare).read_text(encoding="utf-8"))
+            verdicts = [compare(run_dir, band) for run_dir in cfg.runs]
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{cfg.compare} is no reference: {error}") from None
+        print("\n".join(verdicts))
+    draw({"training loss": cfg.runs}, cfg.out, band)
     print(f"plot: {len(cfg.runs)} runs -> {cfg.out}")
 
 

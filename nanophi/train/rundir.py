@@ -27,6 +27,7 @@ from nanophi.train.packing import Batch
 
 STATE = "train_state.pt"
 METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
 
 FIRST_SCALE = 32.0  # of an fp16 loss, which is a sum over tokens: 2,048 of them make it the usual 65,536 of a mean
 GROW_AFTER = 1000  # sound steps
@@ -62,7 +63,7 @@ def claim(cfg) -> None:
 
 def files_of_a_run(out: Path) -> list[Path]:
     """What tells that a directory holds a run; the state last, so that an interrupted deletion is still seen."""
-    return [*out.glob("step-*"), out / "best", out / METRICS, out / checkpoint.WEIGHTS, out / STATE]
+    return [*out.glob("step-*"), out / "best", out / BOARD, out / METRICS, out / checkpoint.WEIGHTS, out / STATE]
 
 
 class Run:
@@ -74,6 +75,7 @@ class Run:
         # What fixes the result beside the step; strings, so that the state loads with weights_only=True.
         self.settings = {name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER}
         self.settings |= {"model": str(model.cfg), "data": data_id}
+        self.board = _tensorboard(self.out) if world.first else None
         self.step, self.tokens, self.seconds, self.best, self.skipped = 0, 0, 0.0, float("inf"), 0
         self.fp16 = cfg.dtype == "float16"
         self.scale, self.unbroken = (FIRST_SCALE if self.fp16 else 1.0), 0  # of the loss; steps since it changed
@@ -121,6 +123,10 @@ class Run:
         ordered = {name: value if math.isfinite(value) else None for name, value in ordered.items()}  # JSON has no NaN
         with open(self.out / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(ordered) + "\n")
+        if self.board is not None:
+            for name, value in ordered.items():
+                if value is not None and name != "step":
+                    self.board.add_scalar(name, value, self.step)
         if line.get("val_loss", float("inf")) < self.best:
             self.best = line["val_loss"]
             checkpoint.save(self.out / "best", self.model, self.tok)
@@ -210,6 +216,15 @@ class Run:
         write_text(self.out / METRICS, _metrics_until(self.out / METRICS, self.step))
         checkpoint.save(self.out, self.model, self.tok)
         print(f"resume: {self.out} at step {self.step:,} of {steps:,}")
+
+
+def _tensorboard(out: Path):
+    """A writer of TensorBoard's files, where that is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / BOARD))
 
 
 def _metrics_until(path: Path, step: int) -> str:
