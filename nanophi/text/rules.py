@@ -34,7 +34,9 @@ _HIGH = re.escape("".join(char for char, byte in _CP1252.items() if 0x80 <= byte
 _TRIPLE = f"(?:[âã-éï][{_HIGH}]{{2}}|ð[{_HIGH}]{{3}})"
 MISREAD = re.compile(f"(?<![A-Za-z]){_TRIPLE}+|{_TRIPLE}{{2,}}|(?:â€[{_HIGH}])+")
 CHINESE = re.compile(f"[{HAN}\u2010-\u2027\u3000-\u303f\ufeff-\uffef\U0001f000-\U0001ffff]")
-LOST = re.compile(r"(?:锟斤拷){2,}锟?|(?:烫烫|屯屯){3,}|\ufffd+|[\ue000-\uf8ff\U000f0000-\U0010ffff]")
+LOST = re.compile(
+    r"(?:锟斤拷){2,}锟?|(?:烫烫|屯屯){3,}|\ufffd+[\u0300-\u036f]*|[\ue000-\uf8ff\U000f0000-\U0010ffff][\u0300-\u036f]*"
+)
 # Private-use characters that are Chinese: those of older GBK fonts, which GB18030 has given a place.
 _OF_GBK = (bytes([0xFE, byte]).decode("gb18030") for byte in range(0x50, 0xA1) if byte != 0x7F)
 FORMERLY_PRIVATE = {chr(0xE815 + i): char for i, char in enumerate(_OF_GBK) if not "\ue000" <= char <= "\uf8ff"}
@@ -50,10 +52,10 @@ def repair_mojibake(text: str) -> str:
 
 
 def _replacement(lost: re.Match) -> str:
-    if lost[0] in FORMERLY_PRIVATE:
-        return FORMERLY_PRIVATE[lost[0]]
+    if lost[0][0] in FORMERLY_PRIVATE:
+        return FORMERLY_PRIVATE[lost[0][0]] + lost[0][1:]
     around = lost.string[max(lost.start() - 1, 0) : lost.start()] + lost.string[lost.end() : lost.end() + 1]
-    return "□" if lost[0] >= "\ue000" and lost[0] != "\ufffd" and re.fullmatch(f"[{HAN}]{{2}}", around) else ""
+    return "□" if lost[0] >= "\ue000" and lost[0][0] != "\ufffd" and re.fullmatch(f"[{HAN}]{{2}}", around) else ""
 
 
 def _reread(match: re.Match) -> str:
@@ -110,12 +112,13 @@ def _without_tag(text: str, tag: re.Match) -> str:
 # Controls but \t and \n; zero-width and directional marks, fillers; half surrogate pairs; U+200D, but not among emoji.
 INVISIBLE = re.compile(
     r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u115f\u1160\u180e\u200b\u200c\u200e\u200f"
-    rf"\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff]|(?<=[{HAN}])\u200d|\u200d(?=[{HAN}])"
+    rf"\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff][\u0300-\u036f]*"
+    rf"|(?<=[{HAN}])\u200d|\u200d(?=[{HAN}])"
 )
 
 
 def drop_invisible(text: str) -> str:
-    """Remove characters one cannot see; every kind of line break becomes \\n."""
+    """Remove characters one cannot see, with accents on them; every kind of line break becomes \\n."""
     return INVISIBLE.sub("", re.sub(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029", "\n", text))
 
 
