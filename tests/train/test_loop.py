@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -360,5 +361,30 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "resume:" in out
+    assert (broken / "model.safetensors").read_bytes() == (tmp_path / "unbroken/model.safetensors").read_bytes()
+    assert len((broken / "metrics.jsonl").read_text().splitlines()) == 20
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path):
+    """The same with twenty, at least five of them between the first byte and the last rename of a checkpoint."""
+    start(tmp_path / "unbroken").communicate(timeout=120)
+    broken, moments, within_a_save = tmp_path / "broken", random.Random(0), 0
+    for number in range(20):
+        process = start(broken, 1.0, *([0.3] if number % 2 else []))
+        if number % 2:
+            for _ in range(moments.randint(1, 6)):
+                if not process.stdout.readline():  # the run is complete, and goes on resuming that
+                    break
+            time.sleep(moments.uniform(0, 0.3))
+        else:
+            time.sleep(moments.uniform(2, 6))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        within_a_save += bool(list(broken.rglob("*.tmp")))
+    assert within_a_save >= 5
+    process = start(broken)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     assert (broken / "model.safetensors").read_bytes() == (tmp_path / "unbroken/model.safetensors").read_bytes()
     assert len((broken / "metrics.jsonl").read_text().splitlines()) == 20
