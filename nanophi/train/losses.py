@@ -49,7 +49,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
             d_bias += d_logits.sum(0)
             d_logits = d_logits.to(rows.dtype)
             d_hidden[start : start + CHUNK] = d_logits @ compute
-            d_weight += d_logits.t() @ rows
+            if rows.dtype == d_weight.dtype:  # without a (V, D) product in between
+                d_weight.addmm_(d_logits.t(), rows)
+            else:
+                d_weight += d_logits.t() @ rows
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return loss
 
