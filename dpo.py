@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from nanophi.cli import Progress, flag, run
-from nanophi.model.checkpoint import load_with_tokenizer, pick_device
+from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import read_rows
 from nanophi.text.rows import in_share, preference_of
 from nanophi.text.tokenizer import Tokenizer
+from nanophi.train.distributed import join
 from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, validate
 from nanophi.train.packing import Pair, Pairs
@@ -83,12 +84,14 @@ def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> torch.Tensor:
 
 def main(cfg: Config) -> Phi:
     claim(cfg)
-    model, tok = load_with_tokenizer(cfg.init_from, cfg.device)
+    world = join(cfg.device)
+    model, tok = load_with_tokenizer(cfg.init_from, world.device)
+    model.attention = cfg.attention
     model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
     pairs, held_out = read_pairs(cfg.data, tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed)
     validation = Pairs(held_out, cfg.micro_batch, cfg.seed) if held_out else None
-    with precision(cfg, pick_device(cfg.device)):  # as the policy computes, or they would differ from the start
+    with precision(cfg, world.device):  # as the policy computes, or they would differ from the start
         for part in filter(None, (data, validation)):
             part.reference = reference_logps(model, part, cfg.micro_batch)
     steps = total_steps(cfg, data.steps_per_epoch)
@@ -101,9 +104,11 @@ def main(cfg: Config) -> Phi:
             return validate(model, loss_fn, validation.in_order())
 
     train(model, loss_fn, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id)
-    if evaluate:
+    if evaluate and not (cfg.show_batch or cfg.overfit_one_batch):
+        with precision(cfg, world.device):
+            found = evaluate(model)
         print(
-            "dpo: held-out pairs: margin {val_margin:.2f}, accuracy {val_accuracy:.0%}, ".format(**evaluate(model))
+            "dpo: held-out pairs: margin {val_margin:.2f}, accuracy {val_accuracy:.0%}, ".format(**found)
             + f"where length alone would be right in {right_by_length(pairs, held_out):.0%}"
         )
     return model

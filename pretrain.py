@@ -12,12 +12,12 @@ import torch
 
 from nanophi.cli import flag, run
 from nanophi.infer.modes import evaluating_aloud
-from nanophi.model.checkpoint import pick_device
 from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.shards import TokenSet
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.loop import TrainConfig, computes_in, total_steps, train
+from nanophi.train.distributed import computes_in, join
+from nanophi.train.loop import TrainConfig, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
@@ -73,9 +73,9 @@ def main(cfg: Config) -> Phi:
         return validation_loss(model, chain.from_iterable(part.in_order() for part in held_out), byte_lengths)
 
     steps = total_steps(cfg, data.steps_per_epoch)
-    device = pick_device(cfg.device)
-    half = computes_in(cfg, device) != "float32"
-    check_memory(shape, cfg.optimizer, cfg.micro_batch, context, half, cfg.recompute, device)  # before it is taken
+    world = join(cfg.device)
+    half, at_once = computes_in(cfg, world.device) != "float32", min(cfg.micro_batch, -(-rows // world.size))
+    check_memory(shape, cfg.optimizer, at_once, context, half, cfg.recompute, world.device)  # before it is taken
     torch.manual_seed(cfg.seed)
     model = Phi(shape)
     model.set_vocabulary(len(tok))

@@ -105,6 +105,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable
     """All documents of a batch in one call of a flash kernel. The longest document is given as the row, a constant:
     its true length would have to be fetched from the device at every step."""
     batch, heads, time, width = q.shape
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves what comes from a LayerNorm in fp32
     flat = [x.transpose(1, 2).reshape(batch * time, heads, -1) for x in pad_heads(q, k, v)]
     out = (kernel or flash_kernel())(*flat, cu_seqlens, time, width**-0.5)
     return out[..., :width].view(batch, time, heads, width).transpose(1, 2)
@@ -116,8 +117,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dropo
         return backend
     if device.type == "cpu":
         return "documents"
-    flash = dtype in (torch.bfloat16, torch.float16) and dropout == 0 and flash_kernel() is not None
-    return "varlen" if device.type == "cuda" and flash else "sdpa"
+    if device.type != "cuda" or dtype == torch.float32 or dropout or flash_kernel() is None:
+        return "sdpa"
+    return "varlen" if torch.cuda.get_device_capability(device)[0] >= 8 else "sdpa"  # what flash kernels need
 
 
 def preferred_kernels(device: torch.device):
@@ -136,6 +138,7 @@ def attend(
     visible: Tensor | None = None,
     backend: str = "sdpa",
     dropout: float = 0.0,
+    kernel: Callable | None = None,
 ) -> Tensor:
     """Causal attention. q (B, H, T, K); k and v (B, H or fewer, S, K) -> (B, H, T, K).
 
@@ -148,7 +151,7 @@ def attend(
         assert backend in ("documents", "varlen"), f"the backend {backend} isolates documents by a mask"
         if backend == "varlen":
             assert dropout == 0, "flash kernels are called without dropout"
-            return varlen(q, k, v, cu_seqlens)
+            return varlen(q, k, v, cu_seqlens, kernel)
         return per_document(q, k, v, cu_seqlens, dropout)
     if backend == "manual":
         if visible is None:

@@ -16,6 +16,9 @@ scaling with depth. The first loss is therefore close to ln(vocab_size).
     B batch, T time, D width, H heads, K head_dim, R rotated dims, F width of the MLP, V vocabulary
 """
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ from nanophi.model.attention import (
     attend,
     choose_backend,
     document_positions,
+    flash_kernel,
     preferred_kernels,
     same_document,
 )
@@ -151,6 +155,11 @@ class Trunk(nn.Module):
         self.final_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
 
+def _contexts(device: torch.device) -> tuple:
+    """Of forward (it has its own) and of computing it again."""
+    return nullcontext(), preferred_kernels(device)
+
+
 class Phi(nn.Module):
     """The causal language model.
 
@@ -222,10 +231,14 @@ class Phi(nn.Module):
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
         mask = {"cu_seqlens": cu_seqlens, "visible": visible, "backend": backend}
+        if backend == "varlen":
+            mask["kernel"] = flash_kernel()  # found out here, not inside of what is compiled
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
         with preferred_kernels(ids.device):
             for i, block in enumerate(self.model.layers):
                 if self.recompute and self.training:
-                    x = checkpoint(block, x, rotary, i, None, use_reentrant=False, **mask)
+                    again = partial(_contexts, ids.device)  # the same kernels in backward
+                    x = checkpoint(block, x, rotary, i, None, use_reentrant=False, context_fn=again, **mask)
                 else:
                     x = block(x, rotary, i, cache, **mask)
         if cache is not None:

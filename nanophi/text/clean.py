@@ -200,6 +200,7 @@ def _write_unique(cfg: Config, rows: Iterable[dict], counts: dict[str, int]) -> 
     """Cleaned rows to a file beside --out, which is read again for what is new in it: no text is held in memory."""
     from nanophi.text.dedup import Again, Duplicates
 
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=Path(cfg.out).parent) as folder:
         beside = Path(folder) / "cleaned.jsonl"
         write_rows(beside, rows)

@@ -86,10 +86,13 @@ def _add(tensors: list[Tensor]) -> list[Tensor]:
 
 def join(device: str) -> World:
     """The world that torchrun has made (its environment variables say so), or a world of one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size, device = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
+    if device.startswith("cuda:"):
+        if size > 1:
+            raise UserError(f"--device {device}: of {size} ranks each has a GPU of its own, so say cuda or nothing")
+        torch.cuda.set_device(device)  # random state and memory are asked of the current one
     if size == 1:
-        return World(0, 1, pick_device(device))
-    device = pick_device(device)
+        return World(0, 1, device)
     if device == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
@@ -105,6 +108,15 @@ def join(device: str) -> World:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def computes_in(cfg, device: str) -> str:
+    """The dtype in which a run computes: --dtype, or what suits the device. cfg: a TrainConfig (loop.py)."""
+    if cfg.dtype != "auto":
+        return cfg.dtype
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"  # older cards have no bf16
 
 
 def is_first() -> bool:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from nanophi.cli import UserError
 from nanophi.files import replacing
 from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
@@ -61,6 +62,8 @@ def compiled_or_not(model: Phi, step: Callable[[], T], say: Callable[[str], None
     """A step with torch.compile, or where that fails (no compiler, an operation it does not know) once more without."""
     try:
         return step()
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         say(f"torch.compile failed, going on without it: {type(error).__name__}: {reason}")

@@ -26,7 +26,7 @@ from nanophi.model.attention import BACKENDS
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train import preflight
-from nanophi.train.distributed import World, join
+from nanophi.train.distributed import World, computes_in, join
 from nanophi.train.faults import Faults, compiled_or_not
 from nanophi.train.losses import LossFn
 from nanophi.train.optim import build_optimizers, schedule
@@ -111,11 +111,6 @@ def precision(cfg: TrainConfig, device: str):
     return torch.autocast(device.split(":")[0], getattr(torch, name), enabled=name != "float32")
 
 
-def computes_in(cfg: TrainConfig, device: str) -> str:
-    """The dtype of --dtype on this device."""
-    return cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-
-
 class _Interrupts:
     """While active, SIGINT and SIGTERM only leave a note, which the loop reads between steps."""
 
@@ -167,6 +162,9 @@ def train(
     if cfg.compile:
         model.compile_blocks()
     example = batch_at(0)
+    if len(example) < world.size:
+        name = "--batch-pairs" if example.rows_per_sample == 2 else "--batch-tokens"
+        raise UserError(f"a step has {len(example)} samples for {world.size} ranks: raise {name}, or start fewer ranks")
     if cfg.show_batch and tok is not None:
         print(preflight.show_batch(example, tok))
         return model
@@ -175,7 +173,7 @@ def train(
         return model
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     half = computes_in(cfg, device) != "float32"
-    print(preflight.outlook(model, optimizers, cfg, example, steps, device, half))
+    print(preflight.outlook(model, optimizers, cfg, example, steps, world, half))
     flops, peak = preflight.flops_per_token(model.cfg, example.ids.shape[1]), preflight.peak_flops(device)
     run = Run(model, optimizers, cfg, tok, data_id, world)
     torch.manual_seed(cfg.seed + 10_007 * world.rank)  # of dropout; a resumed run gets the state it had
@@ -184,10 +182,13 @@ def train(
     elif world.first:
         for old in files_of_a_run(out):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    if len(steps_of_ranks := set(world.gather(run.step))) > 1:
+        raise UserError(f"the ranks would begin at steps {sorted(steps_of_ranks)}: --out must be a directory all see")
     versions = {"nanophi": nanophi.__version__, "torch": torch.__version__}
     description = {"config": asdict(cfg), "steps": steps, "data_id": data_id, "ranks": world.size, "versions": versions}
     if world.first:
         write_json(out / "run.json", description)
+        run.open_board()
     faults, saved_at, stop, first = Faults(), time.monotonic(), 0, run.step
     with _Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
         while run.step < steps and run.step != stop_at and not stop:
@@ -216,7 +217,7 @@ def train(
             run.log(line)
             bar.update(1, _log_line(line, steps).split("  ", 1)[1])
             if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1) and world.first:
-                checkpoint.save(f"{cfg.out}-early", model, tok)
+                checkpoint.save(f"{out}-early", model, tok)
             due = cfg.save_minutes is not None and time.monotonic() - saved_at > 60 * cfg.save_minutes
             stop, due = world.largest([interrupts.signal or 0, due])  # the same on all ranks, or they would part
             if (run.step % cfg.save_every == 0 or due) and not last:

@@ -90,16 +90,17 @@ def check_memory(
 
 def matrix_flops(device: str, half: bool) -> float:
     """FLOP/s of matrix products on this device, measured for a tenth of a second or so."""
-    a = torch.randn(1024, 1024, device=device, dtype=torch.bfloat16 if half else torch.float32)
-    (a @ a).sum().item()
+    size = 8192 if device.startswith("cuda") else 1024  # large enough that waiting for the result does not count
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    (a @ a)[0, 0].item()
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < 0.1:
-        (a @ a).sum().item()
+        (a @ a)[0, 0].item()
         products += 1
-    return products * 2 * 1024**3 / (time.perf_counter() - started)
+    return products * 2 * size**3 / (time.perf_counter() - started)
 
 
-def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, device: str, half: bool) -> str:
+def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World, half: bool) -> str:
     """What a run prints before it begins: parameter groups, memory, time. cfg: a TrainConfig."""
     groups = []
     for optimizer in optimizers:
@@ -108,14 +109,16 @@ def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, device: str, 
             decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
             groups.append(f"{type(optimizer).__name__} {count:,} in {len(group['params'])} tensors ({decay})")
     context = batch.ids.shape[1]
-    rows = cfg.micro_batch * batch.rows_per_sample
+    rows = min(cfg.micro_batch, -(-len(batch) // world.size)) * batch.rows_per_sample
     memory = training_bytes(model.cfg, cfg.optimizer, rows, context, half, cfg.recompute)
     work = steps * batch.ids.numel() * flops_per_token(model.cfg, context)
-    seconds = work / (0.5 * matrix_flops(device, half))  # half of the matrix speed, as small models reach it
+    seconds = work / (
+        0.5 * matrix_flops(world.device, half) * world.size
+    )  # half of the matrix speed, as small models reach it
     return (
         f"parameters: {'; '.join(groups)}\n"
-        f"ahead: {steps:,} steps of {batch.ids.numel():,} tokens on {device}, about {duration(seconds)}, peak memory "
-        f"about {memory / 1e9:.2f} GB"
+        f"ahead: {steps:,} steps of {batch.ids.numel():,} tokens on {world.device}, about {duration(seconds)}, "
+        f"peak memory about {memory / 1e9:.2f} GB"
     )
 
 

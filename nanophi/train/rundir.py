@@ -22,7 +22,7 @@ from nanophi.files import replacing, write_text
 from nanophi.model import checkpoint
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.distributed import World, is_first
+from nanophi.train.distributed import World, computes_in, is_first
 from nanophi.train.packing import Batch
 
 STATE = "train_state.pt"
@@ -34,7 +34,7 @@ GROW_AFTER = 1000  # sound steps
 
 # What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
 MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
-MAY_DIFFER |= {"save_minutes", "keep_going", "recompute", "show_batch", "overfit_one_batch"}
+MAY_DIFFER |= {"save_minutes", "keep_going", "recompute", "show_batch", "overfit_one_batch", "sample"}
 MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
 
 
@@ -44,8 +44,8 @@ def claim(cfg) -> None:
     cfg: a TrainConfig (loop.py), of which out, resume, overwrite and init_from are read.
     """
     out = Path(cfg.out)
-    if not is_first():  # what rank 0 has begun to write would look like another run
-        return
+    if not is_first() or cfg.show_batch or cfg.overfit_one_batch:
+        return  # what rank 0 has begun to write would look like another run; the self-tests write nothing
     if cfg.resume not in (None, "yes", "auto"):
         raise UserError(f"--resume {cfg.resume}: it stands alone, or is `--resume auto`")
     holds = [path.name for path in files_of_a_run(out) if path.exists()]
@@ -74,12 +74,19 @@ class Run:
         self.out, self.keep = Path(cfg.out), cfg.keep
         # What fixes the result beside the step; strings, so that the state loads with weights_only=True.
         self.settings = {name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER}
-        self.settings |= {"model": str(model.cfg), "data": data_id}
-        self.board = _tensorboard(self.out) if world.first else None
+        self.settings |= {"model": str(model.cfg), "data": data_id, "dtype": computes_in(cfg, world.device)}
+        self.board = None  # TensorBoard, from `open_board` on
         self.step, self.tokens, self.seconds, self.best, self.skipped = 0, 0, 0.0, float("inf"), 0
         self.fp16 = cfg.dtype == "float16"
         self.scale, self.unbroken = (FIRST_SCALE if self.fp16 else 1.0), 0  # of the loss; steps since it changed
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def open_board(self) -> None:
+        """Write for TensorBoard too, where that is installed; what a killed run wrote beyond this step is hidden."""
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.out / BOARD), purge_step=self.step + 1)
 
     @property
     def cuda(self) -> bool:
@@ -180,7 +187,7 @@ class Run:
                         _link(file, beside / file.name)
                 write_text(beside / METRICS, _metrics_until(self.out / METRICS, previous))
                 os.replace(beside, target)
-        for old in sorted(self.out.glob("step-*"))[: -self.keep or None]:
+        for old in sorted(self.out.glob("step-*"), key=lambda path: int(path.name[5:]))[: -self.keep or None]:
             shutil.rmtree(old)
 
     def restore(self, steps: int) -> None:
@@ -216,15 +223,6 @@ class Run:
         write_text(self.out / METRICS, _metrics_until(self.out / METRICS, self.step))
         checkpoint.save(self.out, self.model, self.tok)
         print(f"resume: {self.out} at step {self.step:,} of {steps:,}")
-
-
-def _tensorboard(out: Path):
-    """A writer of TensorBoard's files, where that is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / BOARD))
 
 
 def _metrics_until(path: Path, step: int) -> str:

@@ -100,12 +100,16 @@ def test_without_any_kernel_there_is_none(monkeypatch):
 
 def test_auto_chooses_by_device_and_dtype(monkeypatch):
     monkeypatch.setattr(attention, "flash_kernel", lambda: stand_in)
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose_backend("auto", cpu, torch.bfloat16) == "documents"
     assert choose_backend("auto", cuda, torch.bfloat16) == "varlen"
     assert choose_backend("auto", cuda, torch.float32) == "sdpa"
     assert choose_backend("auto", cuda, torch.bfloat16, dropout=0.1) == "sdpa"
     assert choose_backend("manual", cuda, torch.bfloat16) == "manual"
+    capability[:] = [7, 5]  # a T4 has tensor cores for fp16, and no flash kernel runs on it
+    assert choose_backend("auto", cuda, torch.float16) == "sdpa"
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"varlen", "causal"}))

@@ -87,7 +87,7 @@ def test_letters_and_digits_survive_in_order(text):
 
 
 def test_report_and_dedup(tmp_path, capsys):
-    raw, out = tmp_path / "raw.jsonl", tmp_path / "clean.jsonl"
+    raw, out = tmp_path / "raw.jsonl", tmp_path / "new" / "clean.jsonl"  # a folder that --out makes
     long = "春天来了，小草从土里探出头来，孩子们在公园里放风筝，风筝越飞越高，大家都很开心"
     texts = [long, "１２３，你好", "   ", long + "！", "另外一篇完全不同的文章，讲的是怎样泡茶"]
     raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
