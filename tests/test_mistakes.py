@@ -155,7 +155,7 @@ CASES = [
     (f"{SFT_TO} {{house}}/sft.jsonl --out {{house}}/dpo", "dpo holds a run .*: --resume goes on with it, --overwrite"),
     (f"{SFT_TO} {{house}}/sft.jsonl --resume", "nothing to resume in x"),
     ("clean --out x.doc --input {bad}/one.jsonl", "x.doc: rows are written as .jsonl"),
-    ("clean --out {bad}/one.jsonl --input {bad}/one.jsonl", "is the only input: it would overwrite what it reads"),
+    ("clean --out {bad}/one.jsonl --input {bad}/one.jsonl", "one.jsonl is an input and would be overwritten"),
     # prompts and flags
     (f"generate --model {{house}}/sft --prompt {'很长' * 200}", "the prompt has .* tokens, the model was made for 128"),
     ("generate --model {house}/sft --prompt ''", "--prompt is empty"),

@@ -16,19 +16,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing, write_json
-from nanophi.text.corpus import Reading, Skipped, numbered, read_rows, writable, write_rows
+from nanophi.text.corpus import Reading, Skipped, numbered, read_rows, settings_of, shards_of, writable, write_rows
 from nanophi.text.filters import Limits, why_dropped
-from nanophi.text.formats import opened, write_jsonl
+from nanophi.text.formats import format_of, opened
 from nanophi.text.parallel import batches, ordered
 from nanophi.text.rows import ASKED, LEARNED, TURNS, in_share, messages_of, text_of, texts_of, with_texts
 from nanophi.text.rules import RULES, Rule, simplify
+from nanophi.text.writers import write_jsonl
 
 SHOWN = 16  # characters of a sample in the report
 BATCH = 200_000  # characters that a process gets at once
@@ -98,10 +99,11 @@ def clean_row(row: dict, report: Report | None = None, rules: dict[str, Rule] = 
             cleaned[key] = clean(row[key], key in LEARNED, report, rules)
     for key in TURNS:
         if key in row:
-            cleaned[key] = [
-                {"role": turn["role"], "content": clean(turn["content"], turn["role"] == "assistant", report, rules)}
-                for turn in messages_of({key: row[key]})
-            ]
+            roles = [message["role"] for message in messages_of({key: row[key]})]
+            cleaned[key] = []
+            for turn, role in zip(row[key], roles, strict=True):
+                what = "content" if "content" in turn else "value"
+                cleaned[key].append(turn | {what: clean(turn[what], role == "assistant", report, rules)})
     return cleaned
 
 
@@ -139,22 +141,25 @@ def clean_rows(rows: list[dict], cfg: Config) -> tuple[list[dict], list[dict], R
         if "text" in row:
             why = why_dropped(row["text"], cleaned["text"], cfg)
         else:
-            why = None if all(text.strip() for text in texts_of(cleaned)) else "empty"
+            texts = texts_of(cleaned)
+            why = None if texts and all(text.strip() for text in texts) else "empty"
         if why is None:
             kept.append(cleaned)
         else:
             report.dropped[why] += 1
-            dropped.append({"why": why, **row})
+            dropped.append({**row, "why": why})
     return kept, dropped, report
 
 
 def main(cfg: Config) -> dict:
     """Clean every row of the inputs; returns the counts it prints."""
     writable(cfg.out)
-    inputs = cfg.files(cfg.out)
+    inputs = cfg.files(cfg.out, cfg.dropped)
     cfg.rules  # noqa: B018 - an unknown rule is refused before any work
     if cfg.dedup and cfg.shard_rows:
         raise UserError("--dedup sees all rows at once: clean with --shard-rows, then python -m nanophi.text.dedup")
+    if cfg.dropped and (format_of(Path(cfg.dropped)) != ".jsonl" or Path(cfg.dropped) == Path(cfg.out) or cfg.resume):
+        raise UserError(f"--dropped {cfg.dropped}: a .jsonl of its own, written anew each time (so not with --resume)")
     if cfg.resume and not cfg.shard_rows:
         raise UserError("--resume goes on behind complete shards: it needs --shard-rows")
     report, skipped, counts = Report(), Skipped(), {"read": 0, "written": 0, "repeated": 0}
@@ -164,7 +169,7 @@ def main(cfg: Config) -> dict:
         with Progress("rows", None) as bar:
             for row in cfg.rows(skipped, with_texts, inputs):
                 bar.update()
-                if cfg.sample == 1 or in_share(json.dumps(row, sort_keys=True), cfg.sample, str(cfg.seed)):
+                if cfg.sample == 1 or in_share(json.dumps(row, sort_keys=True, default=str), cfg.sample, str(cfg.seed)):
                     yield row
 
     def cleaned(rows: Iterable[dict]) -> Iterator[dict]:
@@ -210,9 +215,10 @@ def _write_unique(cfg: Config, rows: Iterable[dict], counts: dict[str, int]) -> 
 
 def _write_shards(cfg: Config, rows: Iterator[dict], cleaned: Callable, inputs: list[Path]) -> int:
     """One file for each --shard-rows rows read, so that the number of complete files says where to go on."""
-    settings = Path(f"{cfg.out}.settings.json")
+    settings, done = settings_of(cfg.out), 0
     now = json.loads(json.dumps(cfg.effective | {"files": [[str(path), path.stat().st_size] for path in inputs]}))
-    done = 0
+    if shards_of(cfg.out) and not settings.exists():
+        raise UserError(f"{shards_of(cfg.out)[0]} is there, and {settings} does not say whence: name another --out")
     if cfg.resume and settings.exists():
         before = json.loads(settings.read_text(encoding="utf-8"))
         if differing := [name for name in now if before.get(name) != now[name]]:
@@ -222,11 +228,9 @@ def _write_shards(cfg: Config, rows: Iterator[dict], cleaned: Callable, inputs: 
         print(f"clean: {done} complete shards of {cfg.shard_rows:,} rows each stay")
         next(islice(rows, done * cfg.shard_rows, done * cfg.shard_rows), None)  # reads past them
     else:
-        for number in count():
-            if not numbered(cfg.out, number).exists():
-                break
-            numbered(cfg.out, number).unlink()
         write_json(settings, now)
+        for old in reversed(shards_of(cfg.out)):  # from behind, so that what a kill leaves begins at 0 and is seen
+            old.unlink()
     written = 0
     while (first := next(rows, None)) is not None:
         some = chain([first], islice(rows, cfg.shard_rows - 1))

@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from nanophi.cli import Progress, UserError, flag, run
 from nanophi.files import replacing
-from nanophi.text.formats import OPENERS, READERS, WRITERS, SampleBy, format_of, opened
-from nanophi.text.rows import checked, text_of
+from nanophi.text.formats import OPENERS, READERS, SampleBy, format_of, opened
+from nanophi.text.rows import checked, text_of, with_texts
+from nanophi.text.writers import WRITERS
 
 T = TypeVar("T")
 KNOWN = f"{', '.join(READERS)}, plain or {', '.join(OPENERS)}".replace("wiki,", "wiki_00,")
@@ -76,10 +77,12 @@ def read_rows(
     on_bad gets a message, with file and line, for each row that cannot be decoded, is no JSON, of the wrong shape or
     refused by `use` with a UserError; by default that ends the reading, with `Skipped()` the rows are left out.
     """
-    for path in expand(inputs):
-        kind = format_of(path)
-        if kind is None:
+    paths = expand(inputs)
+    for path in paths:  # all of them before the work on any
+        if format_of(path) is None:
             raise UserError(f"{path}: unknown format; known are {KNOWN}")
+    for path in paths:
+        kind = format_of(path)
         for where, make in READERS[kind](path, sample_by, on_bad):
             try:
                 row = use(checked(make(), field))
@@ -108,15 +111,23 @@ class Reading:
     field: str | None = flag(None, help="key or column that holds the text, where it is not called text")
     strict: bool = flag(False, help="stop at a bad row (not decodable, no JSON, no known keys) instead of skipping it")
 
-    def files(self, out: str) -> list[Path]:
-        """The input files, but for yesterday's output: --out, or name-00000 and so on of it."""
-        own = re.compile(re.escape(numbered(out, 0).name).replace("00000", r"\d{5}"))
-        folder = Path(out).resolve().parent
-        found = [path for path in expand(self.input) if path.resolve() != Path(out).resolve()]
-        found = [path for path in found if not (path.resolve().parent == folder and own.fullmatch(path.name))]
+    def files(self, out: str, *beside: str | None) -> list[Path]:
+        """The input files. Of what lies in an input directory the command's own output of yesterday is left out: --out,
+        files written beside it, and shards of it that `<out>.settings` vouches for. An --out that is named as an input
+        is refused: it would overwrite what it reads."""
+        own = {Path(path).resolve() for path in (out, *beside) if path is not None}
+        if settings_of(out).exists():
+            own |= {path.resolve() for path in shards_of(out)}
+        found: dict[Path, None] = {}
+        for item in self.input:
+            for path in expand([item]):
+                if path.resolve() not in own:
+                    found[path] = None
+                elif not Path(item).is_dir():
+                    raise UserError(f"{path} is an input and would be overwritten: name another --out")
         if not found:
             raise UserError(f"--out {out} is the only input: it would overwrite what it reads")
-        return found
+        return list(found)
 
     def rows(self, skipped: Skipped, use: Callable[[dict], T] = as_it_is, inputs=None) -> Iterator[T]:
         """use(row) for every row; bad ones are counted in `skipped`, or refused with --strict."""
@@ -137,7 +148,7 @@ def write_rows(path: str | Path, rows: Iterable[dict]) -> int:
     """Write rows in the format that the name says, atomically; returns how many."""
     path, written = Path(path), count()
     write = WRITERS[writable(path)]
-    with replacing(path) as beside, opened(beside, "wb" if ".parquet" in path.suffixes else "wt", like=path) as file:
+    with replacing(path) as beside, opened(beside, "wb" if format_of(path) == ".parquet" else "wt", like=path) as file:
         write(file, (row for row, _ in zip(rows, written, strict=False)))
     return next(written)
 
@@ -149,16 +160,28 @@ def numbered(path: str | Path, number: int) -> Path:
     return path.with_name(f"{stem}-{number:05d}{path.name[len(stem) :]}")
 
 
+def shards_of(path: str | Path) -> list[Path]:
+    """All files that `numbered` names, in order."""
+    name = re.compile(re.escape(numbered(path, 0).name).replace("00000", r"\d{5}"))
+    folder = Path(path).parent
+    return sorted(file for file in folder.iterdir() if name.fullmatch(file.name)) if folder.exists() else []
+
+
+def settings_of(path: str | Path) -> Path:
+    """Where it is written how the shards of a path came about; no format of documents, so that nothing reads it."""
+    return Path(f"{path}.settings")
+
+
 def write_files(path: str | Path, rows: Iterable[dict], rows_per_file: int) -> int:
-    """Write rows as name-00000.jsonl, ... each atomically; older ones with higher numbers go."""
-    rows, written, number = iter(rows), 0, 0
-    while (first := next(rows, None)) is not None:
+    """Write rows as name-00000.jsonl ... each atomically. Files that are there already are not touched: a UserError."""
+    if there := shards_of(path):
+        raise UserError(f"{there[0]} is there already: delete it (and those behind it) or name another --out")
+    rows, written = iter(rows), 0
+    for number in count():
+        if (first := next(rows, None)) is None:
+            return written
         written += write_rows(numbered(path, number), chain([first], islice(rows, rows_per_file - 1)))
-        number += 1
-    while numbered(path, number).exists():
-        numbered(path, number).unlink()
-        number += 1
-    return written
+    raise AssertionError
 
 
 @dataclass(kw_only=True)
@@ -180,13 +203,18 @@ def main(cfg: Config) -> int:
 
         rows, note = fetch(cfg.fetch), rights_note(cfg.fetch) + "\n"
     else:
-        rows, note = cfg.rows(skipped), ""
+        use = with_texts if format_of(Path(cfg.out)) == ".txt" else as_it_is
+        rows, note = cfg.rows(skipped, use, cfg.files(cfg.out)), ""
 
     def shown() -> Iterator[dict]:
+        some = False
         with Progress("rows", None) as bar:
             for row in rows:
+                some = True
                 yield row
                 bar.update()
+        if not some:  # raised here, nothing is written
+            raise UserError(f"there is no row to write to {cfg.out}\n{skipped}")
 
     write = write_rows if cfg.rows_per_file is None else write_files
     written = write(cfg.out, shown(), *([cfg.rows_per_file] if cfg.rows_per_file else []))

@@ -13,6 +13,8 @@ each, and one band being sorted), however long they are, plus the 5-grams of can
 
 import hashlib
 import json
+import unicodedata
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,15 +32,19 @@ SHINGLE = 5  # characters
 BINS = 128  # numbers in a signature
 EMPTY = np.uint32(0xFFFFFFFF)
 LINE = 20  # letters; shorter lines (headings, speakers) are repeated for good reasons
+SIGNS = "-*/%&#@^_|{}<>"  # what Unicode calls punctuation and code does not
 RUN = 100  # in a run of colliding texts each is compared with so many after it: a run of n would give n^2 / 2 pairs
 
 
 @cache
 def _alphabet() -> tuple[np.ndarray, np.ndarray]:
-    """For each code point: its lower case, and whether it is a letter or a digit. Beyond these there are none."""
+    """For each code point: its lower case, and whether it counts: letters, digits and the signs of arithmetic, code and
+    emoji, for 2+2 is not 2*2; punctuation and white space do not."""
     chars = list(map(chr, range(0x34000)))
     lower = [ord(c.lower()) if len(c.lower()) == 1 else ord(c) for c in chars]
-    return np.array(lower, dtype=np.uint32), np.array([c.isalnum() for c in chars])
+    return np.array(lower, dtype=np.uint32), np.array(
+        [unicodedata.category(c)[0] in "LNS" or c in SIGNS for c in chars]
+    )
 
 
 def letters(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,9 +131,9 @@ def candidate_pairs(keys: np.ndarray) -> np.ndarray:
             if not len(same):
                 break
             found.append(order[same] * texts + order[same + distance])
-    pairs = np.sort(np.concatenate(found))
-    first = np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]
-    return np.stack(np.divmod(pairs[first], max(texts, 1)), axis=1)
+        pairs = np.sort(np.concatenate(found))
+        found = [pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]]  # many share several bands
+    return np.stack(np.divmod(found[0], max(texts, 1)), axis=1)
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -219,13 +225,12 @@ class Again:
 def repeated_lines(texts: Iterable[str]) -> np.ndarray:
     """For each line of each text, in order: whether the same letters stood in a line before. Lines of fewer than
     LINE letters are no repetition of anything. 8 bytes a line are held; 64 bits meet by chance once in 10^19 pairs."""
-    digests = []
+    digests = array("Q")
     for some in batches(texts, 250_000):
         codes, starts = letters([line for text in some for line in text.split("\n")])
-        digests += [
-            int.from_bytes(hashlib.blake2b(codes[a:b].tobytes(), digest_size=8).digest()) if b - a >= LINE else 0
-            for a, b in pairwise(starts)
-        ]
+        for a, b in pairwise(starts):
+            digest = hashlib.blake2b(codes[a:b].tobytes(), digest_size=8).digest()
+            digests.append(int.from_bytes(digest) if b - a >= LINE else 0)
     found = np.array(digests, dtype=np.uint64)
     again = found != 0
     again[np.unique(found, return_index=True)[1]] = False
@@ -286,7 +291,7 @@ class Config(Reading, Duplicates):
 def main(cfg: Config) -> dict[str, int]:
     """Write the rows that say something new; returns the counts it prints."""
     writable(cfg.out)
-    inputs = cfg.files(cfg.out)
+    inputs = cfg.files(cfg.out, cfg.clusters)
     counts, skipped = {"read": 0, "lines": 0, "repeated": 0}, Skipped()
 
     def rows() -> Iterator[dict]:
@@ -297,10 +302,10 @@ def main(cfg: Config) -> dict[str, int]:
                 counts["read"] += 1
                 yield row
                 bar.update()
+        if not counts["read"]:  # raised here, nothing is written
+            raise UserError(f"nothing to read in {', '.join(cfg.input)}; {skipped}")
 
     counts["written"] = write_rows(cfg.out, cfg.drop(Again(rows), counts))
-    if not counts["read"]:
-        raise UserError(f"nothing to read in {', '.join(cfg.input)}; {skipped}")
     counts["skipped"] = skipped.count
     bands, per_band = bands_and_rows(cfg.threshold)
     print(

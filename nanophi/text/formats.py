@@ -1,4 +1,4 @@
-"""Files to rows and back: .jsonl .json .csv .parquet .txt and wiki extracts, plain or compressed.
+"""Files to rows: .jsonl .json .csv .parquet .txt and wiki extracts, plain or compressed.
 
     .jsonl  one object a line       .csv      a header, then a row a line     .txt     a line, paragraph or file each
     .json   one array of objects    .parquet  a table (needs pyarrow)         wiki_00  what WikiExtractor writes
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from nanophi.cli import UserError
-from nanophi.text.rows import text_of
 
 SampleBy = Literal["line", "paragraph", "document"]
 Rows = Iterator[tuple[str, Callable[[], Any]]]
@@ -46,7 +45,7 @@ def _zstd():
     return zstd
 
 
-def _parquet():
+def load_parquet():
     try:
         import pyarrow.parquet
     except ImportError:
@@ -208,7 +207,7 @@ def _chunks(path: Path, on_bad: Callable[[str], None]) -> Iterator[str]:
 
 def read_csv(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) -> Rows:
     csv.field_size_limit(1 << 30)  # its default of 131,072 characters is less than a long document
-    table = csv.reader(line for _, line in lines_of(path, on_bad))
+    table = csv.reader((line for _, line in lines_of(path, on_bad)), strict=True)  # or a lost quote would swallow all
     header = next(table, [])
     try:
         for values in table:
@@ -222,7 +221,7 @@ def read_csv(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) -> 
 
 
 def read_parquet(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) -> Rows:
-    parquet = _parquet()
+    parquet = load_parquet()
     with tempfile.TemporaryFile() as plain, opened(path) as file:
         if path.suffix in OPENERS:  # a table is read from its end, which a compressed file has not
             shutil.copyfileobj(file, plain)
@@ -233,7 +232,7 @@ def read_parquet(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None])
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", partial(dict, row)
-        except sys.modules["pyarrow"].ArrowException as error:
+        except (sys.modules["pyarrow"].ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged or no .parquet file: {error}") from None
 
 
@@ -264,6 +263,8 @@ def read_wiki(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) ->
         if line.startswith("{") and not row:
             yield f"{path}, line {number}", partial(_parse, line)
         elif line.startswith("<doc "):
+            if row:
+                on_bad(f"{where}: <doc> without its </doc>")
             where, held = f"{path}, line {number}", []
             row = {key: value for key, value in re.findall(r'(\w+)="([^"]*)"', line) if key != "text"}
         elif line.startswith("</doc>"):
@@ -282,66 +283,4 @@ READERS = {
     ".parquet": read_parquet,
     ".txt": read_txt,
     "wiki": read_wiki,
-}
-
-
-# ---- writers: (file, rows, path)
-
-
-def write_jsonl(file: IO, rows: Iterable[dict]) -> None:
-    for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def write_json(file: IO, rows: Iterable[dict]) -> None:
-    between = "[\n"
-    for row in rows:
-        file.write(between + json.dumps(row, ensure_ascii=False))
-        between = ",\n"
-    file.write("\n]\n" if between != "[\n" else "[]\n")
-
-
-def write_txt(file: IO, rows: Iterable[dict]) -> None:
-    """Paragraphs, as --sample-by paragraph reads them: a blank line ends a document, those inside of it go."""
-    for row in rows:
-        file.write("\n".join(line for line in text_of(row).split("\n") if line.strip()) + "\n\n")
-
-
-def write_csv(file: IO, rows: Iterable[dict]) -> None:
-    table = None
-    for row in rows:
-        if table is None:
-            table = csv.DictWriter(file, row, lineterminator="\n")
-            table.writeheader()
-        if row.keys() != set(table.fieldnames) or any(isinstance(value, list | dict) for value in row.values()):
-            raise UserError(f"a .csv has one header and flat values; not so {str(row)[:60]}: write .jsonl")
-        table.writerow(row)
-
-
-def write_parquet(file: IO, rows: Iterable[dict]) -> None:
-    parquet, batch, writer = _parquet(), [], None
-    import pyarrow
-
-    def flush():
-        nonlocal writer
-        table = pyarrow.Table.from_pylist(batch, schema=writer and writer.schema)
-        writer = writer or parquet.ParquetWriter(file, table.schema)
-        writer.write_table(table)
-        batch.clear()
-
-    for row in rows:
-        batch.append(row)
-        if len(batch) == 1024:
-            flush()
-    if batch or writer is None:
-        flush()
-    writer.close()
-
-
-WRITERS = {
-    ".jsonl": write_jsonl,
-    ".json": write_json,
-    ".csv": write_csv,
-    ".parquet": write_parquet,
-    ".txt": write_txt,
 }

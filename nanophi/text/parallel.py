@@ -1,12 +1,17 @@
 """The same work on many items with several processes, results in order."""
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from typing import TypeVar
+
+from nanophi.cli import UserError
 
 A, B = TypeVar("A"), TypeVar("B")
 
@@ -35,7 +40,10 @@ def ordered(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterato
         under_way = deque(pool.submit(_do, item) for item in islice(items, 3 * workers))
         try:
             while under_way:
-                yield under_way.popleft().result()
+                try:
+                    yield under_way.popleft().result()
+                except BrokenProcessPool:
+                    raise UserError("a worker process died, perhaps for want of memory: take fewer --workers") from None
                 under_way.extend(pool.submit(_do, item) for item in islice(items, 1))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -47,7 +55,14 @@ _work: Callable  # of a worker process: what it does with each item, sent to it 
 def _start(work: Callable) -> None:
     global _work
     _work = work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone deals with it
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot say so."""
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def _do(item):

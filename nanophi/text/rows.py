@@ -34,6 +34,8 @@ def checked(row, field: str | None = None) -> dict:
     if not isinstance(row, dict):
         raise UserError(f"a row is an object like {{'text': ...}}, not {str(row)[:40]!r}")
     row = as_document({key: value for key, value in row.items() if value is not None}, field)
+    if row.get("text") == "" and any(key in row for key in ("instruction", "prompt", *TURNS)):
+        del row["text"]  # an empty column of a table that holds conversations
     for key in (*ASKED, *LEARNED):
         if key in row and not isinstance(row[key], str):
             raise UserError(f"{key!r} should be a string, not {str(row[key])[:40]!r}")
@@ -60,7 +62,8 @@ def as_document(row: dict, field: str | None = None) -> dict:
         if row.get(field) is None:
             raise UserError(f"has no {field!r}, only {', '.join(map(str, row)) or 'nothing'}; --field names the text")
         return {key: value for key, value in row.items() if key != field} | {"text": row[field]}
-    if "text" in row or not ("sections" in row or "summary" in row):
+    others = any(key in row for key in ("content", *TURNS, *ASKED, *LEARNED))
+    if others or not ("sections" in row or "summary" in row):
         return row
     sections = row.get("sections") or []
     if not isinstance(sections, list) or not all(isinstance(section, dict) for section in sections):

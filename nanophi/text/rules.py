@@ -93,10 +93,11 @@ def _strip_html(text: str) -> str:
     text = SUPERSCRIPT.sub(lambda m: m[2].translate(RAISED[m[1].lower()]), text)
     # A line break in a row of a Markdown table must not break the row.
     text = re.sub(r"^\|.*<br.*$", lambda row: re.sub(r"(?i)<br\s*/?>", " ", row[0]), text, flags=re.M | re.I)
-    return TAG.sub(partial(_without_tag, text), text)
+    closed = set(re.findall(r"</(\w+)>", text))
+    return TAG.sub(partial(_without_tag, text, closed), text)
 
 
-def _without_tag(text: str, tag: re.Match) -> str:
+def _without_tag(text: str, closed: set[str], tag: re.Match) -> str:
     name = tag[2].lower()
     if tag[1]:
         return "\n" if name in BREAKING else " " if name in ("td", "th") else ""
@@ -104,7 +105,7 @@ def _without_tag(text: str, tag: re.Match) -> str:
     if around in ('""', "''", "“”", "‘’", "()", "（）"):
         return tag[0]  # it is spoken of
     behind_word = tag.start() > 0 and text[tag.start() - 1].isascii() and (text[tag.start() - 1].isalnum())
-    if behind_word and name not in BREAKING and f"</{tag[2]}>" not in text:
+    if behind_word and name not in BREAKING and tag[2] not in closed:
         return tag[0]  # List<Font> is code
     return "\n" if name in BREAKING else ""
 

@@ -13,6 +13,7 @@ A shard is one file, little-endian:
 that it stays out of training however the corpus is ordered or grows.
 """
 
+import contextlib
 import os
 import shutil
 import struct
@@ -59,7 +60,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses the rest once more
+                self._file.close()
 
     def close(self) -> None:
         """Finish the open shard, if there is one."""

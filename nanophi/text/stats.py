@@ -165,7 +165,7 @@ def corpus_table(groups: dict[str, Group], with_tokens: bool) -> str:
     scripts = [*SCRIPTS[:4], "other"]
     head = f"{'source':22} {'documents':>10} {'characters':>13} {'share':>6} {'tokens':>12} {'a document':>10}"
     lines = [head + "".join(f" {name[:6]:>6}" for name in scripts)]
-    everything = sum(sum(group.lengths) for group in groups.values())
+    everything = max(sum(sum(group.lengths) for group in groups.values()), 1)
     whole = Group(array("q", [n for g in groups.values() for n in g.lengths]), Counter(), 0)
     for group in groups.values():
         whole.characters.update(group.characters)

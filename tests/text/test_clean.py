@@ -146,7 +146,7 @@ def test_out_is_a_jsonl_file_and_not_its_own_input(tmp_path):
         main(Config(input=[str(tmp_path)], out=str(tmp_path / "clean.doc")))
     for _ in range(2):
         assert main(Config(input=[str(tmp_path)], out=str(tmp_path / "clean.jsonl")))["read"] == 1
-    with pytest.raises(UserError, match="only input"):
+    with pytest.raises(UserError, match="would be overwritten"):
         main(Config(input=[str(tmp_path / "raw.jsonl")], out=str(tmp_path / "raw.jsonl")))
 
 
@@ -183,7 +183,7 @@ def test_shards_and_resuming(raw, tmp_path, capsys):
     main(Config(**arguments))
     names = [f"clean-0000{i}.jsonl" for i in range(4)]
     whole = {name: (out.parent / name).read_bytes() for name in names}
-    assert sorted(p.name for p in out.parent.iterdir()) == [*names, "clean.jsonl.settings.json"]
+    assert sorted(p.name for p in out.parent.iterdir()) == [*names, "clean.jsonl.settings"]
     for name in names[2:]:
         (out.parent / name).unlink()
     (out.parent / names[0]).write_bytes(b"")  # as a mark: it is not written again
@@ -197,7 +197,7 @@ def test_shards_and_resuming(raw, tmp_path, capsys):
     with pytest.raises(UserError, match="--resume: files differ from"):
         main(Config(resume=True, **arguments))
     main(Config(**arguments))
-    assert sorted(p.name for p in out.parent.iterdir()) == [*names[:2], "clean.jsonl.settings.json"]
+    assert sorted(p.name for p in out.parent.iterdir()) == [*names[:2], "clean.jsonl.settings"]
 
 
 def test_flags_that_do_not_go_together(raw, tmp_path):

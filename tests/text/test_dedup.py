@@ -61,6 +61,11 @@ def test_short_and_empty_texts():
     assert near_duplicates(["", "好", "好", "不好", "！"]) == [2, 4]
 
 
+def test_signs_count_and_punctuation_does_not():
+    """2+2=4 and 2*2=4 were once the same, as were any two rows of emoji."""
+    assert near_duplicates(["2+2=4", "2*2=4", "x = a + b - c", "x = a - b + c", "😀😀", "！！！", "😀，😀！"]) == [6]
+
+
 def test_clusters_are_chains():
     """b is like a and c like b, though c is not like a: one cluster, of which the first text stays."""
     a = random_text(1, 400)

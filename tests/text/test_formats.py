@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.text import formats
+from nanophi.text import clean, corpus, formats
 from nanophi.text.corpus import Config, Skipped, main, numbered, read_rows, read_texts, write_files, write_rows
-from nanophi.text.formats import WRITERS
+from nanophi.text.writers import WRITERS, write_txt
 
 ROWS = [{"text": "第一篇。", "source": "甲"}, {"text": '第二篇，"引号"，\n有两行。', "source": "乙, 丙"}]
 COMPRESSIONS = ["", ".gz", ".bz2", ".xz", ".zst"]
@@ -182,9 +182,10 @@ def test_files_of_so_many_rows(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     assert numbered(path, 3).name == "a-00003.jsonl.gz"
     assert write_files(path, rows, 3) == 10
-    assert write_files(path, rows[:5], 3) == 5  # what the last time wrote beyond goes
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["a-00000.jsonl.gz", "a-00001.jsonl.gz"]
-    assert list(read_rows([tmp_path])) == rows[:5]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [f"a-0000{i}.jsonl.gz" for i in range(4)]
+    assert list(read_rows([tmp_path])) == rows
+    with pytest.raises(UserError, match=r"a-00000\.jsonl\.gz is there already"):
+        write_files(path, rows[:5], 3)
 
 
 def test_the_command_converts(tmp_path, capsys):
@@ -201,7 +202,67 @@ def test_the_command_converts(tmp_path, capsys):
         main(Config(input=[str(tmp_path / "a.csv")], out=str(tmp_path / "b.xml")))
 
 
+def test_tables_lose_no_column(tmp_path):
+    """pyarrow takes the columns of the first row alone; a whole column was gone without a word."""
+    pytest.importorskip("pyarrow")
+    rows = [{"text": "一"}, {"text": "二", "label": "x"}, {"messages": [{"role": "user", "content": "问"}]}]
+    write_rows(tmp_path / "a.parquet", rows)
+    assert list(read_rows([tmp_path / "a.parquet"])) == rows  # what is null is absent again
+    with pytest.raises(UserError, match="extra: a key that none of the first 1,024 rows has"):
+        write_rows(tmp_path / "b.parquet", [{"text": "一"}] * 2000 + [{"text": "二", "extra": 1}])
+    with pytest.raises(UserError, match="do not fit one table"):
+        write_rows(tmp_path / "c.parquet", [{"text": "一", "n": 1}] * 2000 + [{"text": "二", "n": "x"}])
+    write_rows(tmp_path / "d.csv", [{"text": "一", "n": 1}, {"text": "二"}])
+    assert list(read_rows([tmp_path / "d.csv"])) == [{"text": "一", "n": "1"}, {"text": "二", "n": ""}]
+
+
+def test_a_lost_quote_does_not_swallow_the_rest(tmp_path):
+    (tmp_path / "a.csv").write_text('text\n甲\n"乙\n丙\n丁\n', encoding="utf-8")
+    skipped = Skipped()
+    assert list(read_texts([tmp_path / "a.csv"], on_bad=skipped)) == ["甲"]
+    assert "unexpected end of data; the rest of it is not read" in skipped.first[0]
+
+
+def test_a_summary_alone_makes_no_encyclopedia(tmp_path):
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    rows = [{"summary": "概要", "messages": turns}, {"title": "题", "summary": "概要", "content": "正文"}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    assert list(read_rows([tmp_path / "a.jsonl"])) == rows
+    write_rows(tmp_path / "b.jsonl", [{"text": "", "instruction": "问", "output": "答"}])
+    assert list(read_rows([tmp_path / "b.jsonl"])) == [{"instruction": "问", "output": "答"}]
+
+
+def test_what_is_an_input_is_not_overwritten(tmp_path):
+    """A named input was once left out without a word, and then replaced."""
+    from nanophi.text import dedup
+
+    for name, text in (("a", "甲。"), ("b", "乙。"), ("news-00000", "丙。"), ("news-00001", "丁。")):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": text}])
+    a, b, news = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "news.jsonl"))
+    with pytest.raises(UserError, match=r"b\.jsonl is an input and would be overwritten"):
+        dedup.main(dedup.Config(input=[a, b], out=b))
+    assert dedup.main(dedup.Config(input=[str(tmp_path / "news-*.jsonl")], out=news))["written"] == 2
+    assert dedup.main(dedup.Config(input=[str(tmp_path)], out=news))["read"] == 4
+    with pytest.raises(UserError, match=r"news-00000\.jsonl is there, and .*news\.jsonl\.settings does not say whence"):
+        clean.main(clean.Config(input=[str(tmp_path)], out=news, shard_rows=10))
+    with pytest.raises(UserError, match=r"news-00000\.jsonl is there already"):
+        main(Config(input=[a], out=news, rows_per_file=1))
+    assert main(Config(input=[str(tmp_path)], out=news)) == main(Config(input=[str(tmp_path)], out=news)) == 4
+
+
+def test_nothing_to_read_leaves_the_old_output(tmp_path):
+    from nanophi.text import dedup
+
+    (tmp_path / "empty.jsonl").touch()
+    kept = tmp_path / "kept.jsonl"
+    write_rows(kept, ROWS)
+    for command in (dedup, corpus):
+        with pytest.raises(UserError, match=r"nothing to read|there is no row to write"):
+            command.main(command.Config(input=[str(tmp_path / "empty.jsonl")], out=str(kept)))
+    assert list(read_rows([kept])) == ROWS
+
+
 def test_txt_documents_end_at_blank_lines():
     file = io.StringIO()
-    formats.write_txt(file, [{"text": "一\n\n二"}, {"text": "三"}])
+    write_txt(file, [{"text": "一\n\n二"}, {"text": "三"}])
     assert list(formats.split_text(io.StringIO(file.getvalue()), "paragraph")) == ["一\n二", "三"]

@@ -111,3 +111,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="rank 3 has no GPU of its own: this machine has 2"):
         join("auto")
+    monkeypatch.setattr(distributed, "pick_device", lambda name: "cuda:1")
+    with pytest.raises(UserError, match="--device cuda:1: of 4 ranks each has a GPU of its own"):
+        join("cuda:1")

@@ -1,12 +1,16 @@
 """A loss that is no number costs a step, not the run; a streak of them ends it with the batch kept."""
 
 import json
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanophi.cli import UserError
 from nanophi.train import loop, rundir
+from nanophi.train.distributed import World
 from nanophi.train.faults import BAD_BATCH, MEMORY, STREAK, Faults
 from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss
@@ -136,3 +140,46 @@ def test_compiled_blocks_learn_the_same(tmp_path):
         train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path / name, steps=3, compile=compile))
     a, b = ([line["loss"] for line in lines_of(tmp_path / name)] for name in ("plain", "compiled"))
     assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
+    """Its folder was once opened before an old run was deleted, and deleted with it."""
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step=None):
+            self.folder = Path(folder)
+            self.folder.mkdir(parents=True)
+            seen.append(("open", purge_step))
+
+        def add_scalar(self, name, value, step):
+            assert self.folder.exists()
+            seen.append((name, step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    _, data = pretraining(None)
+    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, steps=2))
+    assert seen[0] == ("open", 1)
+    assert ("loss", 2) in seen
+    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, steps=1, overwrite=True))
+
+
+def test_more_ranks_than_samples_are_refused(tmp_path, monkeypatch):
+    """An empty part would have other metrics than the rest, and the ranks would wait for each other for ever."""
+    monkeypatch.setattr(loop, "join", lambda device: World(0, 8, "cpu"))
+    _, data = pretraining(None)
+    with pytest.raises(UserError, match="a step has 4 samples for 8 ranks: raise --batch-tokens"):
+        train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))
+
+
+def test_ranks_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
+    class Parted(World):
+        def gather(self, value):
+            return [value, 500]
+
+    monkeypatch.setattr(loop, "join", lambda device: Parted(0, 2, "cpu"))
+    _, data = pretraining(None)
+    with pytest.raises(
+        UserError, match=r"the ranks would begin at steps \[0, 500\]: --out must be a directory all see"
+    ):
+        train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))
