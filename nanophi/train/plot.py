@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanophi.cli import UserError, flag, run
-from nanophi.files import replacing, write_json
+from nanophi.files import replacing, write_text
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -117,7 +117,8 @@ class Config:
 def main(cfg: Config) -> None:
     band = None
     if cfg.reference:
-        write_json(cfg.reference, make_reference(cfg.runs))
+        made = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in make_reference(cfg.runs).items())
+        write_text(cfg.reference, "{\n" + ",\n".join(made) + "\n}\n")  # a line for each, long lists too
         print(f"plot: a reference of {len(cfg.runs)} runs -> {cfg.reference}")
     if cfg.compare:
         try:
