@@ -22,7 +22,7 @@ from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.distributed import join
 from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, validate
-from nanophi.train.packing import Pair, Pairs
+from nanophi.train.packing import Pair, Pairs, digest
 from nanophi.train.rundir import claim
 
 
@@ -90,6 +90,7 @@ def main(cfg: Config) -> Phi:
     model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
     pairs, held_out = read_pairs(cfg.data, tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed)
+    data_id = f"{data.data_id}-{digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))}"
     validation = Pairs(held_out, cfg.micro_batch, cfg.seed) if held_out else None
     with precision(cfg, world.device):  # as the policy computes, or they would differ from the start
         for part in filter(None, (data, validation)):
@@ -103,7 +104,7 @@ def main(cfg: Config) -> Phi:
         def evaluate(model):
             return validate(model, loss_fn, validation.in_order())
 
-    train(model, loss_fn, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id)
+    train(model, loss_fn, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data_id)
     if evaluate and not (cfg.show_batch or cfg.overfit_one_batch):
         with precision(cfg, world.device):
             found = evaluate(model)

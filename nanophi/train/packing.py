@@ -226,10 +226,10 @@ class Pairs:
 
     @property
     def data_id(self) -> str:
-        """Names the pairs, what the reference thinks of them, and how they are cut into steps."""
+        """Names the pairs and how they are cut into steps. (Not what the reference thinks of them: its last bits depend
+        on device and micro-batch; dpo.py adds the reference's weights.)"""
         sides = [side for pair in self.pairs for side in (*pair.chosen, *pair.rejected)]
-        reference = [] if self.reference is None else self.reference.view(torch.int32).numpy()
-        return digest([self.batch_pairs, self.seed], reference, *sides)
+        return digest([self.batch_pairs, self.seed], *sides)
 
     def batch_at(self, step: int) -> Batch:
         first = step * self.batch_pairs

@@ -1,5 +1,4 @@
-"""Golden cases of the text cleaner by an editor's judgement: what changes and into what, what stays, what is dropped.
-Under `# open:` stands what the rules and filters do not give yet."""
+"""Golden cases of the cleaner by an editor's judgement: what changes and into what, what stays, what is dropped."""
 
 # (the rule which the case is about, raw, what all rules together make of it)
 CHANGES: list[tuple[str, str, str]] = [
