@@ -153,6 +153,7 @@ CASES = [
     ),
     # output
     (f"{SFT_TO} {{house}}/sft.jsonl --out {{house}}/dpo", "dpo holds a run .*: --resume goes on with it, --overwrite"),
+    (f"{SFT_TO} {{house}}/sft.jsonl --attention flesh", "argument --attention: invalid choice: 'flesh'"),
     (f"{SFT_TO} {{house}}/sft.jsonl --resume", "nothing to resume in x"),
     ("clean --out x.doc --input {bad}/one.jsonl", "x.doc: rows are written as .jsonl"),
     ("clean --out {bad}/one.jsonl --input {bad}/one.jsonl", "one.jsonl is an input and would be overwritten"),

@@ -228,9 +228,9 @@ def _write_shards(cfg: Config, rows: Iterator[dict], cleaned: Callable, inputs: 
         print(f"clean: {done} complete shards of {cfg.shard_rows:,} rows each stay")
         next(islice(rows, done * cfg.shard_rows, done * cfg.shard_rows), None)  # reads past them
     else:
-        write_json(settings, now)
-        for old in reversed(shards_of(cfg.out)):  # from behind, so that what a kill leaves begins at 0 and is seen
+        for old in reversed(shards_of(cfg.out)):  # what a kill leaves of them, the old settings still speak for
             old.unlink()
+        write_json(settings, now)
     written = 0
     while (first := next(rows, None)) is not None:
         some = chain([first], islice(rows, cfg.shard_rows - 1))

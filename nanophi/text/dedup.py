@@ -12,7 +12,6 @@ each, and one band being sorted), however long they are, plus the 5-grams of can
 """
 
 import hashlib
-import json
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,6 @@ from itertools import pairwise
 import numpy as np
 
 from nanophi.cli import Progress, UserError, flag, run
-from nanophi.files import replacing
 from nanophi.text.corpus import Reading, Skipped, writable, write_rows
 from nanophi.text.parallel import batches, ordered
 from nanophi.text.rows import text_of, with_texts
@@ -158,15 +156,16 @@ def find_clusters(texts: Iterable[str], threshold: float = 0.8, workers: int = 1
     """Clusters of texts, as sorted indices: those with the same letters, and those linked by a similarity of at least
     `threshold`. `texts` is iterated over twice, so a list or something that starts anew each time."""
     assert iter(texts) is not texts, "texts are read twice: give a list, not an iterator"
-    work = partial(sketch, bands=(shape := bands_and_rows(threshold))[0], rows=shape[1])
+    bands, rows = bands_and_rows(threshold)
+    work = partial(sketch, bands=bands, rows=rows)
     sketched = list(ordered(work, batches(texts, 250_000), workers))
     if not sketched:
         return []
     digests = np.frombuffer(b"".join(digest for some, _ in sketched for digest in some), dtype="V16")
     keys = np.concatenate([some for _, some in sketched])
     del sketched
-    parent = np.unique(digests, return_index=True, return_inverse=True)
-    parent = parent[1][parent[2].ravel()]  # the first text with the same letters
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    parent = first[inverse.ravel()]  # the first text with the same letters
     firsts = np.flatnonzero(parent == np.arange(len(parent)))
     join_similar(texts, firsts[candidate_pairs(keys[firsts])], threshold, parent)
     clusters: dict[int, list[int]] = {}
@@ -278,9 +277,7 @@ class Duplicates:
             if first:
                 yield row
         if self.clusters:
-            with replacing(self.clusters) as beside:
-                lines = (json.dumps({"cluster": cluster}, ensure_ascii=False) + "\n" for cluster in shown)
-                beside.write_text("".join(lines), encoding="utf-8")
+            write_rows(self.clusters, ({"cluster": cluster} for cluster in shown))
 
 
 @dataclass(kw_only=True)

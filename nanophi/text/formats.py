@@ -41,7 +41,7 @@ def _zstd():
         try:
             from backports import zstd
         except ImportError:
-            raise UserError("reading .zst needs one more package: pip install 'nanophi[zst]'") from None
+            raise UserError(".zst needs one more package: pip install 'nanophi[zst]'") from None
     return zstd
 
 
@@ -49,7 +49,7 @@ def load_parquet():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("reading .parquet needs pyarrow: pip install 'nanophi[parquet]'") from None
+        raise UserError(".parquet needs pyarrow: pip install 'nanophi[parquet]'") from None
     return pyarrow.parquet
 
 

@@ -115,10 +115,11 @@ class Tokenizer:
     def encode_stream(self, texts: Iterable[str], specials: bool = False) -> Iterator[np.ndarray]:
         """`encode_batch` as arrays, one after the other; texts may stream in."""
         from nanophi.text.encoder import BatchEncoder
-        from nanophi.text.words import blocks
+        from nanophi.text.parallel import batches
+        from nanophi.text.words import BLOCK_CHARACTERS
 
         raw_sought = self.specials if specials else ()
-        for block in blocks(texts):
+        for block in batches(texts, BLOCK_CHARACTERS):
             if sum(map(len, block)) < FEW_CHARACTERS:
                 yield from (np.array(self.encode(text, specials), np.int32) for text in block)
                 continue

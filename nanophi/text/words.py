@@ -4,7 +4,7 @@ No word is ever a Python object: of 100 million Chinese characters some 23 milli
 them different, and a dictionary of strings would need most of the time and memory of a training.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from itertools import pairwise
 
@@ -13,6 +13,7 @@ import numpy as np
 from nanophi.files import utf8
 from nanophi.text.levels import Level
 from nanophi.text.merges import GAP, WEIGHT_SHIFT
+from nanophi.text.parallel import batches
 from nanophi.text.splits import BREAK
 from nanophi.text.table import Table, spread
 
@@ -167,22 +168,9 @@ class WordCounter(WordStore):
         return np.concatenate(slots), np.repeat(weights, repeats)
 
 
-def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts -> lists of texts that have some BLOCK_CHARACTERS together."""
-    block, size = [], 0
-    for text in texts:
-        block.append(text)
-        size += len(text)
-        if size >= BLOCK_CHARACTERS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
 def count_words(texts: Iterable[str], level: Level) -> WordCounter:
     """Count the words of all texts, which may stream in."""
     counter = WordCounter(level)
-    for block in blocks(texts):
+    for block in batches(texts, BLOCK_CHARACTERS):
         counter.add(block)
     return counter

@@ -54,7 +54,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", help="compute; weights are fp32. auto: bf16 on CUDA"
     )
-    attention: str = flag("auto", help=f"{'; '.join(f'{name}: {what}' for name, what in BACKENDS.items())}")
+    attention: Literal["auto", "manual", "sdpa", "documents", "varlen", "causal"] = flag(
+        "auto", help="; ".join(f"{name}: {what}" for name, what in BACKENDS.items())
+    )
     recompute: bool = flag(False, help="keep each block's input alone and compute it again: less memory, more time")
     compile: bool = flag(False, help="torch.compile the blocks; where that fails, it is said and left")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
@@ -155,8 +157,7 @@ def train(
     steps = steps if steps is not None else total_steps(cfg, 1)
     world = join(cfg.device)
     out, device = Path(cfg.out), world.device
-    if cfg.attention not in BACKENDS:
-        raise UserError(f"--attention {cfg.attention}: there are {', '.join(BACKENDS)}")
+    assert cfg.attention in BACKENDS, f"attention {cfg.attention!r} is none of {', '.join(BACKENDS)}"
     model.attention, model.recompute = cfg.attention, cfg.recompute
     model.to(device).train()
     if cfg.compile:
@@ -169,7 +170,7 @@ def train(
         print(preflight.show_batch(example, tok))
         return model
     if cfg.overfit_one_batch:
-        print(preflight.overfit(model, loss_fn, example, cfg, world))
+        print(overfit(model, loss_fn, example, cfg, world))
         return model
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     half = computes_in(cfg, device) != "float32"
@@ -261,6 +262,22 @@ def accumulate(
     # Sums were differentiated: dividing once by the whole step's count weighs every token alike.
     torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], max(count, 1) * scale)
     return {name: value / max(count, 1) for name, value in zip(names, [total, *others], strict=True)}
+
+
+def overfit(model: Phi, loss_fn: LossFn, batch: Batch, cfg: TrainConfig, world: World, steps: int = 100) -> str:
+    """Self-test: a sound model and loss learn one batch by heart. Trains the model, writes nothing; a UserError where
+    the loss does not fall to a tenth."""
+    optimizers, losses = build_optimizers(model, cfg.optimizer, cfg.lr, 0.0), []
+    for _ in range(steps):
+        with precision(cfg, world.device):
+            losses.append(accumulate(model, loss_fn, batch, cfg.micro_batch, world)["loss"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+    said = f"loss of one batch: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps"
+    if not losses[-1] < losses[0] / 10:
+        raise UserError(f"{said}, not a tenth: something is wrong, or --lr {cfg.lr:g} does not suit the model")
+    return f"{said}: the model can learn"
 
 
 def _log_line(line: dict, steps: int) -> str:

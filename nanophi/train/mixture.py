@@ -41,7 +41,7 @@ def interleaved(counts: list[int]) -> np.ndarray:
 
 
 class Mixture:
-    """Packed sources as one: `batch_at(step)`, `steps_per_epoch` and the rest of what `Packed` has.
+    """Packed sources as one, with what a training script asks of `Packed`: `batch_at(step)`, `steps_per_epoch`, ...
 
     weights: a number for each source, of any sum; without them a source's size is its weight.
     """

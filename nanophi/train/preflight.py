@@ -1,4 +1,4 @@
-"""Before the first step: will it fit, how long will it take, does the batch look as it should, can the model learn?"""
+"""Before the first step: will it fit, how long will it take, does the batch look as it should?"""
 
 import time
 from itertools import groupby, pairwise
@@ -11,8 +11,6 @@ from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.distributed import World
-from nanophi.train.losses import LossFn
-from nanophi.train.optim import build_optimizers
 from nanophi.train.packing import IGNORE, PAD, Batch
 
 # Dense bf16 FLOP/s that the makers state; what MFU is measured against.
@@ -137,21 +135,3 @@ def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
         if len(lines) == documents:
             break
     return "\n\n".join(lines)
-
-
-def overfit(model: Phi, loss_fn: LossFn, batch: Batch, cfg, world: World, steps: int = 100) -> str:
-    """Self-test: a sound model and loss learn one batch by heart. Trains the model, writes nothing; a UserError where
-    the loss does not fall to a tenth. cfg: a TrainConfig."""
-    from nanophi.train.loop import accumulate, precision
-
-    optimizers, losses = build_optimizers(model, cfg.optimizer, cfg.lr, 0.0), []
-    for _ in range(steps):
-        with precision(cfg, world.device):
-            losses.append(accumulate(model, loss_fn, batch, cfg.micro_batch, world)["loss"])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-    said = f"loss of one batch: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps"
-    if not losses[-1] < losses[0] / 10:
-        raise UserError(f"{said}, not a tenth: something is wrong, or --lr {cfg.lr:g} does not suit the model")
-    return f"{said}: the model can learn"

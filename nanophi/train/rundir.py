@@ -77,7 +77,7 @@ class Run:
         self.settings |= {"model": str(model.cfg), "data": data_id, "dtype": computes_in(cfg, world.device)}
         self.board = None  # TensorBoard, from `open_board` on
         self.step, self.tokens, self.seconds, self.best, self.skipped = 0, 0, 0.0, float("inf"), 0
-        self.fp16 = cfg.dtype == "float16"
+        self.fp16 = self.settings["dtype"] == "float16"
         self.scale, self.unbroken = (FIRST_SCALE if self.fp16 else 1.0), 0  # of the loss; steps since it changed
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 

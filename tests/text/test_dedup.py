@@ -1,6 +1,5 @@
 """Duplicates are found, verified, joined and dropped; and others are left alone."""
 
-import json
 import tracemalloc
 
 import numpy as np
@@ -181,12 +180,12 @@ def test_the_command(tmp_path, capsys):
     rows += [{"text": f"{random_text(2, 90)}\n{footer}"}, {"text": footer}, asked]
     write_rows(tmp_path / "a.jsonl", rows)
     out = tmp_path / "b.jsonl"
-    arguments = {"input": [str(tmp_path)], "out": str(out), "clusters": str(tmp_path / "found.json.txt")}
+    arguments = {"input": [str(tmp_path)], "out": str(out), "clusters": str(tmp_path / "found" / "same.jsonl")}
     assert main(Config(**arguments)) == {"read": 6, "lines": 0, "repeated": 1, "written": 5, "skipped": 0}
     assert list(read_rows([out])) == [*rows[:2], *rows[3:]]
-    (line,) = (tmp_path / "found.json.txt").read_text(encoding="utf-8").splitlines()
-    assert [found["row"] for found in json.loads(line)["cluster"]] == [0, 2]
-    (tmp_path / "found.json.txt").unlink()
+    (line,) = read_rows([tmp_path / "found"])
+    assert [found["row"] for found in line["cluster"]] == [0, 2]
+    (tmp_path / "found" / "same.jsonl").unlink()
     counts = main(Config(input=[str(tmp_path)], out=str(out), paragraphs=True))
     assert (counts["lines"], counts["repeated"], counts["written"]) == (
         3,

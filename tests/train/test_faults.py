@@ -127,12 +127,6 @@ def test_where_compiling_fails_the_step_is_done_without(tmp_path, monkeypatch, c
     assert all(torch.equal(a, b) for a, b in weights)
 
 
-def test_an_unknown_attention_is_refused(tmp_path):
-    _, data = pretraining(None)
-    with pytest.raises(UserError, match="--attention flesh: there are auto, manual"):
-        train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, attention="flesh"))
-
-
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(tmp_path):
     _, data = pretraining(None)
