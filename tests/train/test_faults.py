@@ -128,6 +128,7 @@ def test_where_compiling_fails_the_step_is_done_without(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch's own code
 def test_compiled_blocks_learn_the_same(tmp_path):
     _, data = pretraining(None)
     for name, compile in (("plain", False), ("compiled", True)):
