@@ -74,8 +74,9 @@ def main(cfg: Config) -> Phi:
 
     steps = total_steps(cfg, data.steps_per_epoch)
     world = join(cfg.device)
-    half, at_once = computes_in(cfg, world.device) != "float32", min(cfg.micro_batch, -(-rows // world.size))
-    check_memory(shape, cfg.optimizer, at_once, context, half, cfg.recompute, world.device)  # before it is taken
+    half, shards = computes_in(cfg, world.device) != "float32", world.size if cfg.shard else 1
+    at_once = min(cfg.micro_batch, -(-rows // world.size))
+    check_memory(shape, cfg.optimizer, at_once, context, half, cfg.recompute, world.device, shards)  # before it is used
     torch.manual_seed(cfg.seed)
     model = Phi(shape)
     model.set_vocabulary(len(tok))

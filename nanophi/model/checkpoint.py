@@ -24,8 +24,10 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # transformers splits large models
 
 
-def save(directory: str | Path, model: Phi, tok: Tokenizer | None = None) -> None:
-    """Write a model, and the tokenizer where given, as AutoModelForCausalLM and AutoTokenizer read them."""
+def save(directory: str | Path, model: Phi, tok: Tokenizer | None = None, weights: dict | None = None) -> None:
+    """Write a model, and the tokenizer where given, as AutoModelForCausalLM and AutoTokenizer read them.
+
+    weights: in place of the model's own state_dict(), which may be sharded."""
     directory = Path(directory)
     cfg = model.cfg
     write_json(directory / "config.json", cfg.to_dict())
@@ -34,7 +36,8 @@ def save(directory: str | Path, model: Phi, tok: Tokenizer | None = None) -> Non
     write_json(directory / "generation_config.json", ids)
     if tok is not None:
         tok.save(directory)
-    state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
     with replacing(directory / WEIGHTS) as beside:
         try:
             save_file(state, beside, metadata={"format": "pt"})  # one key: several come in a different order each time

@@ -65,7 +65,7 @@ class KVCache:
 
     def __init__(self, cfg: PhiConfig, batch: int, max_len: int, like: Tensor, left_pad: Tensor | None = None):
         shape = (cfg.num_hidden_layers, 2, batch, cfg.num_key_value_heads, max_len, cfg.head_dim)
-        self.store = like.new_empty(shape)  # device and dtype of `like`
+        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length = 0  # tokens held by every layer; advanced by Phi.hidden once all layers have written
         self.left_pad = left_pad
 

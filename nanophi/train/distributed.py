@@ -6,6 +6,10 @@ Every rank builds the same model and reads the same `batch_at(step)`, takes its 
 micro-step adds up gradient sums, losses and counts with the others; then all take the same optimizer step. There is no
 wrapper around the model: the chunked loss reads hidden states and head apart, past any hook a wrapper would have put on
 `forward`. `--out` has to be seen by all ranks (they resume from it), and rank 0 alone writes there.
+
+For a model that does not fit on one device, `--shard` splits weights, gradients and optimizer states over the ranks
+(torch's FSDP2; Zhao et al. 2023). A sharded tensor is a DTensor, which holds this rank's rows: `whole` and `part_like`
+lead from one to the other, and checkpoints are written whole.
 """
 
 import os
@@ -19,8 +23,10 @@ from torch import Tensor
 
 from nanophi.cli import UserError
 from nanophi.model.checkpoint import pick_device
+from nanophi.model.phi import Phi
 
 BUCKET = 25_000_000  # elements added at once: 100 MB of fp32
+JOINING = timedelta(minutes=10)  # until all ranks have come
 PATIENCE = timedelta(minutes=30)  # for a rank that does not answer, such as rank 0 while it evaluates
 
 
@@ -41,11 +47,14 @@ class World:
         return samples * self.rank // self.size, samples * (self.rank + 1) // self.size
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over the ranks."""
+        """Replace every gradient by its sum over the ranks; of a sharded model it is their mean, taken in backward."""
         if self.size == 1:
             return
         waiting: list[Tensor] = []
         for p in parameters:
+            if is_sharded(p):
+                p.grad.mul_(self.size)
+                continue
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             waiting.append(p.grad)
             if sum(map(torch.Tensor.numel, waiting)) >= BUCKET:
@@ -84,6 +93,49 @@ def _add(tensors: list[Tensor]) -> list[Tensor]:
     return []
 
 
+def shard(model: Phi, world: World) -> None:
+    """Split the model over the ranks. A block is whole only while it computes; embedding, final norm and head are whole
+    from `hidden` until the end of backward, as the loss reads the head."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every rank (all must ask at once); any other one as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_like(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, where `like` is sharded."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def put_together(tree, keep: bool):
+    """A nested dict or list whose sharded tensors are whole and on the CPU. All ranks call it; those that do not `keep`
+    the result have None in place of such tensors."""
+    if isinstance(tree, dict):
+        return {name: put_together(value, keep) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [put_together(value, keep) for value in tree]
+    if not isinstance(tree, Tensor) or not is_sharded(tree):
+        return tree
+    full = tree.full_tensor()
+    return full.cpu() if keep else None
+
+
 def join(device: str) -> World:
     """The world that torchrun has made (its environment variables say so), or a world of one."""
     size, device = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
@@ -100,7 +152,10 @@ def join(device: str) -> World:
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+        except (dist.DistError, ValueError) as error:  # some never came, or there is no address to come to
+            raise UserError(f"{size} ranks should train together and did not all come: {error}; use torchrun") from None
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13), and they would look for
             # each other where the dead ones were.

@@ -21,12 +21,11 @@ import torch
 import nanophi
 from nanophi.cli import Progress, UserError, flag
 from nanophi.files import write_json
-from nanophi.model import checkpoint
 from nanophi.model.attention import BACKENDS
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train import preflight
-from nanophi.train.distributed import World, computes_in, join
+from nanophi.train.distributed import World, computes_in, join, shard, whole
 from nanophi.train.faults import Faults, compiled_or_not
 from nanophi.train.losses import LossFn
 from nanophi.train.optim import build_optimizers, schedule
@@ -58,6 +57,7 @@ class TrainConfig:
         "auto", help="; ".join(f"{name}: {what}" for name, what in BACKENDS.items())
     )
     recompute: bool = flag(False, help="keep each block's input alone and compute it again: less memory, more time")
+    shard: bool = flag(False, help="under torchrun, for large models: split weights and optimizer over ranks (FSDP)")
     compile: bool = flag(False, help="torch.compile the blocks; where that fails, it is said and left")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
     save_every: int = flag(500, at_least=1, help="steps between checkpoints")
@@ -82,8 +82,6 @@ class TrainConfig:
 
 def total_steps(cfg: TrainConfig, steps_per_epoch: float) -> int:
     """--steps, or as many as --epochs needs."""
-    if cfg.steps is not None and cfg.epochs is not None:
-        raise UserError("give --steps or --epochs, not both")
     if steps_per_epoch < 1:
         name = "batch_pairs" if hasattr(cfg, "batch_pairs") else "batch_tokens"
         asked, fits = getattr(cfg, name), max(int(getattr(cfg, name) * steps_per_epoch), 1)
@@ -159,16 +157,22 @@ def train(
     out, device = Path(cfg.out), world.device
     assert cfg.attention in BACKENDS, f"attention {cfg.attention!r} is none of {', '.join(BACKENDS)}"
     model.attention, model.recompute = cfg.attention, cfg.recompute
-    model.to(device).train()
+    model.train()
     if cfg.compile:
         model.compile_blocks()
     example = batch_at(0)
     if len(example) < world.size:
         name = "--batch-pairs" if example.rows_per_sample == 2 else "--batch-tokens"
         raise UserError(f"a step has {len(example)} samples for {world.size} ranks: raise {name}, or start fewer ranks")
+    if cfg.shard and len(example) % world.size:  # the ranks compute together, so each needs as much work
+        raise UserError(f"--shard: the {len(example)} samples of a step cannot be divided among {world.size} ranks")
     if cfg.show_batch and tok is not None:
         print(preflight.show_batch(example, tok))
         return model
+    if cfg.shard:
+        shard(model, world)
+    else:
+        model.to(device)
     if cfg.overfit_one_batch:
         print(overfit(model, loss_fn, example, cfg, world))
         return model
@@ -199,7 +203,7 @@ def train(
             with precision(cfg, device):
                 step = partial(accumulate, model, loss_fn, batch, cfg.micro_batch, world, run.scale)
                 line = step() if run.step > first or not cfg.compile else compiled_or_not(model, step, bar.say)
-            line["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+            line["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
             sound = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
             line["lr"] = run.update(factor, sound)
             run.count(line, batch, time.perf_counter() - began)
@@ -212,18 +216,21 @@ def train(
             last = run.step == steps
             if evaluate is not None and (run.step % cfg.eval_every == 0 or last):
                 with precision(cfg, device):
-                    line |= evaluate(model) if world.first else {}
+                    line |= evaluate(model) if world.first or cfg.shard else {}  # sharded: all ranks compute the same
+                if cfg.shard:
+                    line = world.gather(line)[0]  # and agree what is the best
                 if world.first:
                     bar.say(_log_line(line, steps) + (f"  val {line['val_loss']:.3f}" if "val_loss" in line else ""))
-            run.log(line)
+            tolerant = partial(_tolerant, run.step, bar if cfg.keep_going else None)
+            tolerant(partial(run.log, line))
             bar.update(1, _log_line(line, steps).split("  ", 1)[1])
-            if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1) and world.first:
-                checkpoint.save(f"{out}-early", model, tok)
+            if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1):
+                tolerant(partial(run.export, f"{out}-early"))
             due = cfg.save_minutes is not None and time.monotonic() - saved_at > 60 * cfg.save_minutes
             stop, due = world.largest([interrupts.signal or 0, due])  # the same on all ranks, or they would part
             if (run.step % cfg.save_every == 0 or due) and not last:
                 saved_at = time.monotonic()
-                _save(run, cfg.keep_going, bar)
+                tolerant(run.save)
         run.save()  # the last step's, or the one at which it was stopped
     if stop and run.step < steps:
         print(f"interrupted: saved step {run.step:,} of {steps:,} in {out}; go on with --resume")
@@ -231,14 +238,14 @@ def train(
     return model.eval()
 
 
-def _save(run: Run, keep_going: bool, bar: Progress) -> None:
-    """A checkpoint on the way; with --keep-going, one that cannot be written is only a pity."""
+def _tolerant(step: int, bar: Progress | None, write: Callable[[], None]) -> None:
+    """Write what belongs to a step. With --keep-going, for which the bar is given, a failure is only said there."""
     try:
-        run.save()
+        write()
     except (UserError, OSError) as error:
-        if not keep_going:
+        if bar is None:
             raise
-        bar.say(f"step {run.step:,} could not be saved, the checkpoint before it stays: {error}")
+        bar.say(f"step {step:,} could not be written, the checkpoint before it stays: {error}")
 
 
 def accumulate(

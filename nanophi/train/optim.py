@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nanophi.train.distributed import part_like, whole
+
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, so small singular values rise fast
 NS_STEPS = 5
 
@@ -31,7 +33,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 class Muon(Optimizer):
     """Momentum whose update is orthogonalized (Jordan et al. 2024), scaled to AdamW's size: 0.2 sqrt(max(A, B)) lr
-    (Liu et al. 2025, "Muon is scalable", eq. 4). 2-D parameters only; those of one shape are iterated as one batch."""
+    (Liu et al. 2025, "Muon is scalable", eq. 4). 2-D parameters only; those of one shape are iterated as one batch.
+    An update needs its whole matrix: where it is sharded, every rank gathers it and does the same work."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -53,8 +56,8 @@ class Muon(Optimizer):
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                for p, update in zip(params, orthogonalize(torch.stack([*map(whole, updates)])), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(update, p), alpha=-scale)
 
 
 class Adafactor(Optimizer):
@@ -74,10 +77,11 @@ class Adafactor(Optimizer):
 
     @staticmethod
     def _update(p: Tensor, state: dict, group: dict) -> None:
-        square = p.grad.square().add_(1e-30)
+        grad = whole(p.grad)
+        square = grad.square().add_(1e-30)
         if not state:
             state["step"] = torch.zeros(())
-            names = {"rows": square.mean(-1), "columns": square.mean(-2)} if p.dim() > 1 else {"square": square}
+            names = {"rows": square.mean(-1), "columns": square.mean(-2)} if p.dim() > 1 else {"square": p}
             state.update({name: torch.zeros_like(value) for name, value in names.items()})
         state["step"] += 1
         keep = 1 - state["step"].item() ** group["decay_rate"]  # beta_2 grows towards 1, section 7.2
@@ -85,12 +89,12 @@ class Adafactor(Optimizer):
             state["rows"].lerp_(square.mean(-1), 1 - keep)
             state["columns"].lerp_(square.mean(-2), 1 - keep)
             rows = state["rows"] / state["rows"].mean(-1, keepdim=True)
-            update = rows.rsqrt()[..., :, None] * state["columns"].rsqrt()[..., None, :] * p.grad
+            update = rows.rsqrt()[..., :, None] * state["columns"].rsqrt()[..., None, :] * grad
         else:
-            state["square"].lerp_(square, 1 - keep)
-            update = state["square"].rsqrt() * p.grad
+            state["square"].lerp_(part_like(square, p), 1 - keep)
+            update = whole(state["square"]).rsqrt() * grad
         update /= (update.square().mean().sqrt() / group["clip"]).clamp(min=1.0)  # section 6: clip its RMS
-        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(part_like(update, p), alpha=group["lr"])
 
 
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[Optimizer]:

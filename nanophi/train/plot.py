@@ -7,6 +7,7 @@ A reference is what runs of several seeds had in common: at each step the lowest
 losses, 2 % added on both sides, with the settings and versions that gave them. `--reference FILE` makes one.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run_dir} is no run: it has no metrics.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last one of a killed run may be half
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # half a line, of a killed run or a full disk
+            found.append(json.loads(line))
+    return found
 
 
 def smooth(values: list[float], window: int) -> list[float]:

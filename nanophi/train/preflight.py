@@ -1,5 +1,6 @@
 """Before the first step: will it fit, how long will it take, does the batch look as it should?"""
 
+import os
 import time
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -7,16 +8,35 @@ from pathlib import Path
 import torch
 
 from nanophi.cli import UserError, duration
+from nanophi.model.checkpoint import pick_device
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.distributed import World
+from nanophi.train.distributed import World, computes_in
 from nanophi.train.packing import IGNORE, PAD, Batch
 
 # Dense bf16 FLOP/s that the makers state; what MFU is measured against.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
 # Bytes of optimizer state a parameter: Muon keeps momentum (of matrices), AdamW two moments, Adafactor next to nothing.
 STATE_BYTES = {"muon": 4.6, "adamw": 8, "adafactor": 0.1}
+
+
+def contradictions(cfg) -> list[str]:
+    """What no run can do: flags that exclude each other, or the device. cfg: a TrainConfig (loop.py)."""
+    device = pick_device(cfg.device)
+    varlen, cuda = cfg.attention == "varlen", device.startswith("cuda")
+    impossible = {
+        "give --steps or --epochs, not both": cfg.steps is not None and cfg.epochs is not None,
+        f"--resume {cfg.resume}: it stands alone, or is `--resume auto`": cfg.resume not in (None, "yes", "auto"),
+        "--resume goes on with what --overwrite would delete": cfg.resume == "yes" and cfg.overwrite,
+        "--show-batch does not train, --overfit-one-batch does": cfg.show_batch and cfg.overfit_one_batch,
+        "--shard splits the model over ranks: start them with torchrun --nproc-per-node N": cfg.shard
+        and os.environ.get("WORLD_SIZE", "1") == "1",
+        f"--attention varlen needs a GPU, and this is {device}": varlen and not cuda,
+        "--attention varlen computes in bfloat16 or float16": varlen and cuda and computes_in(cfg, device) == "float32",
+        "--attention varlen has no dropout": varlen and bool(cfg.dropout),
+    }
+    return [said for said, true in impossible.items() if true]
 
 
 def matrix_parameters(cfg: PhiConfig) -> int:
@@ -39,9 +59,12 @@ def peak_flops(device: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def training_bytes(cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool) -> int:
+def training_bytes(
+    cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool, shards: int = 1
+) -> int:
     """Estimate of the peak: fp32 weights, gradients, optimizer states; what backward needs of `rows` rows at once (per
-    token and layer some 10 D + 2 F numbers, or D with --recompute); the head's gradient and one chunk of logits."""
+    token and layer some 10 D + 2 F numbers, or D with --recompute); the head's gradient and one chunk of logits. Of a
+    model in several shards each rank has its part of the first, and embedding and head whole while it computes."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Phi(cfg).parameters())
     width, mlp, tokens = cfg.hidden_size, cfg.intermediate_size, rows * context
@@ -49,7 +72,10 @@ def training_bytes(cfg: PhiConfig, optimizer: str, rows: int, context: int, half
     layers = cfg.num_hidden_layers
     kept = layers * width * 4 + of_a_layer if recompute else layers * of_a_layer
     head = cfg.vocab_size * (width * 4 + 512 * 8)
-    return int(parameters * (8 + STATE_BYTES[optimizer]) + tokens * kept + head)
+    held = parameters * (8 + STATE_BYTES[optimizer]) / shards
+    if shards > 1:
+        held += 2 * cfg.vocab_size * width * 8
+    return int(held + tokens * kept + head)
 
 
 def available_bytes(device: str) -> int | None:
@@ -64,19 +90,23 @@ def available_bytes(device: str) -> int | None:
 
 
 def check_memory(
-    cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool, device: str
+    cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool, device: str, shards: int = 1
 ) -> int:
     """The estimate, or a UserError that says what would fit."""
-    wanted = training_bytes(cfg, optimizer, rows, context, half, recompute)
+
+    def needs(optimizer: str, rows: int, recompute: bool) -> int:
+        return training_bytes(cfg, optimizer, rows, context, half, recompute, shards)
+
+    wanted = needs(optimizer, rows, recompute)
     free = available_bytes(device)
     if free is None or wanted <= free:
         return wanted
     advice = [
         f"{words} ({less / 1e9:.1f} GB)"
         for words, less in (
-            ("--micro-batch 1", training_bytes(cfg, optimizer, 1, context, half, recompute)),
-            ("--micro-batch 1 --recompute", training_bytes(cfg, optimizer, 1, context, half, True)),
-            ("and --optimizer adafactor", training_bytes(cfg, "adafactor", 1, context, half, True)),
+            ("--micro-batch 1", needs(optimizer, 1, recompute)),
+            ("--micro-batch 1 --recompute", needs(optimizer, 1, True)),
+            ("--micro-batch 1 --recompute --optimizer adafactor", needs("adafactor", 1, True)),
         )
         if less <= free
     ]
@@ -108,11 +138,11 @@ def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World,
             groups.append(f"{type(optimizer).__name__} {count:,} in {len(group['params'])} tensors ({decay})")
     context = batch.ids.shape[1]
     rows = min(cfg.micro_batch, -(-len(batch) // world.size)) * batch.rows_per_sample
-    memory = training_bytes(model.cfg, cfg.optimizer, rows, context, half, cfg.recompute)
+    shards = world.size if cfg.shard else 1
+    memory = training_bytes(model.cfg, cfg.optimizer, rows, context, half, cfg.recompute, shards)
     work = steps * batch.ids.numel() * flops_per_token(model.cfg, context)
-    seconds = work / (
-        0.5 * matrix_flops(world.device, half) * world.size
-    )  # half of the matrix speed, as small models reach it
+    reached = 0.5  # of the speed of matrix products, as small models do
+    seconds = work / (reached * matrix_flops(world.device, half) * world.size)
     return (
         f"parameters: {'; '.join(groups)}\n"
         f"ahead: {steps:,} steps of {batch.ids.numel():,} tokens on {world.device}, about {duration(seconds)}, "

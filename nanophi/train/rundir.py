@@ -22,8 +22,9 @@ from nanophi.files import replacing, write_text
 from nanophi.model import checkpoint
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
-from nanophi.train.distributed import World, computes_in, is_first
+from nanophi.train.distributed import World, computes_in, is_first, part_like, put_together
 from nanophi.train.packing import Batch
+from nanophi.train.preflight import contradictions
 
 STATE = "train_state.pt"
 METRICS = "metrics.jsonl"
@@ -34,20 +35,18 @@ GROW_AFTER = 1000  # sound steps
 
 # What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
 MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
-MAY_DIFFER |= {"save_minutes", "keep_going", "recompute", "show_batch", "overfit_one_batch", "sample"}
+MAY_DIFFER |= {"save_minutes", "keep_going", "recompute", "shard", "show_batch", "overfit_one_batch", "sample"}
 MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
 
 
 def claim(cfg) -> None:
-    """Refuse an --out that holds a run unless it is to be resumed or overwritten; scripts call it before long work.
-
-    cfg: a TrainConfig (loop.py), of which out, resume, overwrite and init_from are read.
-    """
+    """Refuse flags that contradict each other, and an --out that holds a run unless it is to be resumed or overwritten;
+    scripts call it before long work. cfg: a TrainConfig (loop.py)."""
+    if found := contradictions(cfg):
+        raise UserError("; ".join(found))
     out = Path(cfg.out)
     if not is_first() or cfg.show_batch or cfg.overfit_one_batch:
         return  # what rank 0 has begun to write would look like another run; the self-tests write nothing
-    if cfg.resume not in (None, "yes", "auto"):
-        raise UserError(f"--resume {cfg.resume}: it stands alone, or is `--resume auto`")
     holds = [path.name for path in files_of_a_run(out) if path.exists()]
     if cfg.resume == "yes" and STATE not in holds:
         raise UserError(f"nothing to resume in {out}: no {STATE}; --resume auto would start afresh")
@@ -122,9 +121,20 @@ class Run:
         line["memory_gb"] = round(memory, 3)
 
     def log(self, line: dict) -> None:
-        """Append the step to metrics.jsonl; keep the model where it is the best so far."""
-        if not self.world.first:
-            return
+        """Append the step to metrics.jsonl; keep the model where it is the best so far. All ranks call it."""
+        if self.world.first:
+            self._write_line(line)
+        if line.get("val_loss", float("inf")) < self.best:
+            self.export(self.out / "best")
+            self.best = line["val_loss"]
+
+    def export(self, directory: str | Path) -> None:
+        """The model as a checkpoint directory. All ranks of a sharded run call it."""
+        weights = put_together(self.model.state_dict(), keep=self.world.first)
+        if self.world.first:
+            checkpoint.save(directory, self.model, self.tok, weights)
+
+    def _write_line(self, line: dict) -> None:
         first = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
         ordered = {name: line[name] for name in first} | line
         ordered = {name: value if math.isfinite(value) else None for name, value in ordered.items()}  # JSON has no NaN
@@ -134,25 +144,24 @@ class Run:
             for name, value in ordered.items():
                 if value is not None and name != "step":
                     self.board.add_scalar(name, value, self.step)
-        if line.get("val_loss", float("inf")) < self.best:
-            self.best = line["val_loss"]
-            checkpoint.save(self.out / "best", self.model, self.tok)
 
     def save(self) -> None:
         """Keep the state that is there as step-..., then replace it file by file. train_state.pt alone is what a
         resume reads, and it writes the others again, so a kill between two files harms nothing. All ranks call it
         together, as each has a random state; rank 0 writes, and the others wait and hear of what goes wrong."""
         rng = self.world.gather((torch.get_rng_state(), torch.cuda.get_rng_state() if self.cuda else None))
+        weights = put_together(self.model.state_dict(), self.world.first)
+        optimizers = put_together([optimizer.state_dict() for optimizer in self.optimizers], self.world.first)
         problem = None
         if self.world.first:
             try:
-                self._write(rng)
+                self._write(rng, weights, optimizers)
             except (UserError, OSError) as error:
                 problem = error
         if self.world.gather(problem)[0] is not None:
             raise problem or UserError("rank 0 could not save")
 
-    def _write(self, rng: list) -> None:
+    def _write(self, rng: list, weights: dict, optimizers: list) -> None:
         self._keep_previous()
         state = {
             "step": self.step,
@@ -162,8 +171,8 @@ class Run:
             "skipped": self.skipped,
             "scale": [self.scale, self.unbroken],
             "settings": self.settings,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": weights,
+            "optimizers": optimizers,
             "rng": rng,
         }
         with replacing(self.out / STATE) as beside:
@@ -171,7 +180,7 @@ class Run:
                 torch.save(state, beside)
             except RuntimeError as error:  # a full disk, for one
                 raise UserError(f"cannot write {self.out / STATE}: {error}") from None
-        checkpoint.save(self.out, self.model, self.tok)
+        checkpoint.save(self.out, self.model, self.tok, weights)
 
     def _keep_previous(self) -> None:
         for leftover in self.out.glob("step-*.tmp"):
@@ -210,8 +219,13 @@ class Run:
         self.step, self.tokens = state["step"], state["tokens"]
         self.seconds, self.best, self.skipped = state["seconds"], state["best"], state["skipped"]
         self.scale, self.unbroken = state["scale"]
-        self.model.load_state_dict(state["model"])
+        weights = self.model.state_dict()
+        self.model.load_state_dict({name: part_like(value, weights[name]) for name, value in state["model"].items()})
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                for name, value in saved["state"].get(index, {}).items():
+                    if value.shape == p.shape:  # one number a weight, so sharded as the weight is
+                        saved["state"][index][name] = part_like(value, p)
             optimizer.load_state_dict(saved)
         if self.world.rank < len(state["rng"]):  # more ranks than before have seeds of their own
             cpu, cuda = state["rng"][self.world.rank]
@@ -221,7 +235,7 @@ class Run:
         if not self.world.first:
             return
         write_text(self.out / METRICS, _metrics_until(self.out / METRICS, self.step))
-        checkpoint.save(self.out, self.model, self.tok)
+        checkpoint.save(self.out, self.model, self.tok, state["model"])
         print(f"resume: {self.out} at step {self.step:,} of {steps:,}")
 
 

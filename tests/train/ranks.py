@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanophi.train.distributed import join
 from nanophi.train.loop import accumulate, train
-from nanophi.train.losses import next_token_loss
+from nanophi.train.losses import next_token_loss, validate
 from nanophi.train.packing import Packed
 from tests.conftest import tiny_model
 from tests.train.test_loop import config, random_documents
@@ -24,8 +24,12 @@ data = Packed(random_documents(), 32, 8, seed=1)
 def run(name: str, **options):
     model = tiny_model(resid_pdrop=options.pop("dropout", 0.0)).to(options.pop("weights", torch.float32))
     stop_at, resume = options.pop("stop_at", None), options.pop("resume", None)
-    cfg = config(out / name, overwrite=resume is None, micro_batch=2, **options)
-    train(model, next_token_loss, data.batch_at, cfg, data_id=data.data_id, stop_at=stop_at, resume=resume)
+    cfg = config(out / name, overwrite=resume is None, **({"micro_batch": 2, "eval_every": 5} | options))
+
+    def evaluate(model):
+        return validate(model, next_token_loss, [data.batch_at(1)])
+
+    train(model, next_token_loss, data.batch_at, cfg, evaluate, data_id=data.data_id, stop_at=stop_at, resume=resume)
 
 
 if task == "gradients":
@@ -42,6 +46,12 @@ if task == "gradients":
     run("whole", dropout=0.1)
     run("parts", dropout=0.1, stop_at=9)
     run("parts", dropout=0.1, resume="yes")
+elif task == "sharded":  # by one process: whole, in the micro-steps that the ranks would take
+    for optimizer in ("adamw", "muon", "adafactor"):
+        shard = world.size > 1
+        run(optimizer, optimizer=optimizer, shard=shard, micro_batch=4, keep_at=0.5)
+        run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, stop_at=9)
+        run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, resume="yes")
 elif task == "killed":  # rank 1 dies at step 12 of the first attempt; torchrun starts all ranks anew
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 

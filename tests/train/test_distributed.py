@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from nanophi.cli import UserError
+from nanophi.model.checkpoint import load
 from nanophi.train import distributed
-from nanophi.train.distributed import World, join
+from nanophi.train.distributed import World, join, part_like, put_together, whole
 from tests.train.test_loop import state, tensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +88,47 @@ def test_an_interrupt_that_one_rank_hears_stops_all(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
     assert state(tmp_path / "interrupted")["step"] == 6
+
+
+def test_sharded_equals_one_process(tmp_path):
+    """Weights, losses, what is resumed, what is exported on the way: the same files as one process writes."""
+    for ranks in (1, 2):
+        done = torchrun(tmp_path / str(ranks), "sharded", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    for name in ("adamw", "muon", "adafactor"):
+        one, two = (tmp_path / str(ranks) / name for ranks in (1, 2))
+        whole, sharded = tensors(state(one)), tensors(state(two))
+        weights = [path for path in whole if path.startswith(("/model", "/optimizers"))]
+        assert len(weights) > 40
+        assert max((whole[path] - sharded[path]).abs().max().item() for path in weights) < 1e-6
+        resumed = tensors(state(two.with_name(f"{name}-parts")))
+        assert all(torch.equal(sharded[path], resumed[path]) for path in weights)
+        for lines in zip(*((out / "metrics.jsonl").read_text().splitlines() for out in (one, two)), strict=True):
+            a, b = map(json.loads, lines)
+            assert [b["loss"], b.get("val_loss")] == pytest.approx([a["loss"], a.get("val_loss")], abs=1e-6)
+        for folder in ("best", "", f"../{name}-early"):
+            (a, _), (b, _) = (load(out / folder) for out in (one, two))
+            assert all((p - q).abs().max() < 1e-6 for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_part_of_a_whole_is_the_whole_where_nothing_is_sharded():
+    x = torch.arange(6.0).view(3, 2)
+    assert whole(x) is part_like(x, like=torch.zeros(3, 2)) is x
+    assert put_together({"a": [x, 1]}, keep=False) == {"a": [x, 1]}
+
+
+def test_a_missing_rank_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"2 ranks should train together and did not all come: .*1/2 clients"):
+        join("cpu")
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match="MASTER_ADDR expected, but not set; use torchrun"):
+        join("cpu")
 
 
 def test_parts_cover_all_samples():

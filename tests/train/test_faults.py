@@ -84,20 +84,27 @@ def test_fp16_scales_the_loss_and_learns_from_overflow(tmp_path, monkeypatch):
 def test_a_full_disk_ends_the_run_or_is_only_said(tmp_path, monkeypatch, capsys):
     """The checkpoint before stays; with --keep-going training does too."""
     _, data = pretraining(None)
-    save, failing = Run.save, {14}
+    save, export, failing = Run.save, Run.export, {14}
 
     def full(run):
         if run.step in failing:
             raise UserError("cannot write: No space left on device")
         save(run)
 
+    def full_too(run, directory):
+        if run.step == 9:
+            raise OSError(28, "No space left on device")
+        export(run, directory)
+
     monkeypatch.setattr(Run, "save", full)
+    monkeypatch.setattr(Run, "export", full_too)
     with pytest.raises(UserError, match="No space left"):
         train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))
     assert state(tmp_path)["step"] == 7
-    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, keep_going=True, overwrite=True))
+    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, keep_going=True, keep_at=0.45, overwrite=True))
     assert state(tmp_path)["step"] == 20
-    assert "step 14 could not be saved, the checkpoint before it stays" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(f"step {step} could not be written, the checkpoint before it stays" in said for step in (9, 14))
 
 
 def test_saving_by_the_clock(tmp_path, monkeypatch):

@@ -12,7 +12,15 @@ from nanophi.train import preflight
 from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss
 from nanophi.train.packing import Packed
-from nanophi.train.preflight import check_memory, flops_per_token, matrix_parameters, show_batch, training_bytes
+from nanophi.train.preflight import (
+    check_memory,
+    contradictions,
+    flops_per_token,
+    matrix_parameters,
+    show_batch,
+    training_bytes,
+)
+from nanophi.train.rundir import claim
 from tests.conftest import tiny_model
 from tests.train.test_loop import config, pretraining
 
@@ -41,6 +49,25 @@ def test_memory_is_estimated_and_too_much_refused_with_what_would_fit(monkeypatc
         check_memory(cfg, "muon", 1, 512, False, False, "cpu")
     monkeypatch.setattr(preflight, "available_bytes", lambda device: None)
     assert check_memory(cfg, "muon", 64, 512, False, False, "cpu") > 8e9
+
+
+def test_a_rank_holds_its_part_of_a_sharded_model_and_the_head():
+    cfg = PhiConfig.preset("phi2-chinese-0.35b")
+    alone, of_two, of_many = (training_bytes(cfg, "adamw", 1, 512, False, False, shards) for shards in (1, 2, 1000))
+    assert alone > of_two > of_many > 2 * cfg.vocab_size * cfg.hidden_size * 8
+
+
+def test_contradictions_are_told_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    wrong = {"epochs": 2.0, "shard": True, "attention": "varlen", "resume": "yes", "overwrite": True, "dropout": 0.1}
+    with pytest.raises(UserError) as raised:
+        claim(config(tmp_path, **wrong))
+    assert str(raised.value) == (
+        "give --steps or --epochs, not both; --resume goes on with what --overwrite would delete; --shard splits the "
+        "model over ranks: start them with torchrun --nproc-per-node N; --attention varlen needs a GPU, and this is "
+        "cpu; --attention varlen has no dropout"
+    )
+    assert contradictions(config(tmp_path)) == []
 
 
 def test_the_batch_is_shown_with_borders_and_mask(tok):
