@@ -66,10 +66,11 @@ def per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: f
     """
     batch, heads, time, width = q.shape
     lengths = cu_seqlens.diff().tolist()
-    flat = [x.transpose(1, 2).reshape(1, batch * time, heads, width).transpose(1, 2) for x in (q, k, v)]
-    pieces = zip(*(x.split(lengths, dim=2) for x in flat), strict=True)
+    # Flat is (1, B T, H, K): nothing is copied, as Phi computes q, k, v in this order.
+    flat = [x.transpose(1, 2).reshape(1, batch * time, heads, width) for x in (q, k, v)]
+    pieces = zip(*(x.transpose(1, 2).split(lengths, dim=2) for x in flat), strict=True)
     out = [F.scaled_dot_product_attention(*piece, is_causal=True, dropout_p=dropout) for piece in pieces]
-    return torch.cat(out, dim=2).transpose(1, 2).reshape(batch, time, heads, width).transpose(1, 2)
+    return torch.cat([x.transpose(1, 2) for x in out], dim=1).view(batch, time, heads, width).transpose(1, 2)
 
 
 def pad_heads(*tensors: Tensor) -> list[Tensor]:

@@ -39,17 +39,17 @@ MASKED_BIAS = -1e4  # lm_head.bias of ids that no tokenizer uses: a probability 
 
 
 def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle position * theta^(-2i/R). positions (B or 1, T) -> two (B or 1, 1, T, R/2), fp32.
+    """cos and sin of every angle position * theta^(-2i/R). positions (B or 1, T) -> two (B or 1, T, 1, R/2), fp32.
 
     Su et al. 2021 (RoFormer), eq. 15. Computed in fp32 each time: a buffer would be rounded by `model.bfloat16()`.
     """
     frequencies = 1 / theta ** (torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim)  # (R/2,)
-    angles = positions[:, None, :, None].float() * frequencies
+    angles = positions[:, :, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of every head, paired (i, i + R/2); the rest passes through. x (B, H, T, K)."""
+    """Rotate the first R dimensions of every head, paired (i, i + R/2); the rest passes through. x (B, T, H, K)."""
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -111,10 +111,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None, **mask) -> Tensor:
         split = (*x.shape[:2], -1, self.cfg.head_dim)
-        q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).view(split) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H, K)
         if self.cfg.qk_layernorm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, K)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # in memory a token's heads stay together
         if cache is not None:
             k, v = cache.update(layer, k, v)
         out = attend(q, k, v, dropout=self.cfg.attention_dropout if self.training else 0.0, **mask)
