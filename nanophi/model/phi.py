@@ -129,7 +129,13 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (B, T, F) inside; HF calls it gelu_new
+        x = self.fc1(x)  # (B, T, F), the largest tensor of a block
+        if torch.is_grad_enabled():  # backward computes the cheap gelu again, or it would be kept too
+            return checkpoint(self._second_half, x, use_reentrant=False, preserve_rng_state=False)
+        return self._second_half(x)
+
+    def _second_half(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(x, approximate="tanh"))  # HF calls it gelu_new
 
 
 class Block(nn.Module):

@@ -40,11 +40,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
             rows = hidden[start : start + CHUNK]
             target = targets[start : start + CHUNK, None]
             logits = torch.addmm(bias.to(rows.dtype), rows, compute.t()).to(exact)  # (chunk, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(1, target)).sum()
+            of_target, largest = logits.gather(1, target), logits.amax(-1, keepdim=True)
+            exps = logits.sub_(largest).exp_()  # in place: one (chunk, V) tensor, one exponential of it
+            total = exps.sum(-1, keepdim=True)
+            loss += (total.log() + largest - of_target).sum()
             if not learning:
                 continue
-            d_logits = logits.sub_(log_sum).exp_()  # softmax, in place
+            d_logits = exps.div_(total)  # softmax
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
             d_bias += d_logits.sum(0)
             d_logits = d_logits.to(rows.dtype)
