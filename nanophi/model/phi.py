@@ -75,8 +75,7 @@ class KVCache:
         assert end <= self.store.shape[4], f"KV cache holds {self.store.shape[4]} tokens, {end} needed"
         for which, new in enumerate((k, v)):
             self.store[layer, which, :, :, self.length : end] = new
-        keys, values = self.store[layer, :, :, :, :end]
-        return keys, values
+        return tuple(self.store[layer, :, :, :, :end])
 
     def positions(self, time: int) -> Tensor:
         """Positions of the next `time` tokens: (B or 1, T)."""
