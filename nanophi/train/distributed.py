@@ -12,7 +12,6 @@ For a model that does not fit on one device, `--shard` splits weights, gradients
 lead from one to the other, and checkpoints are written whole.
 """
 
-import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -163,7 +162,6 @@ def join(device: str) -> World:
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        atexit.register(dist.destroy_process_group)  # or a thread of gloo's may end the process with SIGABRT
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
