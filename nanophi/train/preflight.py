@@ -63,12 +63,12 @@ def training_bytes(
     cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool, shards: int = 1
 ) -> int:
     """Estimate of the peak: fp32 weights, gradients, optimizer states; what backward needs of `rows` rows at once (per
-    token and layer some 10 D + 2 F numbers, or D with --recompute); the head's gradient and one chunk of logits. Of a
+    token and layer some 10 D + F numbers, or D with --recompute); the head's gradient and one chunk of logits. Of a
     model in several shards each rank has its part of the first, and embedding and head whole while it computes."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Phi(cfg).parameters())
     width, mlp, tokens = cfg.hidden_size, cfg.intermediate_size, rows * context
-    of_a_layer = (10 * width + 2 * mlp) * (2 if half else 4)
+    of_a_layer = (10 * width + mlp) * (2 if half else 4)
     layers = cfg.num_hidden_layers
     kept = layers * width * 4 + of_a_layer if recompute else layers * of_a_layer
     head = cfg.vocab_size * (width * 4 + 512 * 8)
