@@ -122,11 +122,11 @@ class Run:
 
     def log(self, line: dict) -> None:
         """Append the step to metrics.jsonl; keep the model where it is the best so far. All ranks call it."""
+        if line.get("val_loss", float("inf")) < self.best:
+            self.best = line["val_loss"]  # before what may fail on rank 0 alone, or sharded ranks would part here
+            self.export(self.out / "best")
         if self.world.first:
             self._write_line(line)
-        if line.get("val_loss", float("inf")) < self.best:
-            self.export(self.out / "best")
-            self.best = line["val_loss"]
 
     def export(self, directory: str | Path) -> None:
         """The model as a checkpoint directory. All ranks of a sharded run call it."""
