@@ -12,6 +12,8 @@ For a model that does not fit on one device, `--shard` splits weights, gradients
 lead from one to the other, and checkpoints are written whole.
 """
 
+import atexit
+import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -101,6 +103,8 @@ def shard(model: Phi, world: World) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+    # DTensor's caches keep the mesh for good, and with it the group: see _leave.
+    atexit.register(getattr(mesh, "_pg_registry", {}).clear)
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")
@@ -154,6 +158,8 @@ def join(device: str) -> World:
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        from torch.distributed.nn import functional  # noqa: F401  its defaults would keep a group made before it
+
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
         except (dist.DistError, ValueError) as error:  # some never came, or there is no address to come to
@@ -164,7 +170,17 @@ def join(device: str) -> World:
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _leave() -> None:
+    """End gloo's threads before the interpreter ends. A thread that lets go of a tensor after that needs a lock that it
+    can no longer have, and the process aborts with all its work done. The threads end with the last reference to the
+    group, which a model in reference cycles may hold too."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def computes_in(cfg, device: str) -> str:

@@ -1,5 +1,6 @@
 """What tests/train/test_distributed.py runs under torchrun, or alone: `ranks.py OUT TASK`."""
 
+import atexit
 import os
 import signal
 import sys
@@ -17,6 +18,15 @@ from tests.conftest import tiny_model
 from tests.train.test_loop import config, random_documents
 
 out, task = Path(sys.argv[1]), sys.argv[2]
+
+
+@atexit.register
+def write_threads():
+    """What runs beside Python when it ends, after `join` has tidied up."""
+    threads = [(thread / "comm").read_text() for thread in Path("/proc/self/task").glob("*")]
+    (out / f"threads-{os.environ.get('RANK', 0)}").write_text("".join(threads))
+
+
 world = join("cpu")
 data = Packed(random_documents(), 32, 8, seed=1)
 
@@ -46,12 +56,11 @@ if task == "gradients":
     run("whole", dropout=0.1)
     run("parts", dropout=0.1, stop_at=9)
     run("parts", dropout=0.1, resume="yes")
-elif task == "sharded":  # by one process: whole, in the micro-steps that the ranks would take
-    for optimizer in ("adamw", "muon", "adafactor"):
-        shard = world.size > 1
-        run(optimizer, optimizer=optimizer, shard=shard, micro_batch=4, keep_at=0.5)
-        run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, stop_at=9)
-        run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, resume="yes")
+elif task.startswith("sharded "):  # by one process: whole, in the micro-steps that the ranks would take
+    optimizer, shard = task.split()[1], world.size > 1
+    run(optimizer, optimizer=optimizer, shard=shard, micro_batch=4, keep_at=0.5)
+    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, stop_at=9)
+    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, resume="yes")
 elif task == "killed":  # rank 1 dies at step 12 of the first attempt; torchrun starts all ranks anew
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 

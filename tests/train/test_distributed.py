@@ -73,6 +73,19 @@ def test_resumed_equals_unbroken_on_two_ranks(folders):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def assert_no_threads_of_gloo(out):
+    """Two of ten runs ended in SIGABRT with all their files written: a thread of gloo's let go of its last tensor while
+    the interpreter was already on its way out. The group was never taken down, because something still held it."""
+    for rank in (0, 1):
+        threads = (out / f"threads-{rank}").read_text()
+        assert "gloo" not in threads
+        assert threads or sys.platform != "linux"
+
+
+def test_two_ranks_leave_in_order(folders):
+    assert_no_threads_of_gloo(folders[2])
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_replaced_and_the_result_the_same(folders, tmp_path):
     done = torchrun(tmp_path, "killed", "--max-restarts", "1")
@@ -90,26 +103,28 @@ def test_an_interrupt_that_one_rank_hears_stops_all(tmp_path):
     assert state(tmp_path / "interrupted")["step"] == 6
 
 
-@pytest.mark.slow  # and not sure to pass: a rank may end in SIGABRT (a thread of gloo's) after all is written
-def test_sharded_equals_one_process(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "adafactor"))]
+)
+def test_sharded_equals_one_process(tmp_path, name):
     """Weights, losses, what is resumed, what is exported on the way: the same files as one process writes."""
     for ranks in (1, 2):
-        done = torchrun(tmp_path / str(ranks), "sharded", ranks=ranks)
+        done = torchrun(tmp_path / str(ranks), f"sharded {name}", ranks=ranks)
         assert done.returncode == 0, done.stderr
-    for name in ("adamw", "muon", "adafactor"):
-        one, two = (tmp_path / str(ranks) / name for ranks in (1, 2))
-        whole, sharded = tensors(state(one)), tensors(state(two))
-        weights = [path for path in whole if path.startswith(("/model", "/optimizers"))]
-        assert len(weights) > 40
-        assert max((whole[path] - sharded[path]).abs().max().item() for path in weights) < 1e-6
-        resumed = tensors(state(two.with_name(f"{name}-parts")))
-        assert all(torch.equal(sharded[path], resumed[path]) for path in weights)
-        for lines in zip(*((out / "metrics.jsonl").read_text().splitlines() for out in (one, two)), strict=True):
-            a, b = map(json.loads, lines)
-            assert [b["loss"], b.get("val_loss")] == pytest.approx([a["loss"], a.get("val_loss")], abs=1e-6)
-        for folder in ("best", "", f"../{name}-early"):
-            (a, _), (b, _) = (load(out / folder) for out in (one, two))
-            assert all((p - q).abs().max() < 1e-6 for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert_no_threads_of_gloo(tmp_path / "2")
+    one, two = (tmp_path / str(ranks) / name for ranks in (1, 2))
+    whole, sharded = tensors(state(one)), tensors(state(two))
+    weights = [path for path in whole if path.startswith(("/model", "/optimizers"))]
+    assert len(weights) > 40
+    assert max((whole[path] - sharded[path]).abs().max().item() for path in weights) < 1e-6
+    resumed = tensors(state(two.with_name(f"{name}-parts")))
+    assert all(torch.equal(sharded[path], resumed[path]) for path in weights)
+    for lines in zip(*((out / "metrics.jsonl").read_text().splitlines() for out in (one, two)), strict=True):
+        a, b = map(json.loads, lines)
+        assert [b["loss"], b.get("val_loss")] == pytest.approx([a["loss"], a.get("val_loss")], abs=1e-6)
+    for folder in ("best", "", f"../{name}-early"):
+        (a, _), (b, _) = (load(out / folder) for out in (one, two))
+        assert all((p - q).abs().max() < 1e-6 for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_a_part_of_a_whole_is_the_whole_where_nothing_is_sharded():
