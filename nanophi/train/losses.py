@@ -9,10 +9,12 @@ so that a short batch does not weigh as much as a long one.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanophi.model.phi import Phi
 from nanophi.train.packing import IGNORE, Batch
@@ -81,10 +83,17 @@ def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Te
 
 
 def answer_logps(model: Phi, batch: Batch) -> Tensor:
-    """log p(answer | prompt) of each row, summed over its learned tokens: (B,)."""
+    """log p(answer | prompt) of each row, summed over its learned tokens: (B,). The logits of CHUNK tokens at once."""
     learned = batch.targets != IGNORE
     hidden = model.hidden(batch.ids, batch.cu_seqlens)[learned]
-    logps = -F.cross_entropy(model.lm_head(hidden).float(), batch.targets[learned], reduction="none")  # (N,)
+
+    def of(hidden: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
+
+    # What a token's gradient is multiplied by depends on the whole answer, so backward computes the logits again.
+    chunks = zip(hidden.split(CHUNK), batch.targets[learned].split(CHUNK), strict=True)
+    again = partial(checkpoint, of, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else of
+    logps = torch.cat([again(*chunk) for chunk in chunks])  # (N,)
     row = learned.nonzero()[:, 0]
     return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
 

@@ -78,6 +78,27 @@ def test_answer_logps_sum_over_the_answer_alone(tok):
             assert logps[2 * i + j].item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_answer_logps_hold_one_chunk_of_logits(tok, monkeypatch):
+    """DPO once kept the logits of all answers, at a vocabulary of 32,768 more than all else together."""
+    batch, found = Pairs(preference_pairs(tok), 4, 0).batch(range(4)), {}
+    for chunk in (CHUNK, 7):
+        monkeypatch.setattr("nanophi.train.losses.CHUNK", chunk)
+        model, rows_of_logits = tiny_model(), []
+
+        def saved(x, rows_of_logits=rows_of_logits):
+            if x.shape[-1] == 448 and x.dim() == 2:
+                rows_of_logits.append(len(x))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
+            logps = answer_logps(model, batch)
+        (logps * torch.arange(1.0, 9)).sum().backward()
+        assert max(rows_of_logits, default=0) <= chunk
+        found[chunk] = [logps, *(p.grad for p in model.parameters())]
+    for whole, chunked in zip(*found.values(), strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_dpo_starts_at_ln_2_and_reports_rewards(tok):
     model, data = tiny_model(), Pairs(preference_pairs(tok), 4, 0)
     with torch.no_grad():
