@@ -89,9 +89,10 @@ def main(cfg: Config) -> Phi:
     model.attention = cfg.attention
     model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
     pairs, held_out = read_pairs(cfg.data, tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
-    data = Pairs(pairs, cfg.batch_pairs, cfg.seed)
+    multiple = 128 if cfg.compile else 1
+    data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple)
     data_id = f"{data.data_id}-{digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))}"
-    validation = Pairs(held_out, cfg.micro_batch, cfg.seed) if held_out else None
+    validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple) if held_out else None
     with precision(cfg, world.device):  # as the policy computes, or they would differ from the start
         for part in filter(None, (data, validation)):
             part.reference = reference_logps(model, part, cfg.micro_batch)

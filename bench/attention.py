@@ -47,7 +47,7 @@ def main(cfg: Config) -> None:
         q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
         ways = {
             "causal, leaking": {"backend": "sdpa"},
-            "one mask": {"backend": "sdpa", "visible": same_document(cu_seqlens, rows)},
+            "one mask": {"backend": "sdpa", "visible": same_document(cu_seqlens, rows, time_)},
             "documents": {"backend": "documents", "cu_seqlens": cu_seqlens},
         }
         times: dict[str, list[float]] = {way: [] for way in ways}

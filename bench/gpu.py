@@ -9,6 +9,7 @@ computed, over the maker's dense bf16 peak.
 """
 
 import datetime
+import gc
 import statistics
 import time
 from dataclasses import dataclass
@@ -40,7 +41,6 @@ class Config:
 
 def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool) -> list[str]:
     """Tokens a second, MFU and peak memory, as cells of the table."""
-    torch._dynamo.reset()  # or the graphs of the rows before would count against this one's limit
     torch.manual_seed(0)
     shape = PhiConfig.preset(preset, max_position_embeddings=context)
     model = Phi(shape, backend).to(cfg.device).train()
@@ -51,28 +51,28 @@ def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool
     rows = max(cfg.tokens // context, 1)
     batch = Packed(documents, context, rows, 0).batch_at(0).to(cfg.device)
     optimizers, world = build_optimizers(model, "adamw", 1e-4, 0.1), World(0, 1, cfg.device)
+    loss_fn = torch.autocast(world.device.split(":")[0], torch.bfloat16)(next_token_loss)
     times = []
     for _ in range(cfg.steps):
         started = time.perf_counter()
-        with torch.autocast(cfg.device, torch.bfloat16):
-            accumulate(model, next_token_loss, batch, rows, world)
+        accumulate(model, loss_fn, batch, rows, world)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        if cfg.device == "cuda":
+        if cfg.device != "cpu":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     speed = batch.real_tokens / statistics.median(times[3:])
     peak = peak_flops(cfg.device)
     share = f"{speed * flops_per_token(shape, context) / peak:.1%}" if peak else ""
-    memory = torch.cuda.max_memory_allocated() / 1e9 if cfg.device == "cuda" else 0
+    memory = torch.cuda.max_memory_allocated() / 1e9 if cfg.device != "cpu" else 0
     return [f"{speed:,.0f}", share, f"{memory:.1f}"]
 
 
 def main(cfg: Config) -> None:
-    if cfg.device == "cuda" and not torch.cuda.is_available():
+    if cfg.device != "cpu" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device; --device cpu tries the bench itself")
-    name = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if cfg.device != "cpu" else "CPU"
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {datetime.date.today()}\n")
     print("| preset | context | attention | | tokens/s | MFU | peak GB |")
     print("|---|---|---|---|---|---|---|")
@@ -80,13 +80,15 @@ def main(cfg: Config) -> None:
         for context in cfg.contexts:
             for backend in cfg.backends or ["varlen", "sdpa", "causal"]:
                 for compiled in (False, True) if cfg.compile else (False,):
-                    if cfg.device == "cuda":
+                    torch._dynamo.reset()  # or the graphs of the rows before would count against this one's limit
+                    gc.collect()  # compiled blocks are in cycles
+                    if cfg.device != "cpu":
                         torch.cuda.empty_cache()
                         torch.cuda.reset_peak_memory_stats()
                     try:
                         cells = measure(cfg, preset, context, backend, compiled)
                     except Exception as error:  # one row that does not run must not cost the others
-                        cells = [f"{type(error).__name__}: {str(error).splitlines()[0][:60]}", "", ""]
+                        cells = [f"{type(error).__name__}: {str(error)[:60].splitlines()[:1]}", "", ""]
                     how = "compiled" if compiled else "eager"
                     print(f"| {preset} | {context} | {backend} | {how} | {' | '.join(cells)} |", flush=True)
 

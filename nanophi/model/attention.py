@@ -38,24 +38,26 @@ def manual(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float = 0.
     return weights @ v
 
 
-def same_document(cu_seqlens: Tensor, batch: int) -> Tensor:
+def same_document(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
     """(documents + 1,) boundaries of a flattened (B, T) batch -> bool (B, 1, T, T): causal, within one document."""
-    rows = document_index(cu_seqlens).view(batch, -1)
-    time = rows.shape[1]
+    rows = document_index(cu_seqlens, batch * time).view(batch, time)
     causal = torch.ones(time, time, dtype=torch.bool, device=rows.device).tril()
     return ((rows[:, :, None] == rows[:, None, :]) & causal)[:, None]
 
 
-def document_index(cu_seqlens: Tensor) -> Tensor:
-    """Boundaries -> which document each flattened token belongs to: [0, 2, 5] -> [0, 0, 1, 1, 1]."""
+def document_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Boundaries -> which document each flattened token belongs to: [0, 2, 5] -> [0, 0, 1, 1, 1].
+
+    tokens: how many there are, or a GPU would have to be asked for it.
+    """
     lengths = cu_seqlens.diff().long()
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=tokens)
 
 
-def document_positions(cu_seqlens: Tensor) -> Tensor:
+def document_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Boundaries -> the position of each flattened token in its document: [0, 2, 5] -> [0, 1, 0, 1, 2]."""
-    starts = cu_seqlens[:-1].long()[document_index(cu_seqlens)]
-    return torch.arange(len(starts), device=starts.device) - starts
+    starts = cu_seqlens[:-1].long()[document_index(cu_seqlens, tokens)]
+    return torch.arange(tokens, device=starts.device) - starts
 
 
 def per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: float = 0.0) -> Tensor:
@@ -76,7 +78,7 @@ def per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: f
 def pad_heads(*tensors: Tensor) -> list[Tensor]:
     """Zeros behind the last dimension up to a multiple of 8, as flash kernels and cuDNN want it. q.k stays the same;
     the scale must be that of the true width, and what comes out is cut again."""
-    return [F.pad(x, (0, -x.shape[-1] % 8)) for x in tensors]
+    return [F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x for x in tensors]  # F.pad by 0 would copy
 
 
 @cache
@@ -107,8 +109,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable
     its true length would have to be fetched from the device at every step."""
     batch, heads, time, width = q.shape
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves what comes from a LayerNorm in fp32
-    flat = [x.transpose(1, 2).reshape(batch * time, heads, -1) for x in pad_heads(q, k, v)]
-    out = (kernel or flash_kernel())(*flat, cu_seqlens, time, width**-0.5)
+    flat = [x.transpose(1, 2).reshape(batch * time, heads, width) for x in (q, k, v)]
+    out = (kernel or flash_kernel())(*pad_heads(*flat), cu_seqlens, time, width**-0.5)
     return out[..., :width].view(batch, time, heads, width).transpose(1, 2)
 
 
@@ -123,10 +125,13 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dropo
     return "varlen" if torch.cuda.get_device_capability(device)[0] >= 8 else "sdpa"  # what flash kernels need
 
 
-def preferred_kernels(device: torch.device):
-    """On compute capability 9 (Hopper) cuDNN's attention is about twice as fast as the one torch would take first."""
+def preferred_kernels(device: torch.device, masked: bool):
+    """On compute capability 9 (Hopper) cuDNN's attention is about twice as fast as the one torch would take first. Not
+    where there is a mask, nor before cuDNN 9.15.1: it has been wrong there (pytorch issues 196678, 169849)."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return contextlib.nullcontext()
+    if masked or (torch.backends.cudnn.version() or 0) <= 91500:
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
 

@@ -147,6 +147,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *args, **mask) -> Tensor:
         h = self.input_layernorm(x)  # one norm feeds both branches
+        if torch.is_autocast_enabled(h.device.type):  # once, or each of the four that read it would keep its own copy
+            h = h.to(torch.get_autocast_dtype(h.device.type))
         return self.dropout(self.self_attn(h, *args, **mask)) + self.dropout(self.mlp(h)) + x
 
 
@@ -161,11 +163,6 @@ class Trunk(nn.Module):
         self.final_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
 
-def _contexts(device: torch.device) -> tuple:
-    """Of forward (it has its own) and of computing it again."""
-    return nullcontext(), preferred_kernels(device)
-
-
 class Phi(nn.Module):
     """The causal language model.
 
@@ -173,7 +170,7 @@ class Phi(nn.Module):
     its input alone and computes it again in backward: a third more work, a fraction of the memory.
     """
 
-    recompute = False
+    recompute = compiled = False
 
     def __init__(self, cfg: PhiConfig, attention: str = "auto"):
         super().__init__()
@@ -210,6 +207,7 @@ class Phi(nn.Module):
 
     def compile_blocks(self, on: bool = True) -> None:
         """torch.compile every block in place (names and state_dict stay), or take it back."""
+        self.compiled = on
         for block in self.model.layers:
             if on:
                 block.compile(dynamic=False)
@@ -229,21 +227,23 @@ class Phi(nn.Module):
             assert cu_seqlens is None, "a KV cache holds one document per row"
             positions, visible = cache.positions(time), cache.visible(time)
         elif cu_seqlens is not None:
-            positions = document_positions(cu_seqlens).view(ids.shape)
+            positions = document_positions(cu_seqlens, ids.numel()).view(ids.shape)
             if backend not in ("documents", "varlen"):  # the mask is made once, for all layers
-                cu_seqlens, visible = None, same_document(cu_seqlens, len(ids))
+                cu_seqlens, visible = None, same_document(cu_seqlens, *ids.shape)
         else:
             positions = torch.arange(time, device=ids.device)[None]
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
         mask = {"cu_seqlens": cu_seqlens, "visible": visible, "backend": backend}
-        if backend == "varlen":
+        if backend == "varlen" and cu_seqlens is not None:
             mask["kernel"] = flash_kernel()  # found out here, not inside of what is compiled
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
-        with preferred_kernels(ids.device):
+        kernels = partial(preferred_kernels, ids.device, visible is not None)
+        eager = self.compiled and cache is not None  # decoding would be compiled anew for each length of the cache
+        with kernels(), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             for i, block in enumerate(self.model.layers):
                 if self.recompute and self.training:
-                    again = partial(_contexts, ids.device)  # the same kernels in backward
+                    again = lambda: (nullcontext(), kernels())  # noqa: E731  the same kernels in backward
                     x = checkpoint(block, x, rotary, i, None, use_reentrant=False, context_fn=again, **mask)
                 else:
                     x = block(x, rotary, i, cache, **mask)

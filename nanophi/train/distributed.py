@@ -97,7 +97,8 @@ def _add(tensors: list[Tensor]) -> list[Tensor]:
 
 def shard(model: Phi, world: World) -> None:
     """Split the model over the ranks, in place. A block is whole only while it computes; embedding, final norm and head
-    are whole from `hidden` until the end of backward, as the loss reads the head. The first `hidden` after it must not
+    are whole from `hidden` until the end of backward, as the loss reads the head. In half precision backward needs the
+    copies that autocast makes of all blocks; with --recompute they are made again. The first `hidden` after it must not
     be under inference_mode: FSDP2 (torch 2.13) cannot train then."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

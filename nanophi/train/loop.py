@@ -1,8 +1,8 @@
 """The one training loop: pretraining, SFT and DPO differ in the `loss_fn` and `batch_at` that they pass in.
 
 Everything about time is a pure function of the step: the batch, the learning rate. The state of a run is therefore the
-weights, the optimizers, the random generator and one integer, and a resumed run equals the unbroken one bit for bit.
-rundir.py keeps it on disk.
+weights, the optimizers, the random generator and one integer, and a resumed run equals the unbroken one bit for bit (on
+a GPU: where torch.use_deterministic_algorithms is on). rundir.py keeps it on disk.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def context_of(cfg: TrainConfig, model: Phi) -> int:
 
 
 def precision(cfg: TrainConfig, device: str):
-    """The autocast context of a run: bf16 or fp16 compute over fp32 weights, or nothing."""
+    """The autocast context of a run: bf16 or fp16 compute over fp32 weights, or nothing. A decorator too."""
     name = computes_in(cfg, device)
     return torch.autocast(device.split(":")[0], getattr(torch, name), enabled=name != "float32")
 
@@ -158,6 +158,7 @@ def train(
     assert cfg.attention in BACKENDS, f"attention {cfg.attention!r} is none of {', '.join(BACKENDS)}"
     model.attention, model.recompute = cfg.attention, cfg.recompute
     model.train()
+    loss_fn = precision(cfg, device)(loss_fn)  # and not backward, which knows the dtypes of forward
     if cfg.compile:
         model.compile_blocks()
     example = batch_at(0)
@@ -200,9 +201,8 @@ def train(
             factor = schedule(cfg.schedule, run.step, steps, cfg.warmup, cfg.decay)
             began = time.perf_counter()
             batch = batch_at(run.step)
-            with precision(cfg, device):
-                step = partial(accumulate, model, loss_fn, batch, cfg.micro_batch, world, run.scale)
-                line = step() if run.step > first or not cfg.compile else compiled_or_not(model, step, bar.say)
+            step = partial(accumulate, model, loss_fn, batch, cfg.micro_batch, world, run.scale)
+            line = step() if run.step > first or not cfg.compile else compiled_or_not(model, step, bar.say)
             line["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
             sound = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
             line["lr"] = run.update(factor, sound)
@@ -276,8 +276,7 @@ def overfit(model: Phi, loss_fn: LossFn, batch: Batch, cfg: TrainConfig, world: 
     the loss does not fall to a tenth."""
     optimizers, losses = build_optimizers(model, cfg.optimizer, cfg.lr, 0.0), []
     for _ in range(steps):
-        with precision(cfg, world.device):
-            losses.append(accumulate(model, loss_fn, batch, cfg.micro_batch, world)["loss"])
+        losses.append(accumulate(model, loss_fn, batch, cfg.micro_batch, world)["loss"])
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for optimizer in optimizers:
             optimizer.step()

@@ -17,15 +17,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanophi.model.phi import Phi
-from nanophi.train.packing import IGNORE, Batch
+from nanophi.train.packing import Batch
 
-CHUNK = 512  # tokens whose logits exist at once: 512 x V fp32 stays in a CPU's cache at V = 8192 (16 MB)
+CHUNK = 512  # tokens whose logits exist at once on a CPU, whose cache holds 512 x V fp32 at V = 8192 (16 MB)
+ON_A_GPU = 2**27  # logits at once there (0.5 GB): each chunk reads and writes the whole gradient of the head
 
 LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
 
+def chunk_size(vocabulary: int, device: str) -> int:
+    """Tokens whose logits exist at once."""
+    return CHUNK if device == "cpu" else max(CHUNK, ON_A_GPU // vocabulary)
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
-    """sum of -log softmax(hidden W^T + b)[target], never holding more than CHUNK rows of logits.
+    """sum of -log softmax(hidden W^T + b)[target], never holding more than a chunk of logits.
 
     The gradient of cross entropy is softmax - onehot, known as soon as the logits are, so forward computes it too
     (where `learning`) and backward only scales: the logits exist once, and are not recomputed.
@@ -38,9 +44,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         exact = torch.promote_types(hidden.dtype, torch.float32)  # of the softmax
         loss = torch.zeros((), dtype=exact, device=hidden.device)
-        for start in range(0, len(hidden), CHUNK):
-            rows = hidden[start : start + CHUNK]
-            target = targets[start : start + CHUNK, None]
+        chunk = chunk_size(len(weight), hidden.device.type)
+        for start in range(0, len(hidden), chunk):
+            rows = hidden[start : start + chunk]
+            target = targets[start : start + chunk, None]
             logits = torch.addmm(bias.to(rows.dtype), rows, compute.t()).to(exact)  # (chunk, V)
             of_target, largest = logits.gather(1, target), logits.amax(-1, keepdim=True)
             exps = logits.sub_(largest).exp_()  # in place: one (chunk, V) tensor, one exponential of it
@@ -52,7 +59,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
             d_bias += d_logits.sum(0)
             d_logits = d_logits.to(rows.dtype)
-            d_hidden[start : start + CHUNK] = d_logits @ compute
+            d_hidden[start : start + chunk] = d_logits @ compute
             if rows.dtype == d_weight.dtype:  # without a (V, D) product in between
                 d_weight.addmm_(d_logits.t(), rows)
             else:
@@ -76,25 +83,29 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Te
 
 def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     """Pretraining and SFT alike: cross entropy in nats over the positions that have a target."""
-    learned = batch.targets != IGNORE
-    hidden = model.hidden(batch.ids, batch.cu_seqlens)[learned]  # (N, D): the rest never reaches the head
-    loss = head_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, batch.targets[learned])
-    return loss, len(hidden), {}
+    hidden, targets = _learned(model, batch)
+    return head_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, targets), len(hidden), {}
+
+
+def _learned(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) and targets (N,) of the positions that have one: the rest never reaches the head."""
+    hidden = model.hidden(batch.ids, batch.cu_seqlens).flatten(0, 1)
+    return hidden.index_select(0, batch.learned), batch.targets.flatten()[batch.learned]
 
 
 def answer_logps(model: Phi, batch: Batch) -> Tensor:
-    """log p(answer | prompt) of each row, summed over its learned tokens: (B,). The logits of CHUNK tokens at once."""
-    learned = batch.targets != IGNORE
-    hidden = model.hidden(batch.ids, batch.cu_seqlens)[learned]
+    """log p(answer | prompt) of each row, summed over its learned tokens: (B,). The logits of a chunk at once."""
+    hidden, targets = _learned(model, batch)
+    chunk = chunk_size(model.cfg.vocab_size, hidden.device.type)
 
     def of(hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
 
     # What a token's gradient is multiplied by depends on the whole answer, so backward computes the logits again.
-    chunks = zip(hidden.split(CHUNK), batch.targets[learned].split(CHUNK), strict=True)
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     again = partial(checkpoint, of, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else of
     logps = torch.cat([again(*chunk) for chunk in chunks])  # (N,)
-    row = learned.nonzero()[:, 0]
+    row = batch.learned // batch.ids.shape[1]
     return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
 
 
@@ -153,7 +164,7 @@ def validation_loss(model: Phi, batches: Iterable[Batch], byte_lengths: list[int
 
     def loss_fn(model: Phi, batch: Batch):
         loss, count, _ = next_token_loss(model, batch)
-        return loss, count, {"bytes": lengths[batch.targets[batch.targets != IGNORE].cpu()].sum()}
+        return loss, count, {"bytes": lengths[batch.targets.flatten()[batch.learned].cpu()].sum()}
 
     means = validate(model, loss_fn, batches)
     bits_per_token, bytes_per_token = means["val_loss"] / math.log(2), means["val_bytes"]

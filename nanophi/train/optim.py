@@ -13,15 +13,17 @@ from nanophi.train.distributed import part_like, whole
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, so small singular values rise fast
 NS_STEPS = 5
+NS_NUMBERS = 2**25  # of the matrices iterated as one batch, which takes some 20 bytes for each
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Replace the singular values of each matrix (n, A, B) by about 1 (0.7 to 1.2), by Newton-Schulz iteration.
 
-    In bf16 on CUDA; in fp32 on a CPU, many of which compute bf16 several times slower.
+    In bf16 on GPUs that have it; in fp32 on a CPU, many of which compute bf16 several times slower.
     """
     a, b, c = NS_COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    half = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
+    x = matrices.bfloat16() if half else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -48,16 +50,21 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack([*map(whole, updates)])), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(update, p), alpha=-scale)
+                at_once = max(NS_NUMBERS // shape.numel(), 1)
+                for first in range(0, len(params), at_once):
+                    self._update(params[first : first + at_once], group)
+
+    def _update(self, params: list[Tensor], group: dict) -> None:
+        updates = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
+        scale = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
+        for p, update in zip(params, orthogonalize(torch.stack([*map(whole, updates)])), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(update, p), alpha=-scale)
 
 
 class Adafactor(Optimizer):

@@ -31,6 +31,11 @@ class Batch:
     cu_seqlens: Tensor  # (documents + 1,) int32, boundaries in the flattened batch, each multiple of T among them
     rows_per_sample: int = 1  # 2 for preference pairs: row 2i is chosen, row 2i + 1 rejected
     reference: Tensor | None = None
+    learned: Tensor | None = None  # (N,) where in the flattened batch there is a target; found here
+
+    def __post_init__(self):
+        if self.learned is None:  # on the CPU, as a GPU would have to be waited for
+            self.learned = (self.targets.flatten() != IGNORE).nonzero()[:, 0]
 
     def __len__(self) -> int:
         return len(self.ids) // self.rows_per_sample
@@ -51,12 +56,15 @@ class Batch:
             ids=self.ids[rows],
             targets=self.targets[rows],
             cu_seqlens=self.cu_seqlens[inside] - first,
+            learned=None,
             reference=None if self.reference is None else self.reference[rows],
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        moved = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if torch.device(device).type == "cuda":  # the copy goes on while the GPU still computes what came before
+            moved = {name: value.pin_memory() if value.device.type == "cpu" else value for name, value in moved.items()}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in moved.items()})
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
@@ -209,12 +217,13 @@ class Pair:
 
 
 class Pairs:
-    """Preference pairs as batches: row 2i holds the chosen answer of pair i, row 2i + 1 the rejected one."""
+    """Preference pairs as batches: row 2i holds the chosen answer of pair i, row 2i + 1 the rejected one. Rows are as
+    long as the longest of a batch, rounded up to a multiple: of 128, say, where each new length is compiled."""
 
-    def __init__(self, pairs: list[Pair], batch_pairs: int, seed: int):
+    def __init__(self, pairs: list[Pair], batch_pairs: int, seed: int, multiple: int = 1):
         if not pairs:
             raise UserError("there is no preference pair to learn from")
-        self.pairs, self.batch_pairs, self.seed = pairs, batch_pairs, seed
+        self.pairs, self.batch_pairs, self.seed, self.multiple = pairs, batch_pairs, seed, multiple
         self.reference: Tensor | None = None  # (pairs, 2), filled before training
 
     def __len__(self) -> int:
@@ -244,7 +253,7 @@ class Pairs:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         rows = [side for i in indices for side in (self.pairs[i].chosen, self.pairs[i].rejected)]
-        time = max(len(ids) for ids, _ in rows) - 1
+        time = -(-(max(len(ids) for ids, _ in rows) - 1) // self.multiple) * self.multiple
         ids = np.full((len(rows), time), PAD, dtype=np.int64)
         targets = np.full((len(rows), time), IGNORE, dtype=np.int64)
         boundaries = [0]

@@ -13,10 +13,15 @@ from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train.distributed import World, computes_in
+from nanophi.train.losses import chunk_size
+from nanophi.train.optim import NS_NUMBERS
 from nanophi.train.packing import IGNORE, PAD, Batch
 
 # Dense bf16 FLOP/s that the makers state; what MFU is measured against.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
+}  # fmt: skip
 # Bytes of optimizer state a parameter: Muon keeps momentum (of matrices), AdamW two moments, Adafactor next to nothing.
 STATE_BYTES = {"muon": 4.6, "adamw": 8, "adafactor": 0.1}
 
@@ -60,22 +65,32 @@ def peak_flops(device: str) -> float | None:
 
 
 def training_bytes(
-    cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool, shards: int = 1
+    cfg: PhiConfig,
+    optimizer: str,
+    rows: int,
+    context: int,
+    half: bool,
+    recompute: bool,
+    shards: int = 1,
+    device: str = "cpu",
 ) -> int:
-    """Estimate of the peak: fp32 weights, gradients, optimizer states; what backward needs of `rows` rows at once (per
-    token and layer some 10 D + F numbers, or D with --recompute); the head's gradient and one chunk of logits. Of a
-    model in several shards each rank has its part of the first, and embedding and head whole while it computes."""
+    """Estimate of the peak: fp32 weights, gradients, optimizer states; half-precision copies of the matrices; what
+    backward needs of `rows` rows at once (per token and layer some 10 D + F numbers, or D with --recompute); the head's
+    gradient and one chunk of logits, or else what Muon computes with. Of a model in several shards each rank has its
+    part of the first, and embedding and head whole while it computes."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Phi(cfg).parameters())
     width, mlp, tokens = cfg.hidden_size, cfg.intermediate_size, rows * context
     of_a_layer = (10 * width + mlp) * (2 if half else 4)
     layers = cfg.num_hidden_layers
     kept = layers * width * 4 + of_a_layer if recompute else layers * of_a_layer
-    head = cfg.vocab_size * (width * 4 + 512 * 8)
-    held = parameters * (8 + STATE_BYTES[optimizer]) / shards
+    chunk = min(chunk_size(cfg.vocab_size, device.split(":")[0]), tokens)
+    head = cfg.vocab_size * (width * 4 + chunk * 8)
+    held = parameters * (8 + STATE_BYTES[optimizer]) / shards + (2 * matrix_parameters(cfg) if half else 0)
     if shards > 1:
         held += 2 * cfg.vocab_size * width * 8
-    return int(held + tokens * kept + head)
+    iterated = 20 * min(NS_NUMBERS, layers * width * mlp) if optimizer == "muon" else 0
+    return int(held + max(tokens * kept + head, iterated))
 
 
 def available_bytes(device: str) -> int | None:
@@ -95,7 +110,7 @@ def check_memory(
     """The estimate, or a UserError that says what would fit."""
 
     def needs(optimizer: str, rows: int, recompute: bool) -> int:
-        return training_bytes(cfg, optimizer, rows, context, half, recompute, shards)
+        return training_bytes(cfg, optimizer, rows, context, half, recompute, shards, device)
 
     wanted = needs(optimizer, rows, recompute)
     free = available_bytes(device)
@@ -116,10 +131,10 @@ def check_memory(
     )
 
 
-def matrix_flops(device: str, half: bool) -> float:
+def matrix_flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products on this device, measured for a tenth of a second or so."""
     size = 8192 if device.startswith("cuda") else 1024  # large enough that waiting for the result does not count
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
     (a @ a)[0, 0].item()
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < 0.1:
@@ -139,10 +154,10 @@ def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World,
     context = batch.ids.shape[1]
     rows = min(cfg.micro_batch, -(-len(batch) // world.size)) * batch.rows_per_sample
     shards = world.size if cfg.shard else 1
-    memory = training_bytes(model.cfg, cfg.optimizer, rows, context, half, cfg.recompute, shards)
+    memory = training_bytes(model.cfg, cfg.optimizer, rows, context, half, cfg.recompute, shards, world.device)
     work = steps * batch.ids.numel() * flops_per_token(model.cfg, context)
     reached = 0.5  # of the speed of matrix products, as small models do
-    seconds = work / (reached * matrix_flops(world.device, half) * world.size)
+    seconds = work / (reached * matrix_flops(world.device, getattr(torch, computes_in(cfg, world.device))) * world.size)
     return (
         f"parameters: {'; '.join(groups)}\n"
         f"ahead: {steps:,} steps of {batch.ids.numel():,} tokens on {world.device}, about {duration(seconds)}, "

@@ -9,6 +9,7 @@ import torch
 
 from nanophi.model import attention
 from nanophi.model.attention import BACKENDS, attend, choose_backend, flash_kernel, same_document, varlen
+from nanophi.model.phi import KVCache
 from tests.conftest import tiny_model
 
 BOUNDARIES = torch.tensor([0, 5, 6, 16, 23, 32], dtype=torch.int32)  # two rows of 16; a document of one token
@@ -34,7 +35,7 @@ def stand_in(q, k, v, cu_seqlens, longest, scale):
 
 
 def by_hand(q, k, v):
-    return attend(q, k, v, visible=same_document(BOUNDARIES, 2), backend="manual")
+    return attend(q, k, v, visible=same_document(BOUNDARIES, 2, 16), backend="manual")
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "documents", "varlen"])
@@ -44,7 +45,9 @@ def test_backends_agree_forward_and_backward(backend, monkeypatch):
     for name in ("manual", backend):
         q, k, v = inputs()
         mask = (
-            {"cu_seqlens": BOUNDARIES} if name in ("documents", "varlen") else {"visible": same_document(BOUNDARIES, 2)}
+            {"cu_seqlens": BOUNDARIES}
+            if name in ("documents", "varlen")
+            else {"visible": same_document(BOUNDARIES, 2, 16)}
         )
         out = attend(q, k, v, backend=name, **mask)
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
@@ -134,6 +137,30 @@ def test_causal_lets_the_documents_of_a_row_see_each_other():
     assert torch.equal(model(ids, BOUNDARIES), model(ids))
 
 
+def test_varlen_is_plain_causal_where_nothing_is_packed():
+    """Sampling during bf16 training on a GPU would have ended in an AttributeError: there are no boundaries to mark."""
+    ids = torch.arange(7, 39).view(2, 16)
+    model, manual = tiny_model(), tiny_model()
+    model.attention, manual.attention = "varlen", "manual"
+    assert (model(ids) - manual(ids)).abs().max() < 1e-5
+    cache = KVCache(model.cfg, 2, 16, model.lm_head.weight)
+    assert (model(ids, cache=cache) - manual(ids)).abs().max() < 1e-5
+
+
+def test_in_half_precision_the_branches_share_one_copy_of_their_input():
+    """Autocast would make one for each of q, k, v and fc1, and backward keeps them all: a fifth of the activations."""
+    model, kept = tiny_model().train(), {}
+
+    def saved(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        model.hidden(torch.arange(7, 31).view(2, 12))
+    inputs = [x for x in kept.values() if x.shape == (24, model.cfg.hidden_size) and x.dtype == torch.bfloat16]
+    assert len(inputs) == 2 * model.cfg.num_hidden_layers  # of the four matrices that read it, and of the dense one
+
+
 def test_recomputing_changes_no_number():
     ids = torch.arange(7, 39).view(2, 16)
     gradients = []
@@ -153,7 +180,7 @@ def test_flash_on_a_device_is_the_manual_path(width):
     q, k, v = (x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in inputs(width))
     boundaries = BOUNDARIES.cuda()
     got = varlen(q, k, v, boundaries)
-    want = attend(q, k, v, visible=same_document(boundaries, 2), backend="manual")
+    want = attend(q, k, v, visible=same_document(boundaries, 2, 16), backend="manual")
     assert (got - want).abs().max() < 2e-2
     for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v)), strict=True):
         assert (a - b).abs().max() < 5e-2

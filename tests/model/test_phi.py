@@ -103,8 +103,8 @@ def packed(seed=0):
 
 def test_boundaries_become_documents_and_positions():
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
-    assert document_index(cu).tolist() == [0, 0, 1, 1, 1]
-    assert document_positions(cu).tolist() == [0, 1, 0, 1, 2]
+    assert document_index(cu, 5).tolist() == [0, 0, 1, 1, 1]
+    assert document_positions(cu, 5).tolist() == [0, 1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("attention", ["manual", "sdpa", "documents"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanophi.cli import UserError
+from nanophi.infer.generate import generate
 from nanophi.train import loop, rundir
 from nanophi.train.distributed import World
 from nanophi.train.faults import BAD_BATCH, MEMORY, STREAK, Faults
@@ -142,6 +143,25 @@ def test_compiled_blocks_learn_the_same(tmp_path):
         train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path / name, steps=3, compile=compile))
     a, b = ([line["loss"] for line in lines_of(tmp_path / name)] for name in ("plain", "compiled"))
     assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_sampling_from_a_compiled_model_compiles_nothing():
+    """Each length of the cache was compiled, until the limit of recompilations also left validation uncompiled."""
+    from torch._dynamo.utils import counters
+
+    model = tiny_model()
+    model.compile_blocks()
+    ids = torch.arange(7, 39).view(2, 16)
+    model(ids)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    generate(model, [7, 8, 9], max_new_tokens=4)
+    assert counters["stats"]["unique_graphs"] == compiled
+    model(ids[:1, :8])
+    assert counters["stats"]["unique_graphs"] > compiled
 
 
 def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):

@@ -105,6 +105,8 @@ def test_cutting_a_batch_loses_nothing():
     assert torch.equal(torch.cat([part.ids for part in parts]), batch.ids)
     lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
     assert torch.equal(lengths, batch.cu_seqlens.diff())
+    learned = [part.targets.flatten()[part.learned] for part in parts]
+    assert torch.equal(torch.cat(learned), batch.targets[batch.targets != IGNORE])
 
 
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=60))
@@ -142,6 +144,10 @@ def test_pairs_share_a_batch_row_by_row():
     assert second.reference.tolist() == [-3, -4]
     order = [data.batch_at(0).ids[0, 2].item(), data.batch_at(0).ids[2, 2].item()]
     assert sorted(order) == [13, 14]  # an epoch holds each pair once
+    longer = Pairs(data.pairs, 2, seed=0, multiple=4).batch([0, 1])
+    assert longer.ids.shape == (4, 8)
+    assert longer.cu_seqlens.tolist() == [0, 3, 8, 13, 16, 21, 24, 27, 32]
+    assert torch.equal(longer.targets[:, :5], batch.targets)
 
 
 def test_nothing_to_learn_is_said():
