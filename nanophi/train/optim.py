@@ -36,15 +36,20 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class Muon(Optimizer):
     """Momentum whose update is orthogonalized (Jordan et al. 2024), scaled to AdamW's size: 0.2 sqrt(max(A, B)) lr
     (Liu et al. 2025, "Muon is scalable", eq. 4). 2-D parameters only; those of one shape are iterated as one batch.
-    An update needs its whole matrix: where it is sharded, every rank gathers it and does the same work."""
+    Momentum grows from 0.85 in `rising` steps, as gradients change quickly at first. An update needs its whole matrix:
+    where it is sharded, every rank gathers it and does the same work."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, rising: int = 0):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rising": rising, "steps": 0}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None
         for group in self.param_groups:
+            risen = min(group["steps"] / group["rising"], 1) if group["rising"] else 1
+            momentum = 0.85 + (group["momentum"] - 0.85) * risen
+            group["steps"] += 1
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -52,16 +57,16 @@ class Muon(Optimizer):
             for shape, params in shapes.items():
                 at_once = max(NS_NUMBERS // shape.numel(), 1)
                 for first in range(0, len(params), at_once):
-                    self._update(params[first : first + at_once], group)
+                    self._update(params[first : first + at_once], group, momentum)
 
-    def _update(self, params: list[Tensor], group: dict) -> None:
+    def _update(self, params: list[Tensor], group: dict, momentum: float) -> None:
         updates = []
         for p in params:
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
+            state["momentum"].lerp_(p.grad, 1 - momentum)
+            updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov
         scale = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
         for p, update in zip(params, orthogonalize(torch.stack([*map(whole, updates)])), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(update, p), alpha=-scale)
@@ -114,7 +119,7 @@ def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float
     if name == "muon":
         matrices = [p for p in params if id(p) in in_blocks]
         return [
-            Muon(matrices, lr=lr, weight_decay=weight_decay),
+            Muon(matrices, lr=lr, weight_decay=weight_decay, rising=300),
             _adamw([p for p in params if id(p) not in in_blocks], lr / 2, weight_decay),
         ]
     if name == "adamw":

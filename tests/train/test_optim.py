@@ -43,6 +43,17 @@ def test_muon_decays_weights_as_torchs_does():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_the_momentum_of_muon_rises():
+    rising, oracle = (torch.nn.Parameter(torch.ones(4, 8)) for _ in range(2))
+    mine, fixed = Muon([rising], lr=0.1, rising=2), Muon([oracle], lr=0.1)
+    for momentum in (0.85, 0.90, 0.95, 0.95):
+        rising.grad = oracle.grad = torch.randn(4, 8)
+        fixed.param_groups[0]["momentum"] = momentum
+        mine.step()
+        fixed.step()
+        torch.testing.assert_close(rising, oracle)
+
+
 def test_muon_iterates_a_few_matrices_at_once(monkeypatch):
     """All of one shape at once once took some 20 bytes for each of their numbers: 13 GB for Phi-2."""
     found = []
