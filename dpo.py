@@ -89,7 +89,7 @@ def main(cfg: Config) -> Phi:
     model.attention = cfg.attention
     model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
     pairs, held_out = read_pairs(cfg.data, tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
-    multiple = 128 if cfg.compile else 1
+    multiple = max(128, context_of(cfg, model) // 4) if cfg.compile else 1  # few lengths to compile
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple)
     data_id = f"{data.data_id}-{digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))}"
     validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple) if held_out else None

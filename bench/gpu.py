@@ -49,7 +49,7 @@ def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool
     rng = np.random.default_rng(0)
     documents = [rng.integers(7, shape.vocab_size, n) for n in rng.integers(50, 600, cfg.tokens // 200)]
     rows = max(cfg.tokens // context, 1)
-    batch = Packed(documents, context, rows, 0).batch_at(0).to(cfg.device)
+    batch = Packed(documents, context, rows, 0).batch_at(0)
     optimizers, world = build_optimizers(model, "adamw", 1e-4, 0.1), World(0, 1, cfg.device)
     loss_fn = torch.autocast(world.device.split(":")[0], torch.bfloat16)(next_token_loss)
     times = []
@@ -88,7 +88,7 @@ def main(cfg: Config) -> None:
                     try:
                         cells = measure(cfg, preset, context, backend, compiled)
                     except Exception as error:  # one row that does not run must not cost the others
-                        cells = [f"{type(error).__name__}: {str(error)[:60].splitlines()[:1]}", "", ""]
+                        cells = [f"{type(error).__name__}: {' '.join(str(error).split())[:60]}", "", ""]
                     how = "compiled" if compiled else "eager"
                     print(f"| {preset} | {context} | {backend} | {how} | {' | '.join(cells)} |", flush=True)
 

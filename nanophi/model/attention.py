@@ -128,10 +128,11 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dropo
 def preferred_kernels(device: torch.device, masked: bool):
     """On compute capability 9 (Hopper) cuDNN's attention is about twice as fast as the one torch would take first. Not
     where there is a mask, nor before cuDNN 9.15.1: it has been wrong there (pytorch issues 196678, 169849)."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return contextlib.nullcontext()
-    if masked or (torch.backends.cudnn.version() or 0) <= 91500:
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if capability >= 9 and (masked or (torch.backends.cudnn.version() or 0) <= 91500):
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    if capability != 9:
+        return contextlib.nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
 

@@ -171,7 +171,8 @@ def join(device: str) -> World:
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        atexit.register(_leave)
+        if backend == "gloo":  # with nccl, a rank that fails alone would wait here for the others
+            atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

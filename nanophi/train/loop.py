@@ -2,7 +2,7 @@
 
 Everything about time is a pure function of the step: the batch, the learning rate. The state of a run is therefore the
 weights, the optimizers, the random generator and one integer, and a resumed run equals the unbroken one bit for bit (on
-a GPU: where torch.use_deterministic_algorithms is on). rundir.py keeps it on disk.
+a GPU up to rounding: its attention adds up in an order that varies). rundir.py keeps it on disk.
 """
 
 import contextlib
@@ -105,10 +105,11 @@ def context_of(cfg: TrainConfig, model: Phi) -> int:
     return cfg.context or longest
 
 
-def precision(cfg: TrainConfig, device: str):
-    """The autocast context of a run: bf16 or fp16 compute over fp32 weights, or nothing. A decorator too."""
+def precision(cfg: TrainConfig, device: str, cache: bool = True):
+    """The autocast context of a run: bf16 or fp16 compute over fp32 weights, or nothing. A decorator too. cache: keep
+    the weights' half-precision copies until the end of it, which one forward pass has no use for."""
     name = computes_in(cfg, device)
-    return torch.autocast(device.split(":")[0], getattr(torch, name), enabled=name != "float32")
+    return torch.autocast(device.split(":")[0], getattr(torch, name), enabled=name != "float32", cache_enabled=cache)
 
 
 class _Interrupts:
@@ -158,7 +159,7 @@ def train(
     assert cfg.attention in BACKENDS, f"attention {cfg.attention!r} is none of {', '.join(BACKENDS)}"
     model.attention, model.recompute = cfg.attention, cfg.recompute
     model.train()
-    loss_fn = precision(cfg, device)(loss_fn)  # and not backward, which knows the dtypes of forward
+    loss_fn = precision(cfg, device, cache=False)(loss_fn)  # and not backward, which knows the dtypes of forward
     if cfg.compile:
         model.compile_blocks()
     example = batch_at(0)
@@ -178,8 +179,7 @@ def train(
         print(overfit(model, loss_fn, example, cfg, world))
         return model
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
-    half = computes_in(cfg, device) != "float32"
-    print(preflight.outlook(model, optimizers, cfg, example, steps, world, half))
+    print(preflight.outlook(model, optimizers, cfg, example, steps, world))
     flops, peak = preflight.flops_per_token(model.cfg, example.ids.shape[1]), preflight.peak_flops(device)
     run = Run(model, optimizers, cfg, tok, data_id, world)
     torch.manual_seed(cfg.seed + 10_007 * world.rank)  # of dropout; a resumed run gets the state it had

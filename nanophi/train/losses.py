@@ -20,14 +20,14 @@ from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
 
 CHUNK = 512  # tokens whose logits exist at once on a CPU, whose cache holds 512 x V fp32 at V = 8192 (16 MB)
-ON_A_GPU = 2**27  # logits at once there (0.5 GB): each chunk reads and writes the whole gradient of the head
+ON_A_GPU = 2**27  # logits at once there (1.6 GB, all told): each chunk reads and writes the whole gradient of the head
 
 LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
 
-def chunk_size(vocabulary: int, device: str) -> int:
-    """Tokens whose logits exist at once."""
-    return CHUNK if device == "cpu" else max(CHUNK, ON_A_GPU // vocabulary)
+def chunk_size(vocabulary: int, device: str, dtype: torch.dtype) -> int:
+    """Tokens whose logits exist at once; few in fp16, where the sum of their gradients could overflow."""
+    return CHUNK if device == "cpu" or dtype == torch.float16 else max(CHUNK, ON_A_GPU // vocabulary)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -44,7 +44,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         exact = torch.promote_types(hidden.dtype, torch.float32)  # of the softmax
         loss = torch.zeros((), dtype=exact, device=hidden.device)
-        chunk = chunk_size(len(weight), hidden.device.type)
+        chunk = chunk_size(len(weight), hidden.device.type, hidden.dtype)
         for start in range(0, len(hidden), chunk):
             rows = hidden[start : start + chunk]
             target = targets[start : start + chunk, None]
@@ -96,15 +96,14 @@ def _learned(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
 def answer_logps(model: Phi, batch: Batch) -> Tensor:
     """log p(answer | prompt) of each row, summed over its learned tokens: (B,). The logits of a chunk at once."""
     hidden, targets = _learned(model, batch)
-    chunk = chunk_size(model.cfg.vocab_size, hidden.device.type)
+    chunk = chunk_size(model.cfg.vocab_size, hidden.device.type, hidden.dtype)
 
-    def of(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
+    def of(rows: Tensor, wanted: Tensor) -> Tensor:
+        return -F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
 
     # What a token's gradient is multiplied by depends on the whole answer, so backward computes the logits again.
-    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    again = partial(checkpoint, of, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else of
-    logps = torch.cat([again(*chunk) for chunk in chunks])  # (N,)
+    again = partial(checkpoint, of, use_reentrant=False, preserve_rng_state=False)
+    logps = torch.cat([*map(again, hidden.split(chunk), targets.split(chunk))])  # (N,)
     row = batch.learned // batch.ids.shape[1]
     return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
 

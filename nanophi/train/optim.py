@@ -13,7 +13,8 @@ from nanophi.train.distributed import part_like, whole
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, so small singular values rise fast
 NS_STEPS = 5
-NS_NUMBERS = 2**25  # of the matrices iterated as one batch, which takes some 20 bytes for each
+NS_NUMBERS = 2**25  # of the matrices iterated together, which takes some 36 bytes for each
+FIRST_MOMENTUM = 0.85
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -35,20 +36,25 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 class Muon(Optimizer):
     """Momentum whose update is orthogonalized (Jordan et al. 2024), scaled to AdamW's size: 0.2 sqrt(max(A, B)) lr
-    (Liu et al. 2025, "Muon is scalable", eq. 4). 2-D parameters only; those of one shape are iterated as one batch.
-    Momentum grows from 0.85 in `rising` steps, as gradients change quickly at first. An update needs its whole matrix:
-    where it is sharded, every rank gathers it and does the same work."""
+    (Liu et al. 2025, "Muon is scalable", eq. 4). 2-D parameters only; those of one shape are iterated together.
+    Momentum grows from FIRST_MOMENTUM in `rising` steps, as gradients change quickly at first. An update needs its
+    whole matrix: where it is sharded, every rank gathers it and does the same work."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, rising: int = 0):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rising": rising, "steps": 0}
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # states saved before momentum rose
+            group["rising"], group["steps"] = group.get("rising", 0), group.get("steps", 0)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None
         for group in self.param_groups:
             risen = min(group["steps"] / group["rising"], 1) if group["rising"] else 1
-            momentum = 0.85 + (group["momentum"] - 0.85) * risen
+            momentum = FIRST_MOMENTUM + (group["momentum"] - FIRST_MOMENTUM) * risen
             group["steps"] += 1
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:

@@ -8,9 +8,10 @@ begins with the last token of the piece before as its input, so each token after
 once per epoch. Pieces are put into rows by best fit, once; each epoch visits the rows in a new order.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -31,11 +32,10 @@ class Batch:
     cu_seqlens: Tensor  # (documents + 1,) int32, boundaries in the flattened batch, each multiple of T among them
     rows_per_sample: int = 1  # 2 for preference pairs: row 2i is chosen, row 2i + 1 rejected
     reference: Tensor | None = None
-    learned: Tensor | None = None  # (N,) where in the flattened batch there is a target; found here
+    learned: Tensor = field(init=False)  # (N,) where in the flattened batch there is a target
 
-    def __post_init__(self):
-        if self.learned is None:  # on the CPU, as a GPU would have to be waited for
-            self.learned = (self.targets.flatten() != IGNORE).nonzero()[:, 0]
+    def __post_init__(self):  # on the CPU, as a GPU would have to be waited for
+        self.learned = (self.targets.flatten() != IGNORE).nonzero()[:, 0]
 
     def __len__(self) -> int:
         return len(self.ids) // self.rows_per_sample
@@ -56,15 +56,16 @@ class Batch:
             ids=self.ids[rows],
             targets=self.targets[rows],
             cu_seqlens=self.cu_seqlens[inside] - first,
-            learned=None,
             reference=None if self.reference is None else self.reference[rows],
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        if torch.device(device).type == "cuda":  # the copy goes on while the GPU still computes what came before
-            moved = {name: value.pin_memory() if value.device.type == "cpu" else value for name, value in moved.items()}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in moved.items()})
+        cuda, moved = torch.device(device).type == "cuda", copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):  # from pinned memory it is copied while the GPU still computes
+                value = value.pin_memory() if cuda and not value.is_cuda else value
+                setattr(moved, name, value.to(device, non_blocking=cuda))
+        return moved
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from nanophi.train.packing import IGNORE, PAD, Batch
 
 # Dense bf16 FLOP/s that the makers state; what MFU is measured against.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
     "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
 }  # fmt: skip
 # Bytes of optimizer state a parameter: Muon keeps momentum (of matrices), AdamW two moments, Adafactor next to nothing.
@@ -74,22 +74,23 @@ def training_bytes(
     shards: int = 1,
     device: str = "cpu",
 ) -> int:
-    """Estimate of the peak: fp32 weights, gradients, optimizer states; half-precision copies of the matrices; what
-    backward needs of `rows` rows at once (per token and layer some 10 D + F numbers, or D with --recompute); the head's
-    gradient and one chunk of logits, or else what Muon computes with. Of a model in several shards each rank has its
-    part of the first, and embedding and head whole while it computes."""
+    """Estimate of the peak: fp32 weights, gradients, optimizer states; what backward needs: the half-precision copies
+    of the matrices, and of `rows` rows at once per token and layer some 10 D + F numbers, or D with --recompute; the
+    head's gradient and one chunk of logits, or else what Muon computes with. Of a model in several shards each rank has
+    its part of the first, and embedding and head whole while it computes."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Phi(cfg).parameters())
     width, mlp, tokens = cfg.hidden_size, cfg.intermediate_size, rows * context
     of_a_layer = (10 * width + mlp) * (2 if half else 4)
     layers = cfg.num_hidden_layers
     kept = layers * width * 4 + of_a_layer if recompute else layers * of_a_layer
-    chunk = min(chunk_size(cfg.vocab_size, device.split(":")[0]), tokens)
-    head = cfg.vocab_size * (width * 4 + chunk * 8)
-    held = parameters * (8 + STATE_BYTES[optimizer]) / shards + (2 * matrix_parameters(cfg) if half else 0)
+    chunk = min(chunk_size(cfg.vocab_size, device.split(":")[0], torch.bfloat16 if half else torch.float32), tokens)
+    head = cfg.vocab_size * (width * 4 + chunk * 12)
+    held = parameters * (8 + STATE_BYTES[optimizer]) / shards
+    held += 2 * matrix_parameters(cfg) if half and not recompute else 0
     if shards > 1:
         held += 2 * cfg.vocab_size * width * 8
-    iterated = 20 * min(NS_NUMBERS, layers * width * mlp) if optimizer == "muon" else 0
+    iterated = 36 * min(max(NS_NUMBERS, width * mlp), layers * width * mlp) if optimizer == "muon" else 0
     return int(held + max(tokens * kept + head, iterated))
 
 
@@ -143,7 +144,7 @@ def matrix_flops(device: str, dtype: torch.dtype) -> float:
     return products * 2 * size**3 / (time.perf_counter() - started)
 
 
-def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World, half: bool) -> str:
+def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World) -> str:
     """What a run prints before it begins: parameter groups, memory, time. cfg: a TrainConfig."""
     groups = []
     for optimizer in optimizers:
@@ -151,17 +152,17 @@ def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World,
             count = sum(p.numel() for p in group["params"])
             decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
             groups.append(f"{type(optimizer).__name__} {count:,} in {len(group['params'])} tensors ({decay})")
-    context = batch.ids.shape[1]
+    context, dtype = batch.ids.shape[1], computes_in(cfg, world.device)
     rows = min(cfg.micro_batch, -(-len(batch) // world.size)) * batch.rows_per_sample
     shards = world.size if cfg.shard else 1
-    memory = training_bytes(model.cfg, cfg.optimizer, rows, context, half, cfg.recompute, shards, world.device)
+    shape = (model.cfg, cfg.optimizer, rows, context, dtype != "float32", cfg.recompute, shards, world.device)
     work = steps * batch.ids.numel() * flops_per_token(model.cfg, context)
     reached = 0.5  # of the speed of matrix products, as small models do
-    seconds = work / (reached * matrix_flops(world.device, getattr(torch, computes_in(cfg, world.device))) * world.size)
+    seconds = work / (reached * matrix_flops(world.device, getattr(torch, dtype)) * world.size)
     return (
         f"parameters: {'; '.join(groups)}\n"
         f"ahead: {steps:,} steps of {batch.ids.numel():,} tokens on {world.device}, about {duration(seconds)}, "
-        f"peak memory about {memory / 1e9:.2f} GB"
+        f"peak memory about {training_bytes(*shape) / 1e9:.2f} GB"
     )
 
 

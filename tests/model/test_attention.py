@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from nanophi.model import attention
-from nanophi.model.attention import BACKENDS, attend, choose_backend, flash_kernel, same_document, varlen
+from nanophi.model.attention import (
+    BACKENDS,
+    attend,
+    choose_backend,
+    flash_kernel,
+    preferred_kernels,
+    same_document,
+    varlen,
+)
 from nanophi.model.phi import KVCache
 from tests.conftest import tiny_model
 
@@ -113,6 +121,18 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch):
     assert choose_backend("manual", cuda, torch.bfloat16) == "manual"
     capability[:] = [7, 5]  # a T4 has tensor cores for fp16, and no flash kernel runs on it
     assert choose_backend("auto", cuda, torch.float16) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "masked", "taken"),
+    [(9, 91900, False, True), (9, 91900, True, False), (9, 91002, False, False), (10, 91900, True, False)],
+)
+def test_cudnn_is_taken_where_it_is_right(capability, cudnn, masked, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    with preferred_kernels(torch.device("cuda"), masked):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == taken
+        assert torch.backends.cuda.math_sdp_enabled()
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"varlen", "causal"}))

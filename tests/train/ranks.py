@@ -1,6 +1,7 @@
 """What tests/train/test_distributed.py runs under torchrun, or alone: `ranks.py OUT TASK`."""
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -23,7 +24,10 @@ out, task = Path(sys.argv[1]), sys.argv[2]
 @atexit.register
 def write_threads():
     """What runs beside Python when it ends, after `join` has tidied up."""
-    threads = [(thread / "comm").read_text() for thread in Path("/proc/self/task").glob("*")]
+    threads = []
+    for thread in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            threads.append((thread / "comm").read_text())
     (out / f"threads-{os.environ.get('RANK', 0)}").write_text("".join(threads))
 
 

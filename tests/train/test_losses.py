@@ -83,17 +83,14 @@ def test_answer_logps_hold_one_chunk_of_logits(tok, monkeypatch):
     batch, found = Pairs(preference_pairs(tok), 4, 0).batch(range(4)), {}
     for chunk in (CHUNK, 7):
         monkeypatch.setattr("nanophi.train.losses.CHUNK", chunk)
-        model, rows_of_logits = tiny_model(), []
-
-        def saved(x, rows_of_logits=rows_of_logits):
-            if x.shape[-1] == 448 and x.dim() == 2:
-                rows_of_logits.append(len(x))
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
+        model, computed, kept = tiny_model(), [], []
+        model.lm_head.register_forward_hook(lambda module, rows, logits, seen=computed: seen.append(len(logits)))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
             logps = answer_logps(model, batch)
         (logps * torch.arange(1.0, 9)).sum().backward()
-        assert max(rows_of_logits, default=0) <= chunk
+        assert max(computed) <= chunk
+        assert sum(computed) == 2 * len(batch.learned)  # once more in backward ...
+        assert not [x for x in kept if x.shape[1:] == (448,)]  # ... as they were not kept
         found[chunk] = [logps, *(p.grad for p in model.parameters())]
     for whole, chunked in zip(*found.values(), strict=True):
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)

@@ -54,16 +54,35 @@ def test_the_momentum_of_muon_rises():
         torch.testing.assert_close(rising, oracle)
 
 
+def test_a_state_saved_before_momentum_rose_goes_on_as_it_was():
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    state = Muon([p], lr=0.1).state_dict()
+    del state["param_groups"][0]["rising"], state["param_groups"][0]["steps"]
+    resumed = Muon([p], lr=0.1, rising=300)
+    resumed.load_state_dict(state)
+    p.grad = torch.ones(4, 8)
+    resumed.step()
+    assert resumed.param_groups[0]["rising"] == 0
+
+
 def test_muon_iterates_a_few_matrices_at_once(monkeypatch):
-    """All of one shape at once once took some 20 bytes for each of their numbers: 13 GB for Phi-2."""
-    found = []
+    """All of one shape at once took tens of bytes for each of their numbers: more than 13 GB for Phi-2."""
+    found, together = [], []
+
+    def counted(matrices, iterate=optim.orthogonalize):
+        together[-1].append(len(matrices))
+        return iterate(matrices)
+
+    monkeypatch.setattr(optim, "orthogonalize", counted)
     for numbers in (optim.NS_NUMBERS, 2 * 4 * 8, 1):
         monkeypatch.setattr(optim, "NS_NUMBERS", numbers)
+        together.append([])
         params = [torch.nn.Parameter(torch.ones(4, 8)) for _ in range(5)]
         for i, p in enumerate(params):
             p.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(i))
         Muon(params, lr=0.1).step()
         found.append(torch.stack([p.detach() for p in params]))
+    assert together == [[5], [2, 2, 1], [1] * 5]
     assert (found[0][0] - found[0][1]).abs().max() > 1e-3
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])

@@ -43,6 +43,10 @@ def test_memory_is_estimated_and_too_much_refused_with_what_would_fit(monkeypatc
     assert training_bytes(cfg, "adamw", 1, 512, False, False) > few
     half, again = (training_bytes(cfg, "muon", 8, 512, True, recompute) for recompute in (False, True))
     assert many > half > again
+    on_a_gpu = training_bytes(cfg, "muon", 8, 512, True, False, device="cuda:0")
+    assert on_a_gpu - half == (4096 - 512) * 12 * 32768  # the logits of all tokens
+    few_tokens = training_bytes(PhiConfig.preset("phi-2"), "muon", 1, 8, False, False)
+    assert few_tokens == pytest.approx(2779.7e6 * 12.6 + 36 * 2**25, rel=1e-3)  # what Muon iterates with
     assert check_memory(cfg, "muon", 1, 512, False, False, "cpu") == few
     with pytest.raises(UserError, match=r"takes about \d+\.\d GB, 8\.0 GB are free on cpu: try --micro-batch 1 \("):
         check_memory(cfg, "muon", 64, 512, False, False, "cpu")
