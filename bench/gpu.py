@@ -13,6 +13,7 @@ import gc
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Config:
     tokens: int = flag(65536, at_least=1, help="tokens of a step, held at once")
     steps: int = flag(12, at_least=4, help="steps of each row; the first three are not counted")
     compile: bool = flag(True, help="also with torch.compile")
-    device: str = flag("cuda", help="cpu to try the bench itself")
+    device: Literal["cuda", "cpu"] = flag("cuda", help="cpu to try the bench itself")
 
 
 def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool) -> list[str]:
@@ -51,7 +52,7 @@ def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool
     rows = max(cfg.tokens // context, 1)
     batch = Packed(documents, context, rows, 0).batch_at(0)
     optimizers, world = build_optimizers(model, "adamw", 1e-4, 0.1), World(0, 1, cfg.device)
-    loss_fn = torch.autocast(world.device.split(":")[0], torch.bfloat16)(next_token_loss)
+    loss_fn = torch.autocast(cfg.device, torch.bfloat16, cache_enabled=False)(next_token_loss)
     times = []
     for _ in range(cfg.steps):
         started = time.perf_counter()
@@ -59,20 +60,20 @@ def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        if cfg.device != "cpu":
+        if cfg.device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     speed = batch.real_tokens / statistics.median(times[3:])
     peak = peak_flops(cfg.device)
     share = f"{speed * flops_per_token(shape, context) / peak:.1%}" if peak else ""
-    memory = torch.cuda.max_memory_allocated() / 1e9 if cfg.device != "cpu" else 0
+    memory = torch.cuda.max_memory_allocated() / 1e9 if cfg.device == "cuda" else 0
     return [f"{speed:,.0f}", share, f"{memory:.1f}"]
 
 
 def main(cfg: Config) -> None:
-    if cfg.device != "cpu" and not torch.cuda.is_available():
+    if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device; --device cpu tries the bench itself")
-    name = torch.cuda.get_device_name() if cfg.device != "cpu" else "CPU"
+    name = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {datetime.date.today()}\n")
     print("| preset | context | attention | | tokens/s | MFU | peak GB |")
     print("|---|---|---|---|---|---|---|")
@@ -82,7 +83,7 @@ def main(cfg: Config) -> None:
                 for compiled in (False, True) if cfg.compile else (False,):
                     torch._dynamo.reset()  # or the graphs of the rows before would count against this one's limit
                     gc.collect()  # compiled blocks are in cycles
-                    if cfg.device != "cpu":
+                    if cfg.device == "cuda":
                         torch.cuda.empty_cache()
                         torch.cuda.reset_peak_memory_stats()
                     try:
