@@ -26,7 +26,8 @@ LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
 
 def chunk_size(vocabulary: int, device: str, dtype: torch.dtype) -> int:
-    """Tokens whose logits exist at once; few in fp16, where the sum of their gradients could overflow."""
+    """Tokens whose logits exist at once, by the type of the device ("cpu", "cuda") and the dtype of the hidden states;
+    few in fp16, where the sum of their gradients could overflow."""
     return CHUNK if device == "cpu" or dtype == torch.float16 else max(CHUNK, ON_A_GPU // vocabulary)
 
 
