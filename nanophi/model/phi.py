@@ -34,6 +34,7 @@ from nanophi.model.attention import (
     same_document,
 )
 from nanophi.model.config import PhiConfig
+from nanophi.model.linear import Linear
 
 MASKED_BIAS = -1e4  # lm_head.bias of ids that no tokenizer uses: a probability of exactly 0 in every dtype, and finite
 
@@ -100,10 +101,10 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg = cfg
         kv_dim = cfg.num_key_value_heads * cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-        self.k_proj = nn.Linear(cfg.hidden_size, kv_dim)
-        self.v_proj = nn.Linear(cfg.hidden_size, kv_dim)
-        self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.q_proj = Linear(cfg.hidden_size, cfg.hidden_size)
+        self.k_proj = Linear(cfg.hidden_size, kv_dim)
+        self.v_proj = Linear(cfg.hidden_size, kv_dim)
+        self.dense = Linear(cfg.hidden_size, cfg.hidden_size)
         if cfg.qk_layernorm:
             self.q_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
             self.k_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
@@ -124,8 +125,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg: PhiConfig):
         super().__init__()
-        self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
-        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+        self.fc1 = Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)  # torch's: a checkpoint stops before its product
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)  # (B, T, F), the largest tensor of a block
@@ -216,8 +217,7 @@ class Phi(nn.Module):
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the states before the head (B, T, D): what the chunked loss reads. Arguments as `forward`."""
-        weight, time, visible = self.lm_head.weight, ids.shape[1], None
-        device = ids.device.type
+        weight, time, device, visible = self.lm_head.weight, ids.shape[1], ids.device.type, None
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         dropout = self.cfg.attention_dropout if self.training else 0.0
         backend = choose_backend(self.attention, ids.device, dtype, dropout)

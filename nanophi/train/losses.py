@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nanophi.model.linear import product
 from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
 
@@ -49,7 +50,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = hidden[start : start + chunk]
             target = targets[start : start + chunk, None]
-            logits = torch.addmm(bias.to(rows.dtype), rows, compute.t()).to(exact)  # (chunk, V)
+            logits = product(rows, compute, bias.to(rows.dtype)).to(exact)  # (chunk, V)
             of_target, largest = logits.gather(1, target), logits.amax(-1, keepdim=True)
             exps = logits.sub_(largest).exp_()  # in place: one (chunk, V) tensor, one exponential of it
             total = exps.sum(-1, keepdim=True)
@@ -60,7 +61,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
             d_bias += d_logits.sum(0)
             d_logits = d_logits.to(rows.dtype)
-            d_hidden[start : start + chunk] = d_logits @ compute
+            d_hidden[start : start + chunk] = product(d_logits, compute.t())
             if rows.dtype == d_weight.dtype:  # without a (V, D) product in between
                 d_weight.addmm_(d_logits.t(), rows)
             else:
