@@ -178,7 +178,7 @@ class Phi(nn.Module):
         assert attention in BACKENDS, f"attention {attention!r} is none of {', '.join(BACKENDS)}"
         self.cfg, self.attention = cfg, attention
         self.model = Trunk(cfg)
-        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size)
+        self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -203,8 +203,11 @@ def test_what_would_give_another_model_is_not_resumed(changes, message, tmp_path
 
 
 def test_the_loop_is_the_loop_written_out(tmp_path):
-    """Schedule, clipping and weight decay as ten plain lines have them; nothing else happens to the weights."""
-    ours, plain = tiny_model(), tiny_model()
+    """Schedule, clipping and weight decay as ten plain lines have them; nothing else happens to the weights.
+
+    In fp64: AdamW makes a step of any gradient, so where one is zero but for rounding, in fp32 two libraries part.
+    """
+    ours, plain = tiny_model().double(), tiny_model().double()
     cfg = config(tmp_path, steps=6, optimizer="adamw", lr=3e-3, clip=0.5, schedule="cosine", warmup=2)
     data = Packed(random_documents(), 32, 4, seed=1)
     train(ours, next_token_loss, data.batch_at, cfg)
@@ -223,8 +226,7 @@ def test_the_loop_is_the_loop_written_out(tmp_path):
         optimizer.step()
     start = dict(tiny_model().named_parameters())
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        if "k_proj.bias" not in name:  # its gradient is zero but for rounding, which AdamW makes as large as any
-            assert (a - b).norm() < 1e-3 * (b - start[name]).norm(), name
+        assert (a - b).norm() < 1e-8 * (b - start[name]).norm(), name
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
