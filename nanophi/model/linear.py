@@ -1,8 +1,11 @@
 """The linear layer, whose fp32 products on a CPU are oneDNN's while the model learns.
 
 torch asks MKL for the products of fp32 matrices and keeps oneDNN for other dtypes and for its compiler. On AMD's CPUs
-oneDNN is up to a fifth faster (docs/log.md has the table), and products are 70 % of a step of a small model. Decoding
-stays with MKL, which starts sooner: it wins below some 50 rows.
+oneDNN is up to a fifth faster (docs/log.md has the table), and products are 70 % of a step of a small model.
+
+But it compiles and keeps code for each shape it meets (1.5 ms and 0.6 MB), and is slower for few rows. So it gets those
+whose number is a multiple of 512, as packed batches and chunks of the loss have it; answers of any length, and
+decoding, stay with MKL. The shape alone decides, or a resumed run would not have the bits of an unbroken one.
 
 `torch.backends.mkldnn.enabled = False` turns it off, together with all else that torch does by oneDNN.
 """
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+ROWS = 512
 HAS_BOTH = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -21,6 +25,7 @@ def takes_onednn(x: Tensor) -> bool:
         HAS_BOTH
         and x.dtype == torch.float32
         and x.device.type == "cpu"
+        and x.shape[:-1].numel() % ROWS == 0
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
