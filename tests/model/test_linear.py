@@ -9,7 +9,6 @@ from torch import nn
 from nanophi.model.linear import HAS_BOTH, ROWS, Linear
 from nanophi.train.losses import next_token_loss
 from nanophi.train.packing import Packed
-
 from tests.conftest import tiny_model
 
 needs_both = pytest.mark.skipif(not HAS_BOTH, reason="this torch has not both MKL and oneDNN")
