@@ -14,6 +14,7 @@ lead from one to the other, and checkpoints are written whole.
 
 import atexit
 import gc
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,6 +63,21 @@ class World:
             if sum(map(torch.Tensor.numel, waiting)) >= BUCKET:
                 waiting = _add(waiting)
         _add(waiting)
+
+    def clip(self, parameters: Iterable[Tensor], largest: float) -> float:
+        """Scale the gradients so that their norm is at most `largest` (Pascanu et al. 2013); return what it was.
+
+        The norm of each row is taken in fp32 and that of all rows in fp64: ranks hold whole rows of a sharded model,
+        so its factor is that of one process to the bit. One rounded otherwise would be another run 20 steps later.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        parts = [grad.to_local() if is_sharded(grad) else grad for grad in gradients]
+        rows = [part if part.dim() == 1 else torch.linalg.vector_norm(part, dim=-1) for part in parts]
+        squares = torch.stack([row.double().square().sum() for row in rows]).sum().item()
+        norm = math.sqrt(self.add([squares])[0] if is_sharded(gradients[0]) else squares)
+        if (factor := largest / (norm + 1e-6)) < 1:
+            torch._foreach_mul_(parts, factor)
+        return norm
 
     def add(self, numbers: list[float]) -> list[float]:
         """The sums over the ranks, in double precision."""

@@ -25,7 +25,7 @@ from nanophi.model.attention import BACKENDS
 from nanophi.model.phi import Phi
 from nanophi.text.tokenizer import Tokenizer
 from nanophi.train import preflight
-from nanophi.train.distributed import World, computes_in, join, shard, whole
+from nanophi.train.distributed import World, computes_in, join, shard
 from nanophi.train.faults import Faults, compiled_or_not
 from nanophi.train.losses import LossFn
 from nanophi.train.optim import build_optimizers, schedule
@@ -203,7 +203,7 @@ def train(
             batch = batch_at(run.step)
             step = partial(accumulate, model, loss_fn, batch, cfg.micro_batch, world, run.scale)
             line = step() if run.step > first or not cfg.compile else compiled_or_not(model, step, bar.say)
-            line["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
+            line["grad_norm"] = world.clip(model.parameters(), cfg.clip)
             sound = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
             line["lr"] = run.update(factor, sound)
             run.count(line, batch, time.perf_counter() - began)
@@ -277,7 +277,7 @@ def overfit(model: Phi, loss_fn: LossFn, batch: Batch, cfg: TrainConfig, world: 
     optimizers, losses = build_optimizers(model, cfg.optimizer, cfg.lr, 0.0), []
     for _ in range(steps):
         losses.append(accumulate(model, loss_fn, batch, cfg.micro_batch, world)["loss"])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        world.clip(model.parameters(), cfg.clip)
         for optimizer in optimizers:
             optimizer.step()
     said = f"loss of one batch: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps"

@@ -62,9 +62,9 @@ if task == "gradients":
     run("parts", dropout=0.1, resume="yes")
 elif task.startswith("sharded "):  # by one process: whole, in the micro-steps that the ranks would take
     optimizer, shard = task.split()[1], world.size > 1
-    run(optimizer, optimizer=optimizer, shard=shard, micro_batch=4, keep_at=0.5)
-    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, stop_at=9)
-    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, resume="yes")
+    run(optimizer, optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, keep_at=0.5)
+    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, stop_at=9)
+    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, resume="yes")
 elif task == "killed":  # rank 1 dies at step 12 of the first attempt; torchrun starts all ranks anew
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
