@@ -57,7 +57,7 @@ def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool
     for _ in range(cfg.steps):
         started = time.perf_counter()
         accumulate(model, loss_fn, batch, rows, world)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        world.clip(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if cfg.device == "cuda":

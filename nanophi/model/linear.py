@@ -43,7 +43,7 @@ class _Linear(torch.autograd.Function):
     """torch knows no gradient of oneDNN's product."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return product(x, weight, bias)
 
@@ -59,7 +59,8 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear: the same parameters, the same results up to rounding."""
+    """nn.Linear, x (..., D) -> (..., V): the same parameters, the same results up to rounding. What oneDNN computed can
+    be differentiated once; a second time torch raises a RuntimeError."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and takes_onednn(x):
