@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nanophi.cli import Progress, flag, run
+from nanophi.cli import Progress, flag, run_command
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
-from nanophi.text.chat import encode_chat
 from nanophi.text.corpus import read_rows
-from nanophi.text.rows import in_share, preference_of
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.text.schemas import preference_of
+from nanophi.text.share import in_share
+from nanophi.tokenizer.chat import encode_chat
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.distributed import join
 from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, validate
@@ -32,10 +33,17 @@ class Config(TrainConfig):
     data: list[str] = flag(help="preference pairs: files, directories or globs")
     batch_pairs: int = flag(16, at_least=1, help="pairs of one optimizer step over all devices")
     beta: float = flag(0.1, above=0, help="how strongly the policy is held to the reference")
-    lr: float = flag(2e-4, above=0, help="peak learning rate; with muon that of the matrices, the rest has half of it")
+    lr: float = flag(
+        2e-4,
+        above=0,
+        help="peak learning rate; with muon that of the matrices, the rest has half of it",
+    )
     warmup: int = flag(5, at_least=0, help="steps until the peak learning rate")
     val_fraction: float = flag(
-        0.0, at_least=0, at_most=0.9, help="share of the prompts whose pairs are held out for validation"
+        0.0,
+        at_least=0,
+        at_most=0.9,
+        help="share of the prompts whose pairs are held out for validation",
     )
 
 
@@ -46,7 +54,11 @@ def read_pairs(
     pairs, held_out, too_long = [], [], 0
     for prompt, *answers in read_rows(paths, use=preference_of):
         sides = [
-            encode_chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tok, bos)
+            encode_chat(
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+                tok,
+                bos,
+            )
             for answer in answers
         ]
         if max(len(ids) for ids, _ in sides) - 1 > context:
@@ -93,11 +105,15 @@ def main(cfg: Config) -> Phi:
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple)
     data_id = f"{data.data_id}-{digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))}"
     validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple) if held_out else None
-    with precision(cfg, world.device):  # as the policy computes, or they would differ from the start
+    with precision(
+        cfg, world.device
+    ):  # as the policy computes, or they would differ from the start
         for part in filter(None, (data, validation)):
             part.reference = reference_logps(model, part, cfg.micro_batch)
     steps = total_steps(cfg, data.steps_per_epoch)
-    print(f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}")
+    print(
+        f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
+    )
     loss_fn = make_dpo_loss_fn(cfg.beta)
     evaluate = None
     if validation:
@@ -105,16 +121,28 @@ def main(cfg: Config) -> Phi:
         def evaluate(model):
             return validate(model, loss_fn, validation.in_order())
 
-    train(model, loss_fn, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data_id)
+    train(
+        model,
+        loss_fn,
+        data.batch_at,
+        cfg,
+        evaluate,
+        cfg.resume,
+        steps=steps,
+        tok=tok,
+        data_id=data_id,
+    )
     if evaluate and not (cfg.show_batch or cfg.overfit_one_batch):
         with precision(cfg, world.device):
             found = evaluate(model)
         print(
-            "dpo: held-out pairs: margin {val_margin:.2f}, accuracy {val_accuracy:.0%}, ".format(**found)
+            "dpo: held-out pairs: margin {val_margin:.2f}, accuracy {val_accuracy:.0%}, ".format(
+                **found
+            )
             + f"where length alone would be right in {right_by_length(pairs, held_out):.0%}"
         )
     return model
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

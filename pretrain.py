@@ -10,12 +10,12 @@ from itertools import chain
 
 import torch
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 from nanophi.infer.modes import evaluating_aloud
 from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.shards import TokenSet
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.distributed import computes_in, join
 from nanophi.train.loop import TrainConfig, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
@@ -27,11 +27,17 @@ from nanophi.train.rundir import claim
 
 @dataclass(kw_only=True)
 class Config(TrainConfig):
-    data: str = flag(help="token shards, a directory of python -m nanophi.text.shards; or several: news:0.3,poetry:0.1")
+    data: str = flag(
+        help="token shards, a directory of python -m nanophi.text.shards; or several: news:0.3,poetry:0.1"
+    )
     tokenizer: str = flag(help="the tokenizer they were made with")
-    batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
+    batch_tokens: int = flag(
+        16384, at_least=1, help="tokens of one optimizer step over all devices"
+    )
     preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
-    sample: str | None = flag(None, help="a beginning to go on from at each evaluation, so that one sees it learn")
+    sample: str | None = flag(
+        None, help="a beginning to go on from at each evaluation, so that one sees it learn"
+    )
     layers: int | None = flag(None, at_least=1, help="instead of the preset's")
     width: int | None = flag(None, at_least=1, help="hidden_size, instead of the preset's")
     heads: int | None = flag(None, at_least=1, help="attention heads, instead of the preset's")
@@ -48,7 +54,9 @@ def model_config(cfg: Config, tok: Tokenizer) -> PhiConfig:
         "max_position_embeddings": cfg.context,
         "vocab_size": -(-len(tok) // 64) * 64,
     }
-    return PhiConfig.preset(cfg.preset, **{name: value for name, value in changes.items() if value is not None})
+    return PhiConfig.preset(
+        cfg.preset, **{name: value for name, value in changes.items() if value is not None}
+    )
 
 
 def main(cfg: Config) -> Phi:
@@ -59,8 +67,15 @@ def main(cfg: Config) -> Phi:
     bos = tok.bos_id if cfg.bos else None
     rows = max(cfg.batch_tokens // context, 1)
     mixture = parse_mixture(cfg.data)
-    sources = {name: Packed(TokenSet(name, "train", tok), context, rows, cfg.seed, bos_id=bos) for name in mixture}
-    data = Mixture(sources, list(mixture.values()), rows) if len(sources) > 1 else next(iter(sources.values()))
+    sources = {
+        name: Packed(TokenSet(name, "train", tok), context, rows, cfg.seed, bos_id=bos)
+        for name in mixture
+    }
+    data = (
+        Mixture(sources, list(mixture.values()), rows)
+        if len(sources) > 1
+        else next(iter(sources.values()))
+    )
     sets = [TokenSet(name, "val", tok) for name in mixture]
     held_out = [
         Packed(documents, context, cfg.micro_batch, cfg.seed, bos_id=bos)
@@ -70,13 +85,17 @@ def main(cfg: Config) -> Phi:
     byte_lengths = tok.byte_lengths()
 
     def evaluate(model):
-        return validation_loss(model, chain.from_iterable(part.in_order() for part in held_out), byte_lengths)
+        return validation_loss(
+            model, chain.from_iterable(part.in_order() for part in held_out), byte_lengths
+        )
 
     steps = total_steps(cfg, data.steps_per_epoch)
     world = join(cfg.device)
     half, shards = computes_in(cfg, world.device) != "float32", world.size if cfg.shard else 1
     at_once = min(cfg.micro_batch, -(-rows // world.size))
-    check_memory(shape, cfg.optimizer, at_once, context, half, cfg.recompute, world.device, shards)  # before it is used
+    check_memory(
+        shape, cfg.optimizer, at_once, context, half, cfg.recompute, world.device, shards
+    )  # before it is used
     torch.manual_seed(cfg.seed)
     model = Phi(shape)
     model.set_vocabulary(len(tok))
@@ -95,9 +114,17 @@ def main(cfg: Config) -> Phi:
     if cfg.sample:
         evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
     return train(
-        model, next_token_loss, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
+        model,
+        next_token_loss,
+        data.batch_at,
+        cfg,
+        evaluate,
+        cfg.resume,
+        steps=steps,
+        tok=tok,
+        data_id=data.data_id,
     )
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -20,7 +20,15 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["nanophi", "nanophi.*"]),
-    install_requires=["torch>=2.9", "numpy>=2.0", "regex", "safetensors", "opencc", "sentencepiece", "tqdm"],
+    install_requires=[
+        "torch>=2.9",
+        "numpy>=2.0",
+        "regex",
+        "safetensors",
+        "opencc",
+        "sentencepiece",
+        "tqdm",
+    ],
     extras_require={
         "plot": plot,
         "zst": zst,

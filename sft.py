@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanophi.cli import UserError, flag, run
+from nanophi.cli import UserError, flag, run_command
 from nanophi.infer.modes import evaluating_aloud
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
-from nanophi.text.chat import chat_prompt, encode_chat
 from nanophi.text.corpus import read_rows
-from nanophi.text.rows import messages_of
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.text.schemas import messages_of
+from nanophi.tokenizer.chat import chat_prompt, encode_chat
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.loop import TrainConfig, context_of, total_steps, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.packing import Packed
@@ -26,14 +26,22 @@ from nanophi.train.rundir import claim
 
 @dataclass(kw_only=True)
 class Config(TrainConfig):
-    init_from: str = flag(help="run directory of pretrain.py, or any Phi checkpoint with a tokenizer")
+    init_from: str = flag(
+        help="run directory of pretrain.py, or any Phi checkpoint with a tokenizer"
+    )
     data: list[str] = flag(help="conversations: files, directories or globs")
-    batch_tokens: int = flag(16384, at_least=1, help="tokens of one optimizer step over all devices")
-    sample: str | None = flag(None, help="a question to answer at each evaluation, so that one sees it learn")
+    batch_tokens: int = flag(
+        16384, at_least=1, help="tokens of one optimizer step over all devices"
+    )
+    sample: str | None = flag(
+        None, help="a question to answer at each evaluation, so that one sees it learn"
+    )
     val_data: str | None = flag(None, help="conversations to validate on")
 
 
-def pack(paths: list[str], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool) -> Packed:
+def pack(
+    paths: list[str], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool
+) -> Packed:
     """Files of conversations -> packed rows; one without an answer, or too long, is dropped and counted."""
     samples, unanswered, too_long, no_room = [], 0, 0, 0
     for ids, mask in read_rows(paths, use=lambda row: encode_chat(messages_of(row), tok, bos)):
@@ -79,11 +87,21 @@ def main(cfg: Config) -> Phi:
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     steps = total_steps(cfg, data.steps_per_epoch)
-    print(f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}")
+    print(
+        f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
+    )
     return train(
-        model, next_token_loss, data.batch_at, cfg, evaluate, cfg.resume, steps=steps, tok=tok, data_id=data.data_id
+        model,
+        next_token_loss,
+        data.batch_at,
+        cfg,
+        evaluate,
+        cfg.resume,
+        steps=steps,
+        tok=tok,
+        data_id=data.data_id,
     )
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanophi.cli import Progress, UserError, flag, peak_memory_gb, run
-from nanophi.text.bpe import train_bpe
+from nanophi.cli import Progress, UserError, flag, peak_memory_gb, run_command
 from nanophi.text.corpus import Reading, Skipped
-from nanophi.text.pieces import train_sentencepiece
-from nanophi.text.rows import in_share, text_of
+from nanophi.text.schemas import text_of
+from nanophi.text.share import in_share
 from nanophi.text.stats import draw_lengths, report, write_vocabulary
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.pieces import train_sentencepiece
 
 # GB that n characters of Chinese take: BASE + FACTOR * n^POWER, measured from 1 to 100 million and a tenth added.
 BASE, FACTOR, POWER = 0.2, 1.55e-5, 0.62
@@ -28,15 +29,31 @@ REPORT_SHARE, REPORT_CHARACTERS = 0.05, 500_000  # of the training text, where n
 @dataclass(kw_only=True)
 class Config(Reading):
     out: str = flag(help="directory for tokenizer.json and its companions")
-    vocab_size: int = flag(40960, help="tokens, the 7 special ones and the bytes or characters among them")
-    level: Literal["byte", "char"] = flag("byte", help="what merges start from: bytes or characters")
-    trainer: Literal["bpe", "sentencepiece"] = flag("bpe", help="sentencepiece: its BPE over characters")
-    split: Literal["gpt2", "qwen2"] = flag("gpt2", help="byte level: how text becomes words; qwen2 has digits alone")
-    byte_fallback: bool = flag(False, help="char level: a character that the text lacks becomes its bytes, not [UNK]")
+    vocab_size: int = flag(
+        40960, help="tokens, the 7 special ones and the bytes or characters among them"
+    )
+    level: Literal["byte", "char"] = flag(
+        "byte", help="what merges start from: bytes or characters"
+    )
+    trainer: Literal["bpe", "sentencepiece"] = flag(
+        "bpe", help="sentencepiece: its BPE over characters"
+    )
+    split: Literal["gpt2", "qwen2"] = flag(
+        "gpt2", help="byte level: how text becomes words; qwen2 has digits alone"
+    )
+    byte_fallback: bool = flag(
+        False, help="char level: a character that the text lacks becomes its bytes, not [UNK]"
+    )
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
-    held_out: list[str] | None = flag(None, help="texts to report on (default: a sample of the training text)")
-    report: bool = flag(True, help="say how well the tokenizer serves, by script, and draw its tokens' lengths")
-    max_memory: float | None = flag(None, above=0.3, help="GB; a text that may need more is sampled, by documents")
+    held_out: list[str] | None = flag(
+        None, help="texts to report on (default: a sample of the training text)"
+    )
+    report: bool = flag(
+        True, help="say how well the tokenizer serves, by script, and draw its tokens' lengths"
+    )
+    max_memory: float | None = flag(
+        None, above=0.3, help="GB; a text that may need more is sampled, by documents"
+    )
 
 
 def share_that_fits(cfg: Config) -> float:
@@ -45,19 +62,26 @@ def share_that_fits(cfg: Config) -> float:
         return 1.0
     characters = sum(map(len, cfg.rows(Skipped(), text_of)))
     share = min(((cfg.max_memory - BASE) / FACTOR) ** (1 / POWER) / max(characters, 1), 1.0)
-    print(f"tokenizer: {share:.1%} of the documents ({characters:,} characters) will fit in {cfg.max_memory} GB")
+    print(
+        f"tokenizer: {share:.1%} of the documents ({characters:,} characters) will fit in {cfg.max_memory} GB"
+    )
     return share
 
 
 def main(cfg: Config) -> dict:
     if cfg.level == "char" and cfg.split != "gpt2":
         raise UserError("--split is for --level byte: the char level has one split of its own")
-    if cfg.trainer == "sentencepiece" and (cfg.level, cfg.split, cfg.min_frequency, cfg.byte_fallback) != OWN_CHOICES:
+    if (
+        cfg.trainer == "sentencepiece"
+        and (cfg.level, cfg.split, cfg.min_frequency, cfg.byte_fallback) != OWN_CHOICES
+    ):
         raise UserError(
             "--trainer sentencepiece decides level, split, frequency and fallback itself: leave out those flags"
         )
     skipped = Skipped()
-    held_out = list(cfg.rows(skipped, text_of, cfg.held_out)) if cfg.held_out else None  # before long work
+    held_out = (
+        list(cfg.rows(skipped, text_of, cfg.held_out)) if cfg.held_out else None
+    )  # before long work
     share = share_that_fits(cfg)
     started, characters, sample = time.monotonic(), 0, []
 
@@ -76,7 +100,9 @@ def main(cfg: Config) -> dict:
     if cfg.trainer == "sentencepiece":
         tok = train_sentencepiece(counted(), cfg.vocab_size, Path(cfg.out) / "sentencepiece.model")
     else:
-        tok = train_bpe(counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split)
+        tok = train_bpe(
+            counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split
+        )
     seconds = time.monotonic() - started
     tok.save(cfg.out)
     write_vocabulary(tok, Path(cfg.out) / "vocab.tsv")
@@ -93,7 +119,9 @@ def main(cfg: Config) -> dict:
         f"wrote {cfg.out}"
     )
     if cfg.report:
-        read, whence = (sample, "of the training text") if held_out is None else (held_out, "held out")
+        read, whence = (
+            (sample, "of the training text") if held_out is None else (held_out, "held out")
+        )
         print(f"\non {sum(map(len, read)):,} characters {whence}:\n{report(tok, read)}")
         with contextlib.suppress(ImportError):  # matplotlib is an extra
             draw_lengths(tok, Path(cfg.out) / "lengths.png")
@@ -101,4 +129,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 from nanophi.model.attention import attend, same_document
 
 CASES = {"4 x 512, 12 documents": (4, 512, 12), "1 x 2048, 12 documents": (1, 2048, 12)}
@@ -27,8 +27,13 @@ class Config:
 def boundaries(rows: int, time_: int, documents: int) -> torch.Tensor:
     """Random borders of so many documents, those of rows among them."""
     rng = np.random.default_rng(0)
-    inside = rng.choice(np.setdiff1d(np.arange(1, rows * time_), np.arange(0, rows * time_, time_)), documents - rows)
-    return torch.tensor(sorted({*inside.tolist(), *range(0, rows * time_ + 1, time_)}), dtype=torch.int32)
+    inside = rng.choice(
+        np.setdiff1d(np.arange(1, rows * time_), np.arange(0, rows * time_, time_)),
+        documents - rows,
+    )
+    return torch.tensor(
+        sorted({*inside.tolist(), *range(0, rows * time_ + 1, time_)}), dtype=torch.int32
+    )
 
 
 def seconds(q, k, v, mask: dict) -> float:
@@ -44,7 +49,10 @@ def main(cfg: Config) -> None:
     for name, (rows, time_, documents) in CASES.items():
         cu_seqlens = boundaries(rows, time_, documents)
         shape = (rows, 16, time_, 60)
-        q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+        q, k, v = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_()
+            for i in range(3)
+        )
         ways = {
             "causal, leaking": {"backend": "sdpa"},
             "one mask": {"backend": "sdpa", "visible": same_document(cu_seqlens, rows, time_)},
@@ -61,4 +69,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

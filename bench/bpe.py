@@ -14,10 +14,10 @@ from sample import shuffled, take
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from nanophi.cli import flag, run
-from nanophi.text.bpe import train_bpe
-from nanophi.text.levels import QWEN2_SPLIT
-from nanophi.text.tokenizer import SPECIAL_TOKENS
+from nanophi.cli import flag, run_command
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.levels import QWEN2_SPLIT
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,9 @@ class Config:
     characters: int = flag(1_000_000, help="characters to train on")
     lines: int = flag(100_000, help="lines of other documents to encode")
     vocab_size: int = flag(40960, help="tokens")
-    min_frequency: list[int] = flag(help="a pair that occurs less often is not merged; one training for each")
+    min_frequency: list[int] = flag(
+        help="a pair that occurs less often is not merged; one training for each"
+    )
     seed: int = flag(0, help="order of the documents")
 
 
@@ -35,7 +37,9 @@ def hf_tokenizer(kind: str) -> HFTokenizer:
         hf = HFTokenizer(models.BPE(unk_token="[UNK]"))
         hf.normalizer = normalizers.NFKC()
         alone = [pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
-        hf.pre_tokenizer = pre_tokenizers.Sequence([*alone, pre_tokenizers.Metaspace(prepend_scheme="never")])
+        hf.pre_tokenizer = pre_tokenizers.Sequence(
+            [*alone, pre_tokenizers.Metaspace(prepend_scheme="never")]
+        )
         return hf
     hf = HFTokenizer(models.BPE())
     if kind == "gpt2":
@@ -50,12 +54,21 @@ def hf_tokenizer(kind: str) -> HFTokenizer:
 def main(cfg: Config) -> None:
     documents = shuffled(cfg.input, cfg.seed)
     texts = take(documents, cfg.characters)
-    lines = list(islice((line for text in documents for line in text.splitlines(keepends=True)), cfg.lines))
-    print(f"{sum(map(len, texts)):,} characters in {len(texts):,} documents; {len(lines):,} other lines\n")
-    print("| split | min. frequency | merges | as HF's | ids of the other lines | as HF's |\n|---|---|---|---|---|---|")
+    lines = list(
+        islice((line for text in documents for line in text.splitlines(keepends=True)), cfg.lines)
+    )
+    print(
+        f"{sum(map(len, texts)):,} characters in {len(texts):,} documents; {len(lines):,} other lines\n"
+    )
+    print(
+        "| split | min. frequency | merges | as HF's | ids of the other lines | as HF's |\n|---|---|---|---|---|---|"
+    )
     for kind, options in (("gpt2", {}), ("qwen2", {"split": "qwen2"}), ("char", {"level": "char"})):
         for min_frequency in cfg.min_frequency:
-            ours, hf = train_bpe(texts, cfg.vocab_size, min_frequency, **options), hf_tokenizer(kind)
+            ours, hf = (
+                train_bpe(texts, cfg.vocab_size, min_frequency, **options),
+                hf_tokenizer(kind),
+            )
             alphabet = [] if kind == "char" else pre_tokenizers.ByteLevel.alphabet()
             trainer = trainers.BpeTrainer(
                 vocab_size=cfg.vocab_size, min_frequency=min_frequency, special_tokens=SPECIAL_TOKENS,
@@ -66,7 +79,9 @@ def main(cfg: Config) -> None:
             same = all(model[part] == theirs[part] for part in ("merges", "vocab"))
             hf.encode_special_tokens = True
             ids = ours.encode_batch(lines)
-            same_ids = ids == [found.ids for found in hf.encode_batch(lines, add_special_tokens=False)]
+            same_ids = ids == [
+                found.ids for found in hf.encode_batch(lines, add_special_tokens=False)
+            ]
             print(
                 f"| {kind} | {min_frequency} | {len(theirs['merges']):,} | {'yes' if same else 'NO'} | "
                 f"{sum(map(len, ids)):,} | {'yes' if same_ids else 'NO'} |",
@@ -75,4 +90,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

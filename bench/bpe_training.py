@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 from nanophi.text.corpus import read_texts
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -29,7 +29,7 @@ SPECIALS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]
 
 
 def nanophi(texts: list[str], vocab_size: int, min_frequency: int, level: str = "byte") -> list:
-    from nanophi.text.bpe import train_bpe
+    from nanophi.tokenizer.bpe import train_bpe
 
     tok = train_bpe(iter(texts), vocab_size, min_frequency, level)
     return [(tok.id_to_bytes[a], tok.id_to_bytes[b]) for a, b in tok.merge_list]
@@ -38,7 +38,7 @@ def nanophi(texts: list[str], vocab_size: int, min_frequency: int, level: str = 
 def huggingface(texts: list[str], vocab_size: int, min_frequency: int) -> list:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from nanophi.text.levels import ByteLevel
+    from nanophi.tokenizer.levels import ByteLevel
 
     hf = Tokenizer(models.BPE())
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -85,7 +85,9 @@ def bpeasy(texts: list[str], vocab_size: int, min_frequency: int) -> list:
     return []
 
 
-CONTESTANTS = {f.__name__: f for f in (nanophi, huggingface, rustbpe, gigatoken, sentencepiece, bpeasy)}
+CONTESTANTS = {
+    f.__name__: f for f in (nanophi, huggingface, rustbpe, gigatoken, sentencepiece, bpeasy)
+}
 
 
 @dataclass(kw_only=True)
@@ -111,22 +113,37 @@ def work(name: str, path: str, vocab_size: int, min_frequency: int) -> None:
     data = Path(path).read_bytes()
     texts = data if name == "gigatoken" else data.decode().split("\0")
     del data
-    importlib.import_module({"nanophi": "nanophi.text.merges", "huggingface": "tokenizers"}.get(name, name))
+    importlib.import_module(
+        {"nanophi": "nanophi.tokenizer.fast.merges", "huggingface": "tokenizers"}.get(name, name)
+    )
     before = memory_gb("VmRSS")
     started, cpu = time.perf_counter(), time.process_time()
     merges = CONTESTANTS[name](texts, vocab_size, min_frequency)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    digest = hashlib.sha1(repr([tuple(map(bytes, pair)) for pair in merges]).encode()).hexdigest() if merges else ""
+    digest = (
+        hashlib.sha1(repr([tuple(map(bytes, pair)) for pair in merges]).encode()).hexdigest()
+        if merges
+        else ""
+    )
     print(
         json.dumps(
-            {"seconds": seconds, "cpu": cpu, "gb": memory_gb("VmHWM") - before, "merges": len(merges), "digest": digest}
+            {
+                "seconds": seconds,
+                "cpu": cpu,
+                "gb": memory_gb("VmHWM") - before,
+                "merges": len(merges),
+                "digest": digest,
+            }
         )
     )
 
 
 def compete(cfg: Config, texts: list[str], cores: list[int]) -> dict[str, list[dict]]:
     """Every contestant's runs on the same texts: {name: [what `work` printed, ...]}."""
-    environment = os.environ | {"RAYON_NUM_THREADS": str(len(cores)), "OMP_NUM_THREADS": str(len(cores))}
+    environment = os.environ | {
+        "RAYON_NUM_THREADS": str(len(cores)),
+        "OMP_NUM_THREADS": str(len(cores)),
+    }
     found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents"
@@ -149,15 +166,22 @@ def compete(cfg: Config, texts: list[str], cores: list[int]) -> dict[str, list[d
 
 def table(found: dict[str, list[dict]]) -> str:
     """Medians of the times, maxima of the memory."""
-    seconds = {name: statistics.median(row["seconds"] for row in rows) for name, rows in found.items()}
+    seconds = {
+        name: statistics.median(row["seconds"] for row in rows) for name, rows in found.items()
+    }
     gb = {name: max(row["gb"] for row in rows) for name, rows in found.items()}
     reference = found.get("huggingface", [{}])[0].get("digest")
-    lines = ["| trainer | seconds | x ours | peak GB | x ours | merges as HF's |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| trainer | seconds | x ours | peak GB | x ours | merges as HF's |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, rows in found.items():
         digest = rows[0]["digest"]
         same = "" if not digest or not reference else "yes" if digest == reference else "NO"
         times, sizes = seconds[name] / seconds["nanophi"], gb[name] / gb["nanophi"]
-        lines.append(f"| {name} | {seconds[name]:.1f} | {times:.1f} | {gb[name]:.2f} | {sizes:.1f} | {same} |")
+        lines.append(
+            f"| {name} | {seconds[name]:.1f} | {times:.1f} | {gb[name]:.2f} | {sizes:.1f} | {same} |"
+        )
     return "\n".join(lines)
 
 
@@ -172,7 +196,12 @@ def draw(growth: dict[int, dict[str, list[dict]]], path: str) -> None:
     for axis, unit in zip(axes, ("cpu", "gb"), strict=True):
         for name in {name: None for found in growth.values() for name in found}:
             sizes = [size for size in growth if name in growth[size]]
-            axis.loglog(sizes, [statistics.median(r[unit] for r in growth[n][name]) for n in sizes], "o-", label=name)
+            axis.loglog(
+                sizes,
+                [statistics.median(r[unit] for r in growth[n][name]) for n in sizes],
+                "o-",
+                label=name,
+            )
         axis.set(xlabel="characters", title={"cpu": "CPU seconds", "gb": "peak GB"}[unit])
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
@@ -184,7 +213,9 @@ def main(cfg: Config) -> None:
     random.Random(cfg.seed).shuffle(documents)
     cores = sorted(os.sched_getaffinity(0))[: cfg.cores]
     cpu = Path("/proc/cpuinfo").read_text()
-    model = next((line.split(": ")[-1] for line in cpu.splitlines() if "model name" in line), "unknown CPU")
+    model = next(
+        (line.split(": ")[-1] for line in cpu.splitlines() if "model name" in line), "unknown CPU"
+    )
     growth = {}
     for characters in cfg.characters:
         texts, left = [], characters
@@ -207,4 +238,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
-        run(Config, main)
+        run_command(Config, main)

@@ -21,13 +21,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
+from nanophi.parallel import batches
 from nanophi.text.corpus import read_texts
 from nanophi.text.dedup import candidate_pairs, find_clusters, jaccard, letters, shingle_set, sketch
-from nanophi.text.parallel import batches
 
 BANDS, ROWS, THRESHOLD = 16, 8, 0.8
-NO_LETTERS: dict[int, None] = {}  # what str.translate drops for datasketch; filled before the clock starts
+NO_LETTERS: dict[
+    int, None
+] = {}  # what str.translate drops for datasketch; filled before the clock starts
 
 
 @dataclass(kw_only=True)
@@ -35,7 +37,9 @@ class Config:
     input: list[str] = flag(help="documents: files, directories or globs")
     documents: int = flag(20_000, help="documents of the comparison")
     planted: int = flag(1_000, help="more of them, each a changed copy of one")
-    growth: list[int] = flag(help="numbers of documents for ours alone, text to clusters; 0 for all")
+    growth: list[int] = flag(
+        help="numbers of documents for ours alone, text to clusters; 0 for all"
+    )
     repeats: int = flag(3, help="runs of each side")
     seed: int = flag(0, help="which documents, and what is changed in the copies")
 
@@ -56,7 +60,9 @@ def datasketch(texts: list[str]) -> set[tuple[int, int]]:
     for index, text in enumerate(texts):
         kept = text.lower().translate(NO_LETTERS)
         found = empty.copy()
-        found.update_batch([gram.encode() for gram in {kept[i : i + 5] for i in range(max(len(kept) - 4, 1))}])
+        found.update_batch(
+            [gram.encode() for gram in {kept[i : i + 5] for i in range(max(len(kept) - 4, 1))}]
+        )
         pairs.update((earlier, index) for earlier in lsh.query(found))
         lsh.insert(index, found)
     return pairs
@@ -78,13 +84,21 @@ def work(name: str, path: str) -> None:
     """One side's run, in a process of its own; the pairs go to path.out."""
     texts = pickle.loads(Path(path).read_bytes())
     find_clusters(["tables of letters, ready before the clock starts"])
-    NO_LETTERS.update({ord(char): None for char in set("".join(texts)) if not len(letters([char])[0])})
+    NO_LETTERS.update(
+        {ord(char): None for char in set("".join(texts)) if not len(letters([char])[0])}
+    )
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # what loading took is given back, and its peak forgotten
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # what loading took is given back, and its peak forgotten
     before = memory_gb("VmRSS")
     started = time.perf_counter()
     pairs = SIDES[name](texts)
-    print(json.dumps({"seconds": time.perf_counter() - started, "gb": max(memory_gb("VmHWM") - before, 0)}))
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - started, "gb": max(memory_gb("VmHWM") - before, 0)}
+        )
+    )
     Path(f"{path}.out").write_bytes(pickle.dumps(pairs))
 
 
@@ -102,7 +116,9 @@ def timed(name: str, texts: list[str], folder: str) -> tuple[dict, set[tuple[int
 def changed(text: str, rng: random.Random) -> str:
     """A copy with up to 4 % of the characters replaced or dropped, now and then a part of it moved to the end."""
     rate = rng.uniform(0, 0.04)
-    chars = [c if rng.random() > rate else rng.choice(["", text[rng.randrange(len(text))]]) for c in text]
+    chars = [
+        c if rng.random() > rate else rng.choice(["", text[rng.randrange(len(text))]]) for c in text
+    ]
     if rng.random() < 0.2:
         at = rng.randrange(len(chars))
         chars = chars[at:] + chars[:at]
@@ -117,12 +133,22 @@ def main(cfg: Config) -> None:
     originals = rng.sample(range(len(texts)), cfg.planted)
     texts = texts + [changed(texts[i], rng) for i in originals]
     sets = {i: shingle_set(texts[i]) for i in [*originals, *range(cfg.documents, len(texts))]}
-    true = {(i, cfg.documents + k): jaccard(sets[i], sets[cfg.documents + k]) for k, i in enumerate(originals)}
-    print(f"\n{len(texts):,} documents, {sum(map(len, texts)):,} characters, one core, medians of {cfg.repeats}\n")
-    print("| side | seconds | MB more | candidates | recall at 0.80 | at 0.85 | of true pairs of the other |")
+    true = {
+        (i, cfg.documents + k): jaccard(sets[i], sets[cfg.documents + k])
+        for k, i in enumerate(originals)
+    }
+    print(
+        f"\n{len(texts):,} documents, {sum(map(len, texts)):,} characters, one core, medians of {cfg.repeats}\n"
+    )
+    print(
+        "| side | seconds | MB more | candidates | recall at 0.80 | at 0.85 | of true pairs of the other |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        runs = [{name: timed(name, texts, folder) for name in ("nanophi", "datasketch")} for _ in range(cfg.repeats)]
+        runs = [
+            {name: timed(name, texts, folder) for name in ("nanophi", "datasketch")}
+            for _ in range(cfg.repeats)
+        ]
         found = {name: runs[0][name][1] for name in runs[0]}
         for name, other in (("nanophi", "datasketch"), ("datasketch", "nanophi")):
             seconds = statistics.median(one[name][0]["seconds"] for one in runs)
@@ -133,9 +159,17 @@ def main(cfg: Config) -> None:
                 recalls.append(f"{sum(pair in found[name] for pair in similar) / len(similar):.4f}")
             real = [pair for pair in found[other] if similarity(texts, sets, pair) >= THRESHOLD]
             share = sum(pair in found[name] for pair in real) / len(real)
-            cells = [f"{seconds:.1f}", f"{1000 * gb:.0f}", f"{len(found[name]):,}", *recalls, f"{share:.4f}"]
+            cells = [
+                f"{seconds:.1f}",
+                f"{1000 * gb:.0f}",
+                f"{len(found[name]):,}",
+                *recalls,
+                f"{share:.4f}",
+            ]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        print("\n| documents | characters | seconds, text to clusters | MB more | dropped | by way of others |")
+        print(
+            "\n| documents | characters | seconds, text to clusters | MB more | dropped | by way of others |"
+        )
         print("|---|---|---|---|---|---|")
         for size in cfg.growth:
             some = everything[: size or len(everything)]
@@ -160,4 +194,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2], sys.argv[3])
     else:
-        run(Config, main)
+        run_command(Config, main)

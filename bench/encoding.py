@@ -19,10 +19,10 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 from sample import shuffled, take
 from tokenizers import Tokenizer as HFTokenizer
 
-from nanophi.cli import flag, run
-from nanophi.text.bpe import train_bpe
-from nanophi.text.levels import GPT2_SPLIT
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.cli import flag, run_command
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.levels import GPT2_SPLIT
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 QUESTION = "感冒了要怎么办？有什么药可以吃，要去医院吗？"
 
@@ -75,15 +75,20 @@ def main(cfg: Config) -> None:
         encoding.ids for encoding in hf.encode_batch_fast(texts[:300], add_special_tokens=False)
     ]
     ours._encoder = None  # cold again
-    print(f"{len(texts):,} documents, {megabytes:.1f} MB; ids of the first 300 as HF's: {'yes' if same else 'NO'}")
+    print(
+        f"{len(texts):,} documents, {megabytes:.1f} MB; ids of the first 300 as HF's: {'yes' if same else 'NO'}"
+    )
     print("| encoder | cold MB/s | warm MB/s | a short text, µs |\n|---|---|---|---|")
     for name, (batch, single) in rows.items():
         cold = seconds(batch)
         warm = statistics.median(seconds(batch) for _ in range(3))
         single()
         short = statistics.median(seconds(single) for _ in range(2000))
-        print(f"| {name} | {megabytes / cold:.1f} | {megabytes / warm:.1f} | {short * 1e6:.1f} |", flush=True)
+        print(
+            f"| {name} | {megabytes / cold:.1f} | {megabytes / warm:.1f} | {short * 1e6:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

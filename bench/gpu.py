@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nanophi.cli import UserError, flag, run
+from nanophi.cli import UserError, flag, run_command
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.train.distributed import World
@@ -48,7 +48,9 @@ def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool
     if compiled:
         model.compile_blocks()
     rng = np.random.default_rng(0)
-    documents = [rng.integers(7, shape.vocab_size, n) for n in rng.integers(50, 600, cfg.tokens // 200)]
+    documents = [
+        rng.integers(7, shape.vocab_size, n) for n in rng.integers(50, 600, cfg.tokens // 200)
+    ]
     rows = max(cfg.tokens // context, 1)
     batch = Packed(documents, context, rows, 0).batch_at(0)
     optimizers, world = build_optimizers(model, "adamw", 1e-4, 0.1), World(0, 1, cfg.device)
@@ -74,7 +76,9 @@ def main(cfg: Config) -> None:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device; --device cpu tries the bench itself")
     name = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {datetime.date.today()}\n")
+    print(
+        f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {datetime.date.today()}\n"
+    )
     print("| preset | context | attention | | tokens/s | MFU | peak GB |")
     print("|---|---|---|---|---|---|---|")
     for preset in cfg.presets:
@@ -89,10 +93,17 @@ def main(cfg: Config) -> None:
                     try:
                         cells = measure(cfg, preset, context, backend, compiled)
                     except Exception as error:  # one row that does not run must not cost the others
-                        cells = [f"{type(error).__name__}: {' '.join(str(error).split())[:60]}", "", ""]
+                        cells = [
+                            f"{type(error).__name__}: {' '.join(str(error).split())[:60]}",
+                            "",
+                            "",
+                        ]
                     how = "compiled" if compiled else "eager"
-                    print(f"| {preset} | {context} | {backend} | {how} | {' | '.join(cells)} |", flush=True)
+                    print(
+                        f"| {preset} | {context} | {backend} | {how} | {' | '.join(cells)} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from sample import shuffled
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 from nanophi.files import replacing, write_text
-from nanophi.text.bpe import train_bpe
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.plot import read_metrics
 
 CONTEXT, VOCABULARY, STEP = 512, 4096, 4096
@@ -60,11 +60,19 @@ def prepare(cfg: Config, out: Path) -> None:
     for wanted, part in ((30_000, parts["held"]), (int(1.1 * cfg.tokens), parts["train"])):
         while sum(map(len, part)) < wanted:
             ids = np.array([*tok.encode(texts.pop()), tok.eos_id], dtype=np.int32)
-            part.extend(piece for piece in np.split(ids, range(CONTEXT, len(ids), CONTEXT)) if len(piece) > 1)
+            part.extend(
+                piece
+                for piece in np.split(ids, range(CONTEXT, len(ids), CONTEXT))
+                if len(piece) > 1
+            )
     tok.save(out / "tokenizer")
     with replacing(out / "documents.npz") as beside, open(beside, "wb") as file:
         arrays = {name: np.concatenate(part) for name, part in parts.items()}
-        np.savez(file, **arrays, **{f"{name}_lengths": [len(d) for d in part] for name, part in parts.items()})
+        np.savez(
+            file,
+            **arrays,
+            **{f"{name}_lengths": [len(d) for d in part] for name, part in parts.items()},
+        )
 
 
 def judge(documents: list[np.ndarray], tok: Tokenizer):
@@ -74,7 +82,11 @@ def judge(documents: list[np.ndarray], tok: Tokenizer):
     from nanophi.train.losses import validation_loss
     from nanophi.train.packing import Packed
 
-    data, model, byte_lengths = Packed(documents, CONTEXT, 8, 0), Phi(PhiConfig(**SHAPE)), tok.byte_lengths()
+    data, model, byte_lengths = (
+        Packed(documents, CONTEXT, 8, 0),
+        Phi(PhiConfig(**SHAPE)),
+        tok.byte_lengths(),
+    )
 
     def evaluate(other) -> dict[str, float]:
         model.load_state_dict(other.state_dict())
@@ -83,19 +95,30 @@ def judge(documents: list[np.ndarray], tok: Tokenizer):
     return evaluate
 
 
-def nanophi(model, documents: list[np.ndarray], evaluate, out: Path, lr: float, seed: int, steps: int) -> None:
+def nanophi(
+    model, documents: list[np.ndarray], evaluate, out: Path, lr: float, seed: int, steps: int
+) -> None:
     from nanophi.train.loop import TrainConfig, train
     from nanophi.train.losses import next_token_loss
     from nanophi.train.packing import Packed
 
     data = Packed(documents, CONTEXT, STEP // CONTEXT, seed)
     settings = TrainConfig(
-        out=str(out), steps=steps, lr=lr, warmup=max(steps // 20, 1), seed=seed, eval_every=12, overwrite=True, keep=0
+        out=str(out),
+        steps=steps,
+        lr=lr,
+        warmup=max(steps // 20, 1),
+        seed=seed,
+        eval_every=12,
+        overwrite=True,
+        keep=0,
     )
     train(model, next_token_loss, data.batch_at, settings, evaluate)
 
 
-def original(model, documents: list[np.ndarray], evaluate, out: Path, lr: float, seed: int, steps: int) -> None:
+def original(
+    model, documents: list[np.ndarray], evaluate, out: Path, lr: float, seed: int, steps: int
+) -> None:
     """The loop of HF's Trainer without what else it does: the peer at its quickest."""
     import random
     import time
@@ -104,7 +127,9 @@ def original(model, documents: list[np.ndarray], evaluate, out: Path, lr: float,
     from transformers import PhiConfig, PhiForCausalLM
     from transformers.optimization import Adafactor
 
-    peer = PhiForCausalLM._from_config(PhiConfig(**SHAPE, use_cache=False), attn_implementation="sdpa")
+    peer = PhiForCausalLM._from_config(
+        PhiConfig(**SHAPE, use_cache=False), attn_implementation="sdpa"
+    )
     peer.load_state_dict(model.state_dict())
     decayed = [p for p in peer.parameters() if p.dim() > 1]
     others = [p for p in peer.parameters() if p.dim() <= 1]
@@ -114,7 +139,9 @@ def original(model, documents: list[np.ndarray], evaluate, out: Path, lr: float,
     waiting, lines = [], []
     for step in range(steps):
         started, batches, useful = time.perf_counter(), [], 0
-        while tokens + useful < (step + 1) * STEP:  # whole batches, and no more tokens in all than nanophi has
+        while (
+            tokens + useful < (step + 1) * STEP
+        ):  # whole batches, and no more tokens in all than nanophi has
             if len(waiting) < 4:
                 waiting += order.sample(documents, len(documents))
             four, waiting = waiting[:4], waiting[4:]
@@ -130,15 +157,25 @@ def original(model, documents: list[np.ndarray], evaluate, out: Path, lr: float,
         for ids in batches:
             real = ids != 0
             labels = ids.masked_fill(~real, -100)
-            loss = peer(ids, attention_mask=real.long(), labels=labels, num_items_in_batch=useful).loss
+            loss = peer(
+                ids, attention_mask=real.long(), labels=labels, num_items_in_batch=useful
+            ).loss
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
         tokens, seconds = tokens + useful, seconds + time.perf_counter() - started
-        line = {"step": step + 1, "tokens": tokens, "loss": total, "lr": lr * factor, "grad_norm": norm}
-        lines.append(line | {"tokens_per_s": useful / (time.perf_counter() - started), "seconds": seconds})
+        line = {
+            "step": step + 1,
+            "tokens": tokens,
+            "loss": total,
+            "lr": lr * factor,
+            "grad_norm": norm,
+        }
+        lines.append(
+            line | {"tokens_per_s": useful / (time.perf_counter() - started), "seconds": seconds}
+        )
         if (step + 1) % 12 == 0 or step + 1 == steps:
             lines[-1] |= evaluate(peer)
     write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -156,7 +193,9 @@ def work(recipe: str, out: str, lr: str, seed: str, steps: str) -> None:
     model = Phi(PhiConfig(**SHAPE))
     root = Path(out).parent
     stored, tok = np.load(root / "documents.npz"), Tokenizer.load(root / "tokenizer")
-    held, train = (np.split(stored[n], np.cumsum(stored[f"{n}_lengths"])[:-1]) for n in ("held", "train"))
+    held, train = (
+        np.split(stored[n], np.cumsum(stored[f"{n}_lengths"])[:-1]) for n in ("held", "train")
+    )
     Path(out).mkdir(exist_ok=True)
     recipes = {"nanophi": nanophi, "adafactor": original}
     recipes[recipe](model, train, judge(held, tok), Path(out), float(lr), int(seed), int(steps))
@@ -167,11 +206,29 @@ def curve(out: Path, recipe: str, lr: float, seed: int, tokens: int) -> list[dic
     steps = round(tokens / STEP)
     folder = out / f"{recipe}-lr{lr:g}-seed{seed}-{steps}"
     if not (folder / "metrics.jsonl").exists() or read_metrics(folder)[-1]["step"] < steps:
-        command = [sys.executable, __file__, "--work", recipe, str(folder), str(lr), str(seed), str(steps)]
+        command = [
+            sys.executable,
+            __file__,
+            "--work",
+            recipe,
+            str(folder),
+            str(lr),
+            str(seed),
+            str(steps),
+        ]
         with open(out / "log.txt", "a", encoding="utf-8") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                command,
+                check=True,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
     lines = [line for line in read_metrics(folder) if "val_bits_per_byte" in line]
-    print(f"{folder.name}: {lines[-1]['val_bits_per_byte']:.3f} in {lines[-1]['seconds']:.0f} s", flush=True)
+    print(
+        f"{folder.name}: {lines[-1]['val_bits_per_byte']:.3f} in {lines[-1]['seconds']:.0f} s",
+        flush=True,
+    )
     return lines
 
 
@@ -187,18 +244,28 @@ def main(cfg: Config) -> None:
         prepare(cfg, out)
     best = {}
     for recipe, lrs in (("nanophi", cfg.nanophi_lrs), ("adafactor", cfg.adafactor_lrs)):
-        found = {lr: curve(out, recipe, lr, 0, cfg.tokens // 2)[-1]["val_bits_per_byte"] for lr in lrs}
+        found = {
+            lr: curve(out, recipe, lr, 0, cfg.tokens // 2)[-1]["val_bits_per_byte"] for lr in lrs
+        }
         best[recipe] = min(found, key=found.get)
         if best[recipe] in (min(lrs), max(lrs)):
             print(f"note: {best[recipe]:g} is at the edge of the learning rates tried for {recipe}")
     seeds = range(1, cfg.seeds + 1)
-    runs = {"original": ("adafactor", ORIGINAL_LR, 1.0), "retuned": ("adafactor", best["adafactor"], 1.0)}
-    runs |= {f"nanophi, {share:.0%}": ("nanophi", best["nanophi"], share) for share in [*cfg.shares, 1.0]}
+    runs = {
+        "original": ("adafactor", ORIGINAL_LR, 1.0),
+        "retuned": ("adafactor", best["adafactor"], 1.0),
+    }
+    runs |= {
+        f"nanophi, {share:.0%}": ("nanophi", best["nanophi"], share) for share in [*cfg.shares, 1.0]
+    }
     curves = {
         name: [curve(out, recipe, lr, seed, int(cfg.tokens * share)) for seed in seeds]
         for name, (recipe, lr, share) in runs.items()
     }
-    goals = {name: statistics.mean(one[-1]["val_bits_per_byte"] for one in curves[name]) for name in list(runs)[:2]}
+    goals = {
+        name: statistics.mean(one[-1]["val_bits_per_byte"] for one in curves[name])
+        for name in list(runs)[:2]
+    }
     print(
         "\n| run | learning rate | tokens | bits per byte, by seed | seconds | as good as the original | as retuned |"
     )
@@ -206,20 +273,34 @@ def main(cfg: Config) -> None:
     for name, ofs in curves.items():
         bits = [line[-1]["val_bits_per_byte"] for line in ofs]
         seconds = statistics.mean(line[-1]["seconds"] for line in ofs)
-        cells = [name, f"{runs[name][1]:g}", f"{ofs[0][-1]['tokens']:,}", ", ".join(f"{bit:.3f}" for bit in bits)]
+        cells = [
+            name,
+            f"{runs[name][1]:g}",
+            f"{ofs[0][-1]['tokens']:,}",
+            ", ".join(f"{bit:.3f}" for bit in bits),
+        ]
         for goal in goals.values():
             reached = [until(lines, goal) for lines in ofs]
-            told = (f"{line['tokens']:,} tokens, {line['seconds']:.0f} s" if line else "no" for line in reached)
+            told = (
+                f"{line['tokens']:,} tokens, {line['seconds']:.0f} s" if line else "no"
+                for line in reached
+            )
             cells.append(" / ".join(told))
         cells.insert(4, f"{seconds:.0f}")
         print("| " + " | ".join(cells) + " |")
     if cfg.curves:
         keep = ("tokens", "seconds", "val_bits_per_byte")
         told = {
-            name: {"lr": runs[name][1], "seeds": [[[round(line[k], 4) for k in keep] for line in one] for one in ofs]}
+            name: {
+                "lr": runs[name][1],
+                "seeds": [[[round(line[k], 4) for k in keep] for line in one] for one in ofs],
+            }
             for name, ofs in curves.items()
         }
-        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in ({"columns": keep} | told).items())
+        lines = (
+            f"{json.dumps(name)}: {json.dumps(value)}"
+            for name, value in ({"columns": keep} | told).items()
+        )
         write_text(cfg.curves, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -227,4 +308,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         work(*sys.argv[2:])
     else:
-        run(Config, main)
+        run_command(Config, main)

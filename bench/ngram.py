@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 from nanophi.text.shards import TokenSet
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.packing import IGNORE, Packed
 
 
@@ -55,10 +55,15 @@ class Level:
             return np.where(sorted_keys[at] == wanted, values[at], 0)
 
         count = find(self.keys, context * self.vocab + word, self.counts)
-        total, kinds = find(self.contexts, context, self.totals), find(self.contexts, context, self.kinds)
+        total, kinds = (
+            find(self.contexts, context, self.totals),
+            find(self.contexts, context, self.kinds),
+        )
         seen = total > 0
         total = np.maximum(total, 1)
-        mixed = np.maximum(count - self.discount, 0) / total + self.discount * kinds / total * shorter
+        mixed = (
+            np.maximum(count - self.discount, 0) / total + self.discount * kinds / total * shorter
+        )
         return np.where(seen, mixed, shorter)
 
 
@@ -71,7 +76,13 @@ def main(cfg: Config) -> None:
     bos = tok.bos_id if config["bos"] else None
     rows = max(config["batch_tokens"] // context, 1)
     data = Packed(TokenSet(config["data"], "train", tok), context, rows, config["seed"], bos_id=bos)
-    held_out = Packed(TokenSet(config["data"], "val", tok), context, config["micro_batch"], config["seed"], bos_id=bos)
+    held_out = Packed(
+        TokenSet(config["data"], "val", tok),
+        context,
+        config["micro_batch"],
+        config["seed"],
+        bos_id=bos,
+    )
     train = contexts((data.batch_at(step) for step in range(steps)), vocab - 1)
     val = contexts(held_out.in_order(), vocab - 1)
 
@@ -89,11 +100,13 @@ def main(cfg: Config) -> None:
         print(
             f"{order}-gram  {bits / text_bytes:.3f} bits per byte  {bits * math.log(2) / len(val):.3f} nats per token"
         )
-    lines = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     last = next(line for line in reversed(lines) if "val_loss" in line)
     bits, nats = last["val_bits_per_byte"], last["val_loss"]
     print(f"the run {bits:.3f} bits per byte  {nats:.3f} nats per token  (step {last['step']:,})")
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

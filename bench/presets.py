@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.train.distributed import World
@@ -57,7 +57,9 @@ def tokens_per_s(name: str, rows: int, steps: int) -> float:
 
 
 def main(cfg: Config) -> None:
-    print("| preset | parameters | weights GB | to train GB | 1 B tokens, one H100 | tokens/s here |")
+    print(
+        "| preset | parameters | weights GB | to train GB | 1 B tokens, one H100 | tokens/s here |"
+    )
     print("|---|---|---|---|---|---|")
     for name in PRESETS:
         with torch.device("meta"):
@@ -65,11 +67,13 @@ def main(cfg: Config) -> None:
             state = training_bytes(model)
         parameters = sum(p.numel() for p in model.parameters())
         hours = 6 * parameters * TOKENS / (PEAK_FLOPS * UTILIZATION) / 3600
-        speed = f"{tokens_per_s(name, cfg.rows, cfg.steps):,.0f}" if name in (cfg.measure or []) else ""
+        speed = (
+            f"{tokens_per_s(name, cfg.rows, cfg.steps):,.0f}" if name in (cfg.measure or []) else ""
+        )
         print(
             f"| `{name}` | {parameters:,} | {parameters * 4 / 1e9:.2f} | {state / 1e9:.2f} | {hours:.2f} h | {speed} |"
         )
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from sample import shuffled
 
-from nanophi.cli import flag, run
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.cli import flag, run_command
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 CONTEXT, SEED = 512, 0
 
@@ -43,7 +43,9 @@ def shape(tok: Tokenizer) -> dict:
     }  # fmt: skip
 
 
-def nanophi(documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int) -> tuple[list[float], list[int]]:
+def nanophi(
+    documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int
+) -> tuple[list[float], list[int]]:
     import torch
 
     from nanophi.model.config import PhiConfig
@@ -55,7 +57,10 @@ def nanophi(documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int) 
     from nanophi.train.packing import Packed
 
     model = Phi(PhiConfig(**shape(tok))).train()
-    data, optimizers = Packed(documents, CONTEXT, rows, SEED), build_optimizers(model, "muon", 2e-3, 0.1)
+    data, optimizers = (
+        Packed(documents, CONTEXT, rows, SEED),
+        build_optimizers(model, "muon", 2e-3, 0.1),
+    )
     times, useful = [], []
     for step in range(steps):
         started = time.perf_counter()
@@ -69,7 +74,9 @@ def nanophi(documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int) 
     return times, useful
 
 
-def original(documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int) -> tuple[list[float], list[int]]:
+def original(
+    documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int
+) -> tuple[list[float], list[int]]:
     import torch
     from transformers import PhiConfig, PhiForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -87,18 +94,24 @@ def original(documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         labels = torch.full_like(ids, -100)
         for i, row in enumerate(rows):
-            ids[i, : len(row["input_ids"])] = labels[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            ids[i, : len(row["input_ids"])] = labels[i, : len(row["input_ids"])] = torch.tensor(
+                row["input_ids"]
+            )
         useful.append(sum(len(row["input_ids"]) for row in rows))
         return {"input_ids": ids, "labels": labels, "attention_mask": (labels != -100).long()}
 
-    model = PhiForCausalLM._from_config(PhiConfig(**shape(tok), use_cache=False), attn_implementation="sdpa")
+    model = PhiForCausalLM._from_config(
+        PhiConfig(**shape(tok), use_cache=False), attn_implementation="sdpa"
+    )
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=rows, max_steps=steps, optim="adafactor", learning_rate=5e-4,
             report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, seed=SEED,
         )  # fmt: skip
         dataset = [{"input_ids": document.tolist()} for document in documents]
-        Trainer(model, args, data_collator=padded, train_dataset=dataset, callbacks=[Clock()]).train()
+        Trainer(
+            model, args, data_collator=padded, train_dataset=dataset, callbacks=[Clock()]
+        ).train()
     return times, useful
 
 
@@ -126,7 +139,9 @@ def main(cfg: Config) -> None:
             break
     random.Random(SEED).shuffle(documents)
     lengths = np.array([len(document) for document in documents])
-    print(f"{len(documents):,} documents of {lengths.mean():.0f} tokens in the mean, median {np.median(lengths):.0f}\n")
+    print(
+        f"{len(documents):,} documents of {lengths.mean():.0f} tokens in the mean, median {np.median(lengths):.0f}\n"
+    )
     print("| batch | side | useful tokens/s | x the original's |")
     print("|---|---|---|---|")
     core = max(os.sched_getaffinity(0))
@@ -153,4 +168,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         work(*sys.argv[2:5], *map(int, sys.argv[5:7]))
     else:
-        run(Config, main)
+        run_command(Config, main)

@@ -8,10 +8,10 @@ threshold is the score that best tells the two cases apart.
 
 from dataclasses import dataclass
 
-from nanophi.cli import Progress, flag, run
+from nanophi.cli import Progress, flag, run_command
 from nanophi.infer.rag import Index
 from nanophi.text.corpus import read_rows
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,9 @@ def main(cfg: Config) -> dict:
             first += sources[:1] == [row["doc_id"]]
             fifth += row["doc_id"] in sources[:5]
             present.append(found[0][0] if found else 0.0)
-            absent.append(next((score for score, chunk in found if chunk.source != row["doc_id"]), 0.0))
+            absent.append(
+                next((score for score, chunk in found if chunk.source != row["doc_id"]), 0.0)
+            )
             bar.update()
     n = len(questions)
 
@@ -44,10 +46,12 @@ def main(cfg: Config) -> dict:
     recall = {"recall@1": first / n, "recall@5": fifth / n}
     print(f"{len(passages):,} passages, {len(index.chunks):,} chunks, {n:,} questions")
     print(f"recall@1 {recall['recall@1']:.3f}  recall@5 {recall['recall@5']:.3f}")
-    print(f"median best score {sorted(present)[n // 2]:.3f}, without the passage {sorted(absent)[n // 2]:.3f}")
+    print(
+        f"median best score {sorted(present)[n // 2]:.3f}, without the passage {sorted(absent)[n // 2]:.3f}"
+    )
     print(f"threshold {best:.2f} tells the two apart in {told_apart(best):.1%} of the cases")
     return recall
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 from sample import shuffled, take
 
-from nanophi.cli import flag, peak_memory_gb, run
-from nanophi.text.bpe import train_bpe
-from nanophi.text.levels import QWEN2_SPLIT, SPLITS
-from nanophi.text.pieces import train_sentencepiece
-from nanophi.text.splits import BREAK
+from nanophi.cli import flag, peak_memory_gb, run_command
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.levels import QWEN2_SPLIT, SPLITS
+from nanophi.tokenizer.pieces import train_sentencepiece
+from nanophi.tokenizer.splits import BREAK
 
-OTHERS = {"digits by three": QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"), "white space": r"\s*\S+|\s+"}
+OTHERS = {
+    "digits by three": QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"),
+    "white space": r"\s*\S+|\s+",
+}
 KINDS = ["gpt2", "qwen2", *OTHERS, "char", "sentencepiece"]
 
 
@@ -62,7 +65,11 @@ def measure(cfg: Config) -> None:
     if cfg.kind == "sentencepiece":
         tok = train_sentencepiece(texts, cfg.vocab_size)
     else:
-        tok = train_bpe(texts, cfg.vocab_size, **{"level": "char"} if cfg.kind == "char" else {"split": cfg.kind})
+        tok = train_bpe(
+            texts,
+            cfg.vocab_size,
+            **{"level": "char"} if cfg.kind == "char" else {"split": cfg.kind},
+        )
     seconds = time.perf_counter() - started
     gb = peak_memory_gb()
     ids = [i for found in tok.encode_batch(held_out) for i in found]
@@ -84,10 +91,12 @@ def main(cfg: Config) -> None:
     )
     print("|---|---|---|---|---|---|---|", flush=True)
     for kind in KINDS:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--kind", kind], check=False)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--kind", kind], check=False
+        )
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

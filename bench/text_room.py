@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 from nanophi.text.corpus import read_texts
 
 # Runs a module's main with arguments and prints its peak memory and result, without the command's own words.
@@ -60,15 +60,25 @@ def main(cfg: Config) -> None:
             "clean": stage(cores, "clean", "--input", *cfg.input, "--out", cleaned, *workers),
             "dedup": stage(cores, "dedup", "--input", cleaned, "--out", unique, *workers),
             "shards": stage(
-                cores, "shards", "--input", unique, "--tokenizer", cfg.tokenizer, "--out", folder + "/tokens", *workers
+                cores,
+                "shards",
+                "--input",
+                unique,
+                "--tokenizer",
+                cfg.tokenizer,
+                "--out",
+                folder + "/tokens",
+                *workers,
             ),
         }
     tokens = rows["shards"][2]["tokens"]
     rows["all"] = (sum(row[0] for row in rows.values()), max(row[1] for row in rows.values()), {})
     for name, (seconds, gb, _) in rows.items():
-        print(f"| {name} | {seconds:.1f} | {characters / seconds:,.0f} | {tokens / seconds:,.0f} | {gb:.2f} |")
+        print(
+            f"| {name} | {seconds:.1f} | {characters / seconds:,.0f} | {tokens / seconds:,.0f} | {gb:.2f} |"
+        )
     print(f"\n{tokens:,} tokens; of the documents {rows['dedup'][2]['repeated']:,} were repeated")
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

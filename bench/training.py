@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanophi.cli import flag, run
+from nanophi.cli import flag, run_command
 
 # width, layers, heads, MLP, vocabulary, rows, tokens of a row
 SHAPES = {"mid": (960, 4, 16, 4096, 32768, 4, 512), "tiny": (256, 6, 8, 1024, 6400, 16, 256)}
@@ -59,17 +59,23 @@ def build(side: str, shape: str):
     else:
         from transformers import PhiConfig, PhiForCausalLM
 
-        model = PhiForCausalLM._from_config(PhiConfig(**settings, use_cache=False), attn_implementation="sdpa")
+        model = PhiForCausalLM._from_config(
+            PhiConfig(**settings, use_cache=False), attn_implementation="sdpa"
+        )
         call = torch.compile(model) if side == "hf-compile" else model
 
         def step(ids):
             inputs = ids[:, :-1]
-            call(input_ids=inputs, labels=inputs, shift_labels=ids[:, 1:].contiguous()).loss.backward()
+            call(
+                input_ids=inputs, labels=inputs, shift_labels=ids[:, 1:].contiguous()
+            ).loss.backward()
 
     if side == "hf-adafactor":
         from transformers.optimization import Adafactor
 
-        optimizer = Adafactor(model.parameters(), lr=1e-4, scale_parameter=False, relative_step=False)
+        optimizer = Adafactor(
+            model.parameters(), lr=1e-4, scale_parameter=False, relative_step=False
+        )
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     return model.train(), step, optimizer
@@ -93,7 +99,9 @@ def work(side: str, shape: str, dtype: str, steps: int, cores: int) -> None:
     model, step, optimizer = build(side, shape)
     times = []
     for number in range(steps):
-        ids = torch.randint(7, vocabulary, (rows, time_ + 1), generator=torch.Generator().manual_seed(number))
+        ids = torch.randint(
+            7, vocabulary, (rows, time_ + 1), generator=torch.Generator().manual_seed(number)
+        )
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             step(ids)
@@ -108,9 +116,13 @@ def work(side: str, shape: str, dtype: str, steps: int, cores: int) -> None:
 def main(cfg: Config) -> None:
     cores = sorted(os.sched_getaffinity(0))[-cfg.cores :]
     info = Path("/proc/cpuinfo").read_text()
-    model = next((line.split(": ")[-1] for line in info.splitlines() if "model name" in line), "unknown CPU")
+    model = next(
+        (line.split(": ")[-1] for line in info.splitlines() if "model name" in line), "unknown CPU"
+    )
     kinds = [kind for kind in ("avx512f", "avx512_bf16", "avx2") if kind in info]
-    print(f"{len(cores)} core(s) of {model} ({', '.join(kinds)}), medians of {cfg.repeats} runs of {cfg.steps} steps\n")
+    print(
+        f"{len(cores)} core(s) of {model} ({', '.join(kinds)}), medians of {cfg.repeats} runs of {cfg.steps} steps\n"
+    )
     print("| shape | dtype | side | tokens/s | x HF | peak GB | of HF's |")
     print("|---|---|---|---|---|---|---|")
     for shape in cfg.shapes:
@@ -130,13 +142,16 @@ def main(cfg: Config) -> None:
                         found.setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
             hf = found.get("hf")
             for side, rows in found.items():
-                speed, gb = (statistics.median(row[key] for row in rows) for key in ("tokens_per_s", "gb"))
+                speed, gb = (
+                    statistics.median(row[key] for row in rows) for key in ("tokens_per_s", "gb")
+                )
                 ratios = ["", ""]
                 if hf:
                     ratios = [f"{speed / statistics.median(row['tokens_per_s'] for row in hf):.2f}"]
                     ratios.append(f"{gb / statistics.median(row['gb'] for row in hf):.2f}")
                 print(
-                    f"| {shape} | {dtype} | {side} | {speed:,.0f} | {ratios[0]} | {gb:.2f} | {ratios[1]} |", flush=True
+                    f"| {shape} | {dtype} | {side} | {speed:,.0f} | {ratios[0]} | {gb:.2f} | {ratios[1]} |",
+                    flush=True,
                 )
 
 
@@ -144,4 +159,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         work(*sys.argv[2:5], *map(int, sys.argv[5:7]))
     else:
-        run(Config, main)
+        run_command(Config, main)

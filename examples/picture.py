@@ -36,7 +36,9 @@ def write_chat(path: str | Path, turns: list[tuple[str, str]]) -> None:
             top += height + 12
         top += 8
     fonts = "'PingFang SC','Microsoft YaHei','Noto Sans CJK SC','Noto Sans SC',sans-serif"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" font-family="{fonts}"'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" font-family="{fonts}"'
+    )
     body = "\n".join(parts)
     white = f'<rect width="{WIDTH}" height="{top}" fill="#ffffff"/>'
     write_text(path, f'{head} font-size="{SIZE}">\n{white}\n{body}\n</svg>\n')

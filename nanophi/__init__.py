@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "clean": "nanophi.text.clean",
-    "Tokenizer": "nanophi.text.tokenizer",
-    "train_bpe": "nanophi.text.bpe",
-    "chat_prompt": "nanophi.text.chat",
+    "Tokenizer": "nanophi.tokenizer.tokenizer",
+    "train_bpe": "nanophi.tokenizer.bpe",
+    "chat_prompt": "nanophi.tokenizer.chat",
     "PhiConfig": "nanophi.model.config",
     "Phi": "nanophi.model.phi",
     "load": "nanophi.model.checkpoint",

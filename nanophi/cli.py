@@ -8,7 +8,7 @@ Standard library only, and below all rooms, so that each of them may use it:
         steps: int = flag(1000, help="optimizer steps")
 
     if __name__ == "__main__":
-        run(Config, main)          # parses, calls main(cfg); a UserError ends in one line and exit code 2
+        run_command(Config, main)          # parses, calls main(cfg); a UserError ends in one line and exit code 2
 """
 
 import argparse
@@ -41,7 +41,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of the whole usage, with the flag that was probably meant."""
         known = [flag for action in self._actions for flag in action.option_strings]
-        unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        unknown = (
+            [word for word in message.split() if word.startswith("--")]
+            if "unrecognized" in message
+            else []
+        )
         meant = [close for word in unknown for close in difflib.get_close_matches(word, known, n=1)]
         hint = f"did you mean {', '.join(meant)}? " if meant else ""
         self.exit(2, f"error: {message}; {hint}--help explains every flag\n")
@@ -49,11 +53,19 @@ class _Parser(argparse.ArgumentParser):
 
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
     """An argument parser with one flag per field of the dataclass `cls`; abbreviations are errors."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     hints = typing.get_type_hints(cls)
-    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):  # own first
+    for field in sorted(
+        dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__
+    ):  # own first
         kind, options = hints[field.name], {"dest": field.name}
-        if isinstance(kind, types.UnionType):  # `int | None`: the flag takes an int, its absence says None
+        if isinstance(
+            kind, types.UnionType
+        ):  # `int | None`: the flag takes an int, its absence says None
             kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
         default = field.default
         options["required"] = default is dataclasses.MISSING
@@ -67,11 +79,16 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
         elif typing.get_origin(kind) is list:
             options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
         else:
-            options |= {"type": _in_range(kind, field.metadata), "metavar": "N" if kind in (int, float) else "X"}
+            options |= {
+                "type": _in_range(kind, field.metadata),
+                "metavar": "N" if kind in (int, float) else "X",
+            }
             if "const" in field.metadata:  # the flag may stand alone
                 options |= {"nargs": "?", "const": field.metadata["const"]}
         if field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="+", help=options["help"], metavar=field.name.upper())
+            parser.add_argument(
+                field.name, nargs="+", help=options["help"], metavar=field.name.upper()
+            )
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
@@ -92,14 +109,16 @@ def _in_range(kind: type, metadata: Mapping):
         value = kind(text)
         right = (at_least is None or value >= at_least) and (above is None or value > above)
         if not (right and (at_most is None or value <= at_most)):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(limits)}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: it must be {' and '.join(limits)}"
+            )
         return value
 
     number.__name__ = kind.__name__  # argparse says "invalid int value"
     return number
 
 
-def run(cls: type, main, argv: list[str] | None = None) -> None:
+def run_command(cls: type, main, argv: list[str] | None = None) -> None:
     """Parse the flags of `cls`, call `main(cfg)`, and end with an exit code that scripts can chain on.
 
     0 success; 2 a user's mistake (one line on stderr; NANOPHI_TRACEBACK=1 shows where); 130 / 143 interrupted; 141 the
@@ -107,10 +126,14 @@ def run(cls: type, main, argv: list[str] | None = None) -> None:
     """
     description = sys.modules[main.__module__].__doc__ or ""
     cfg = cls(**vars(parser_for(cls, description).parse_args(argv)))
-    if os.environ.get("RANK", "0") != "0":  # of several ranks under torchrun the first one speaks; all may fail aloud
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # of several ranks under torchrun the first one speaks; all may fail aloud
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # lines reach a log file in the order of those on stderr
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # lines reach a log file in the order of those on stderr
     try:
         main(cfg)
         sys.stdout.flush()  # a reader that has gone away is noticed here, not in the interpreter's shutdown
@@ -123,7 +146,11 @@ def run(cls: type, main, argv: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("NANOPHI_TRACEBACK"):
             raise
-        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        text = (
+            f"{error.strerror}: {error.filename}"
+            if isinstance(error, OSError) and error.filename
+            else str(error)
+        )
         print("error:", " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
 
@@ -154,17 +181,34 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int | None, done: int = 0, every_s: float = 15.0):
-        self.what, self.total, self.first, self.done, self.every_s = what, total, done, done, every_s
+        self.what, self.total, self.first, self.done, self.every_s = (
+            what,
+            total,
+            done,
+            done,
+            every_s,
+        )
         self.started = self.shown = time.monotonic()
         self.bar = None
         self.silent = os.environ.get("RANK", "0") != "0"  # another rank's business, see `run`
         if sys.stderr.isatty() and not self.silent:
             try:
                 from tqdm import tqdm
-            except ImportError:  # training runs where only torch, numpy and safetensors are installed
+            except (
+                ImportError
+            ):  # training runs where only torch, numpy and safetensors are installed
                 return
-            shape = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining}{postfix}" if total else None  # fits 80 columns
-            self.bar = tqdm(total=total, initial=done, desc=what, dynamic_ncols=True, leave=False, bar_format=shape)
+            shape = (
+                "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining}{postfix}" if total else None
+            )  # fits 80 columns
+            self.bar = tqdm(
+                total=total,
+                initial=done,
+                desc=what,
+                dynamic_ncols=True,
+                leave=False,
+                bar_format=shape,
+            )
 
     def __enter__(self):
         return self
@@ -185,7 +229,9 @@ class Progress:
             self.shown = now
             line = f"{self.what} {self.done:,}"
             if self.total is not None:
-                left_s = (now - self.started) / max(self.done - self.first, 1) * (self.total - self.done)
+                left_s = (
+                    (now - self.started) / max(self.done - self.first, 1) * (self.total - self.done)
+                )
                 line += f"/{self.total:,}  eta {duration(left_s)}"
             print(f"{line}  {text}".rstrip(), file=sys.stderr, flush=True)
 

@@ -45,4 +45,6 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         place = f"U+{ord(text[error.start]):04X} at character {error.start:,}"
-        raise UserError(f"half of a surrogate pair ({place}) is no character: clean the text first") from None
+        raise UserError(
+            f"half of a surrogate pair ({place}) is no character: clean the text first"
+        ) from None

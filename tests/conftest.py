@@ -3,7 +3,9 @@
 import json
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any oracle is imported: a test that needs a hub must fail, not wait
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before any oracle is imported: a test that needs a hub must fail, not wait
+)
 os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
@@ -17,7 +19,7 @@ import train_tokenizer
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text import clean, shards
-from nanophi.text.bpe import train_bpe
+from nanophi.tokenizer.bpe import train_bpe
 
 settings.register_profile("nanophi", deadline=None, max_examples=60)
 settings.load_profile("nanophi")
@@ -68,11 +70,15 @@ SFT = [
     {"instruction": "怎样才能睡得好", "input": "", "output": "睡前少看手机，早点上床。"},
     {"instruction": "月亮会发光吗？", "input": "", "output": "不会，它反射的是太阳的光。"},
 ]
-PREFERENCES = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "我不知道。"} for row in SFT]
+PREFERENCES = [
+    {"prompt": row["instruction"], "chosen": row["output"], "rejected": "我不知道。"} for row in SFT
+]
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -84,9 +90,16 @@ def house(tmp_path_factory):
     raw = write(out / "raw.jsonl", [{"text": text} for text in RAW])
     clean.main(clean.Config(input=[raw], out=str(out / "clean.jsonl")))
     texts = [str(out / "clean.jsonl"), write(out / "sft.jsonl", SFT)]
-    train_tokenizer.main(train_tokenizer.Config(input=texts, out=str(out / "tokenizer"), vocab_size=500))
+    train_tokenizer.main(
+        train_tokenizer.Config(input=texts, out=str(out / "tokenizer"), vocab_size=500)
+    )
     shards.main(
-        shards.Config(input=texts[:1], tokenizer=str(out / "tokenizer"), out=str(out / "tokens"), val_fraction=0.2)
+        shards.Config(
+            input=texts[:1],
+            tokenizer=str(out / "tokenizer"),
+            out=str(out / "tokens"),
+            val_fraction=0.2,
+        )
     )
     pretrain.main(
         pretrain.Config(
@@ -108,7 +121,13 @@ def house(tmp_path_factory):
     pairs = write(out / "dpo.jsonl", PREFERENCES)
     dpo.main(
         dpo.Config(
-            init_from=str(out / "sft"), data=[pairs], out=str(out / "dpo"), steps=5, batch_pairs=3, lr=1e-3, **common
+            init_from=str(out / "sft"),
+            data=[pairs],
+            out=str(out / "dpo"),
+            steps=5,
+            batch_pairs=3,
+            lr=1e-3,
+            **common,
         )
     )
     return out

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from nanophi.cli import Progress, UserError, duration, flag, parser_for, run
+from nanophi.cli import Progress, UserError, duration, flag, parser_for, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +38,13 @@ def test_flags_become_typed_fields():
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["--data", "x", "--step", "7"], ["--data", "x", "--mode", "c"], ["--typo"], ["--data", "x", "--lr", "nan"]],
+    [
+        [],
+        ["--data", "x", "--step", "7"],
+        ["--data", "x", "--mode", "c"],
+        ["--typo"],
+        ["--data", "x", "--lr", "nan"],
+    ],
 )
 def test_wrong_flags_exit_2(argv, capsys):
     """--step for --steps is an error: an abbreviation works until a second flag begins alike."""
@@ -64,20 +70,32 @@ def raise_programmers_error(cfg):
 
 def test_users_mistake_is_one_line_and_a_bug_is_not_hidden(capsys):
     with pytest.raises(SystemExit) as stop:
-        run(Config, raise_user_error, ["--data", "x"])
+        run_command(Config, raise_user_error, ["--data", "x"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: no such thing; do this\n"
     with pytest.raises(ValueError, match="a bug"):
-        run(Config, raise_programmers_error, ["--data", "x"])
+        run_command(Config, raise_programmers_error, ["--data", "x"])
 
 
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (["train_tokenizer.py", "--input", "no-such-file", "--out", "x"], "no such file, directory or glob: no-such"),
-        (["pretrain.py", "--data", "no", "--tokenizer", "no", "--out", "new"], "no tokenizer.json in no; python"),
-        (["sft.py", "--init-from", "no", "--data", "x", "--out", "new"], "no model in no: config.json is missing"),
-        (["dpo.py", "--init-from", "no", "--data", "x", "--out", "new", "--resume"], "nothing to resume in new"),
+        (
+            ["train_tokenizer.py", "--input", "no-such-file", "--out", "x"],
+            "no such file, directory or glob: no-such",
+        ),
+        (
+            ["pretrain.py", "--data", "no", "--tokenizer", "no", "--out", "new"],
+            "no tokenizer.json in no; python",
+        ),
+        (
+            ["sft.py", "--init-from", "no", "--data", "x", "--out", "new"],
+            "no model in no: config.json is missing",
+        ),
+        (
+            ["dpo.py", "--init-from", "no", "--data", "x", "--out", "new", "--resume"],
+            "nothing to resume in new",
+        ),
         (["generate.py", "--model", "no", "--prompt", "x"], "no model in no"),
         (["generate.py", "--model", "no"], "--prompt TEXT or --chat"),
         (
@@ -88,7 +106,9 @@ def test_users_mistake_is_one_line_and_a_bug_is_not_hidden(capsys):
 )
 def test_scripts_name_the_mistake(command, expected, tmp_path):
     script = command[0] if command[0] == "-m" else str(ROOT / command[0])
-    done = subprocess.run([sys.executable, script, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *command[1:]], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert expected in done.stderr
@@ -98,8 +118,10 @@ def test_scripts_name_the_mistake(command, expected, tmp_path):
 
 def test_a_reader_that_goes_away_is_no_success(tmp_path):
     """`pretrain.py | head && sft.py` went on with half a model: the broken pipe had ended in exit code 0."""
-    code = "from tests.test_cli import *; run(Config, lambda cfg: [print(i) for i in range(10**5)], ['--data', 'x'])"
-    writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    code = "from tests.test_cli import *; run_command(Config, lambda cfg: [print(i) for i in range(10**5)], ['--data', 'x'])"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     writer.stdout.readline()
     writer.stdout.close()
     assert writer.wait(timeout=60) == 141

@@ -8,7 +8,7 @@ import pytest
 
 from nanophi.text.clean import clean
 from nanophi.text.corpus import read_rows
-from nanophi.text.rows import messages_of, preference_of, texts_of
+from nanophi.text.schemas import messages_of, preference_of, texts_of
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "demo"
 
@@ -43,7 +43,9 @@ def test_documents_are_many_long_and_different():
 
 def test_conversations():
     conversations = [messages_of(row) for row in rows("sft")]
-    answers = [m["content"] for messages in conversations for m in messages if m["role"] == "assistant"]
+    answers = [
+        m["content"] for messages in conversations for m in messages if m["role"] == "assistant"
+    ]
     assert len(conversations) >= 150
     assert sum(len(messages) == 4 for messages in conversations) >= 15
     assert sum("背景：" in messages[0]["content"] for messages in conversations) >= 15
@@ -74,7 +76,8 @@ def test_held_out_question_is_in_other_words(row):
     own = grams(row["question"], 2)
     assert max(len(own & grams(question, 2)) for question in trained_questions()) <= len(own) / 2
     assert (row["rephrases"], row["output"]) in {
-        (messages[0]["content"], messages[1]["content"]) for messages in map(messages_of, rows("sft"))
+        (messages[0]["content"], messages[1]["content"])
+        for messages in map(messages_of, rows("sft"))
     }
 
 

@@ -34,9 +34,13 @@ def answer(model, **settings) -> str:
 
 
 def test_each_stage_learns(house):
-    pretraining, fine_tuning, preferences = (metrics(house / name) for name in ("pretrain", "sft", "dpo"))
+    pretraining, fine_tuning, preferences = (
+        metrics(house / name) for name in ("pretrain", "sft", "dpo")
+    )
     vocab = len(load(house / "pretrain")[1])
-    assert pretraining[0]["loss"] == pytest.approx(torch.tensor(float(vocab)).log().item(), rel=0.02)
+    assert pretraining[0]["loss"] == pytest.approx(
+        torch.tensor(float(vocab)).log().item(), rel=0.02
+    )
     assert pretraining[-1]["loss"] < 4
     assert [line["step"] for line in pretraining if "val_bits_per_byte" in line] == [10, 20, 30]
     assert fine_tuning[-1]["loss"] < 0.2
@@ -61,17 +65,35 @@ def test_checkpoint_directories_are_complete(house):
 
 
 def test_sampling_and_raw_prompts(house):
-    assert answer(house / "sft", temperature=1.0, seed=1) == answer(house / "sft", temperature=1.0, seed=1)
+    assert answer(house / "sft", temperature=1.0, seed=1) == answer(
+        house / "sft", temperature=1.0, seed=1
+    )
     stdout = io.StringIO()
     with redirect_stdout(stdout):
-        generate.main(generate.Config(model=str(house / "sft"), prompt=f"##提问:\n{QUESTION}\n##回答:\n", raw=True))
+        generate.main(
+            generate.Config(
+                model=str(house / "sft"), prompt=f"##提问:\n{QUESTION}\n##回答:\n", raw=True
+            )
+        )
     assert stdout.getvalue() == ANSWER + "\n"
 
 
 def test_chat_at_the_terminal(house):
-    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(house / "sft"), "--chat", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "generate.py"),
+        "--model",
+        str(house / "sft"),
+        "--chat",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(
-        command, input=f"{QUESTION}\n\n{QUESTION}\n/exit\n", capture_output=True, text=True, timeout=120
+        command,
+        input=f"{QUESTION}\n\n{QUESTION}\n/exit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0
     assert done.stdout.count(ANSWER) == 2
@@ -97,7 +119,9 @@ print(tokenizer.decode(outputs[0].cpu().numpy(), clean_up_tokenization_spaces=Tr
 
 def original_use(python, encode, directory) -> str:
     code = ORIGINAL_USE.format(encode=encode)
-    done = subprocess.run([python, "-c", code, str(directory), QUESTION], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [python, "-c", code, str(directory), QUESTION], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.removesuffix("\n")
 
@@ -125,16 +149,28 @@ def test_the_originals_snippet_under_transformers_457(house):
 
 def test_mistakes_leave_what_is_there(house):
     before = (house / "sft" / "model.safetensors").read_bytes()
-    again = sft.Config(init_from=str(house / "pretrain"), data=[str(house / "sft.jsonl")], out=str(house / "sft"))
+    again = sft.Config(
+        init_from=str(house / "pretrain"), data=[str(house / "sft.jsonl")], out=str(house / "sft")
+    )
     with pytest.raises(UserError, match="holds a run"):
         sft.main(again)
-    with pytest.raises(UserError, match=r"sft\.jsonl, line 1: a preference pair needs prompt, chosen, rejected"):
-        dpo.main(dpo.Config(init_from=str(house / "sft"), data=[str(house / "sft.jsonl")], out=str(house / "new")))
+    with pytest.raises(
+        UserError, match=r"sft\.jsonl, line 1: a preference pair needs prompt, chosen, rejected"
+    ):
+        dpo.main(
+            dpo.Config(
+                init_from=str(house / "sft"),
+                data=[str(house / "sft.jsonl")],
+                out=str(house / "new"),
+            )
+        )
     with pytest.raises(UserError, match="give --steps or --epochs"):
         sft.main(sft.Config(**vars(again) | {"steps": 1, "epochs": 1.0, "out": str(house / "new")}))
     with pytest.raises(UserError, match="--context 256 exceeds the 128"):
         sft.main(sft.Config(**vars(again) | {"context": 256, "out": str(house / "new")}))
-    with pytest.raises(UserError, match="no such file"):  # --overwrite once deleted the old run before it looked
+    with pytest.raises(
+        UserError, match="no such file"
+    ):  # --overwrite once deleted the old run before it looked
         sft.main(sft.Config(**vars(again) | {"data": ["typo.jsonl"], "overwrite": True}))
     with pytest.raises(UserError, match="overwrite what it starts from"):
         sft.main(sft.Config(**vars(again) | {"init_from": str(house / "sft"), "overwrite": True}))
@@ -151,8 +187,12 @@ def test_prompts_beyond_the_context_are_refused(house):
 def test_conversations_that_do_not_fit_or_have_no_answer_are_dropped(house, tmp_path, capsys):
     _, tok = load(house / "sft")
     length = len(tok.encode(f"##提问:\n{QUESTION}\n##回答:\n{ANSWER}")) + 1
-    rows = [write(tmp_path / "rows.jsonl", [SFT[0], {"messages": [{"role": "user", "content": "问"}]}])]
-    assert len(sft.pack(rows, tok, length - 1, 1, 0, bos=False)) == 1  # n tokens are n - 1 inputs: it just fits
+    rows = [
+        write(tmp_path / "rows.jsonl", [SFT[0], {"messages": [{"role": "user", "content": "问"}]}])
+    ]
+    assert (
+        len(sft.pack(rows, tok, length - 1, 1, 0, bos=False)) == 1
+    )  # n tokens are n - 1 inputs: it just fits
     assert "dropped 0 longer than" in (printed := capsys.readouterr().out)
     assert "1 without an answer" in printed
     with pytest.raises(UserError, match="none has an answer and fits"):
@@ -161,7 +201,10 @@ def test_conversations_that_do_not_fit_or_have_no_answer_are_dropped(house, tmp_
 
 def test_bos_is_put_before_conversations_and_pairs(house):
     _, tok = load(house / "sft")
-    assert sft.pack([str(house / "sft.jsonl")], tok, 128, 1, 0, bos=True).batch_at(0).ids[0, 0] == tok.bos_id
+    assert (
+        sft.pack([str(house / "sft.jsonl")], tok, 128, 1, 0, bos=True).batch_at(0).ids[0, 0]
+        == tok.bos_id
+    )
     pair = dpo.read_pairs([str(house / "dpo.jsonl")], tok, 128, bos=True)[0][0]
     assert pair.chosen[0][0] == pair.rejected[0][0] == tok.bos_id
     assert not pair.chosen[1][0]
@@ -171,7 +214,11 @@ def test_dpo_in_bf16_starts_at_ln_2_too(house):
     """The reference was once computed in fp32 beside a bf16 policy: the rewards were not zero at the start."""
     out = house / "dpo-bf16"
     common = {"steps": 2, "batch_pairs": 3, "device": "cpu", "dtype": "bfloat16", "context": 128}
-    dpo.main(dpo.Config(init_from=str(house / "sft"), data=[str(house / "dpo.jsonl")], out=str(out), **common))
+    dpo.main(
+        dpo.Config(
+            init_from=str(house / "sft"), data=[str(house / "dpo.jsonl")], out=str(out), **common
+        )
+    )
     first = metrics(out)[0]
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert first["margin"] == pytest.approx(0, abs=1e-4)

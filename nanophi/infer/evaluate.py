@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, UserError, flag, run_command
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import expand, read_texts
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.losses import head_cross_entropy
 
 OPTIONS = ("A", "B", "C", "D")
@@ -35,7 +35,9 @@ class Score:
     characters: int = 0
 
     def __add__(self, other: "Score") -> "Score":
-        return Score(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Score(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
     def __str__(self) -> str:
         bits = self.nats / math.log(2)
@@ -64,7 +66,9 @@ def score_text(model: Phi, tok: Tokenizer, text: str, stride: int) -> Score:
     score = Score(tokens=len(ids) - 1)
     for start, first, stop in windows(len(ids), model.cfg.max_position_embeddings, stride):
         hidden = model.hidden(ids[None, start : stop - 1])[0, first - 1 - start :]
-        score.nats += head_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, ids[first:stop]).item()
+        score.nats += head_cross_entropy(
+            hidden, model.lm_head.weight, model.lm_head.bias, ids[first:stop]
+        ).item()
     spelled = tok.decode_bytes(ids[1:-1].tolist())
     score.bytes, score.characters = len(spelled), len(spelled.decode("utf-8", "ignore"))
     return score
@@ -86,19 +90,27 @@ def read_subjects(directory: str | Path) -> list[Subject]:
     root = Path(directory)
     folders = {name: root / name for name in ("val", "test", "dev") if (root / name).is_dir()}
     if not folders:
-        raise UserError(f"{root} holds no val/, test/ or dev/ folder of CSV files (id,question,A,B,C,D,answer)")
+        raise UserError(
+            f"{root} holds no val/, test/ or dev/ folder of CSV files (id,question,A,B,C,D,answer)"
+        )
 
     def table(path: Path) -> list[dict]:
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = [
-                    {key.lower() if len(key) > 1 else key: value for key, value in row.items() if key is not None}
+                    {
+                        key.lower() if len(key) > 1 else key: value
+                        for key, value in row.items()
+                        if key is not None
+                    }
                     for row in csv.DictReader(file)
                 ]
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path} is no CSV file in UTF-8: {error}") from None
         if rows and not {"question", "answer", *OPTIONS} <= rows[0].keys():
-            raise UserError(f"{path}: the columns {', '.join(rows[0])} lack some of question, A, B, C, D, answer")
+            raise UserError(
+                f"{path}: the columns {', '.join(rows[0])} lack some of question, A, B, C, D, answer"
+            )
         return [row for row in rows if row["answer"] in OPTIONS]
 
     asked = next(iter(folders))
@@ -108,7 +120,9 @@ def read_subjects(directory: str | Path) -> list[Subject]:
         name = name_of(path)
         subjects.append(Subject(name, table(path), dev.get(name, []), left_out=asked == "dev"))
     if not any(subject.questions for subject in subjects):
-        raise UserError(f"{folders[asked]} holds no CSV file with a question whose answer is A, B, C or D")
+        raise UserError(
+            f"{folders[asked]} holds no CSV file with a question whose answer is A, B, C or D"
+        )
     return subjects
 
 
@@ -123,7 +137,9 @@ def as_text(row: dict, with_answer: bool) -> str:
 
 
 @torch.inference_mode()
-def option_logprobs(model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict]) -> tuple[torch.Tensor, int]:
+def option_logprobs(
+    model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict]
+) -> tuple[torch.Tensor, int]:
     """log p of A, B, C, D as the next token after 答案：, (4,), and how many examples fitted into the context."""
     ids, shown = tok.encode(as_text(row, False))[-model.cfg.max_position_embeddings :], 0
     for example in examples:
@@ -132,7 +148,9 @@ def option_logprobs(model: Phi, tok: Tokenizer, row: dict, examples: Iterable[di
             break
         ids, shown = before + ids, shown + 1
     hidden = model.hidden(torch.tensor([ids], device=model.lm_head.weight.device))[0, -1]
-    return model.lm_head(hidden).float().log_softmax(-1)[[tok.encode(option)[0] for option in OPTIONS]], shown
+    return model.lm_head(hidden).float().log_softmax(-1)[
+        [tok.encode(option)[0] for option in OPTIONS]
+    ], shown
 
 
 def multiple_choice(model: Phi, tok: Tokenizer, directory: str, shots: int) -> dict:
@@ -144,7 +162,9 @@ def multiple_choice(model: Phi, tok: Tokenizer, directory: str, shots: int) -> d
         for subject in subjects:
             hits = 0
             for row in subject.questions:
-                others = [example for example in subject.examples if example is not row and example != row]
+                others = [
+                    example for example in subject.examples if example is not row and example != row
+                ]
                 logprobs, shown = option_logprobs(model, tok, row, others[:shots])
                 hits += OPTIONS[int(logprobs.argmax())] == row["answer"]
                 shown_sum += shown
@@ -154,18 +174,30 @@ def multiple_choice(model: Phi, tok: Tokenizer, directory: str, shots: int) -> d
     share = right / max(total, 1)
     error = math.sqrt(share * (1 - share) / max(total, 1))
     way = "leave one out" if subjects and subjects[0].left_out else "examples from dev"
-    print(f"choices: {right} of {total} right = {share:.1%}, standard error {error:.1%}, chance 25.0%")
-    print(f"examples: {shots} asked for ({way}), {shown_sum / max(total, 1):.1f} fitted into the context on average")
+    print(
+        f"choices: {right} of {total} right = {share:.1%}, standard error {error:.1%}, chance 25.0%"
+    )
+    print(
+        f"examples: {shots} asked for ({way}), {shown_sum / max(total, 1):.1f} fitted into the context on average"
+    )
     return {"accuracy": share, "standard_error": error, "questions": total}
 
 
 @dataclass(kw_only=True)
 class Config:
     model: str = flag(help="a checkpoint directory")
-    data: list[str] | None = flag(None, help="texts to score, by file: .txt .jsonl .json, plain or .gz or .xz")
-    choices: str | None = flag(None, help="a C-Eval or CMMLU folder (dev/, val/) of multiple-choice CSV files")
-    shots: int = flag(0, at_least=0, help="examples before each question; as many as the context holds")
-    stride: int | None = flag(None, at_least=1, help="tokens the window moves (default: half the context)")
+    data: list[str] | None = flag(
+        None, help="texts to score, by file: .txt .jsonl .json, plain or .gz or .xz"
+    )
+    choices: str | None = flag(
+        None, help="a C-Eval or CMMLU folder (dev/, val/) of multiple-choice CSV files"
+    )
+    shots: int = flag(
+        0, at_least=0, help="examples before each question; as many as the context holds"
+    )
+    stride: int | None = flag(
+        None, at_least=1, help="tokens the window moves (default: half the context)"
+    )
     documents: int | None = flag(None, at_least=1, help="score only the first N of each file")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
 
@@ -179,8 +211,12 @@ def main(cfg: Config) -> dict:
     if cfg.data is not None:
         stride, total = cfg.stride or context // 2, Score()
         if stride > context:
-            raise UserError(f"--stride {stride} exceeds the context of {context}: tokens would be skipped")
-        print(f"{'bits/byte':>8} {'bits/char':>9} {'perplexity':>11} {'tokens':>9} {'bytes':>11}   file")
+            raise UserError(
+                f"--stride {stride} exceeds the context of {context}: tokens would be skipped"
+            )
+        print(
+            f"{'bits/byte':>8} {'bits/char':>9} {'perplexity':>11} {'tokens':>9} {'bytes':>11}   file"
+        )
         for path in expand(cfg.data):
             score = Score()
             with Progress(path.name, None) as bar:
@@ -193,12 +229,17 @@ def main(cfg: Config) -> dict:
                 raise UserError(f"{path} holds no text to score")
             total += score
             print(f"{score}   {path}")
-        print(f"{total}   all; context {context}, stride {stride}; a document's first token is not predicted")
-        results = {"bits_per_byte": total.nats / math.log(2) / max(total.bytes, 1), "tokens": total.tokens}
+        print(
+            f"{total}   all; context {context}, stride {stride}; a document's first token is not predicted"
+        )
+        results = {
+            "bits_per_byte": total.nats / math.log(2) / max(total.bytes, 1),
+            "tokens": total.tokens,
+        }
     if cfg.choices is not None:
         results |= multiple_choice(model, tok, cfg.choices, cfg.shots)
     return results
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanophi.cli import UserError
 from nanophi.infer.sampling import Sampling, choose
 from nanophi.model.phi import KVCache, Phi
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 Eos = int | list[int] | None | Literal["config"]
 
@@ -30,18 +30,26 @@ def stop_ids(model: Phi, eos_token_id: Eos) -> set[int]:
 
 @torch.inference_mode()
 def decode_steps(
-    model: Phi, prompts: list[list[int]], max_new_tokens: int, how: Sampling, generator: torch.Generator | None = None
+    model: Phi,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    how: Sampling,
+    generator: torch.Generator | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next id of every prompt, max_new_tokens times. Rows go on after their [EOS]; the caller stops them."""
     device = model.lm_head.weight.device
     longest = max(map(len, prompts))
     left_pad = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[model.cfg.pad_token_id] * pad + p for pad, p in zip(left_pad, prompts, strict=True)])
+    ids = torch.tensor(
+        [[model.cfg.pad_token_id] * pad + p for pad, p in zip(left_pad, prompts, strict=True)]
+    )
     pad = torch.tensor(left_pad, device=device) if any(left_pad) else None
     cache = KVCache(model.cfg, len(prompts), longest + max_new_tokens, model.lm_head.weight, pad)
     history = [list(prompt) for prompt in prompts]
     for _ in range(max_new_tokens):
-        last = model.hidden(ids.to(device), cache=cache)[:, -1]  # only the last position needs the head
+        last = model.hidden(ids.to(device), cache=cache)[
+            :, -1
+        ]  # only the last position needs the head
         new = choose(model.lm_head(last), history, how, generator)
         for row, token in zip(history, new, strict=True):
             row.append(token)
@@ -100,9 +108,13 @@ def stream(
         raise UserError("the prompt is empty: there is nothing to continue")
     generator = how.pop("generator", None)
     eos = stop_ids(model, eos_token_id)
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
+    utf8 = codecs.getincrementaldecoder("utf-8")(
+        "replace"
+    )  # holds back the bytes of an unfinished character
     for (new,) in decode_steps(model, [ids], max_new_tokens, Sampling(**how), generator):
         if new in eos:
             break
-        if piece := utf8.decode(tok.id_to_bytes.get(new, b"")):  # a row that is no token spells nothing
+        if piece := utf8.decode(
+            tok.id_to_bytes.get(new, b"")
+        ):  # a row that is no token spells nothing
             yield piece

@@ -13,9 +13,9 @@ from nanophi.cli import UserError
 from nanophi.infer.generate import generate
 from nanophi.infer.rag import NOT_FOUND, Index, question_with
 from nanophi.model.phi import Phi
-from nanophi.text.chat import chat_prompt
 from nanophi.text.corpus import write_rows
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.chat import chat_prompt
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 CLOSING = "，。、；：？！）》」』”’…"  # marks that never begin a line
 
@@ -29,7 +29,10 @@ def chatting(say: Say, tok: Tokenizer, context: int, history: int = 0, bos: bool
 
     def reply(question: str) -> str:
         nonlocal messages
-        asked = [*(messages[-2 * history :] if history else []), {"role": "user", "content": question}]
+        asked = [
+            *(messages[-2 * history :] if history else []),
+            {"role": "user", "content": question},
+        ]
         while len(prompt := chat_prompt(asked, tok, bos)) >= context and asked[1:]:
             asked = asked[2:]  # the oldest turn goes
         answer = say(prompt)
@@ -39,7 +42,9 @@ def chatting(say: Say, tok: Tokenizer, context: int, history: int = 0, bos: bool
     return reply
 
 
-def retrieving(say: Say, tok: Tokenizer, index: Index, chunks: int, threshold: float, bos: bool = False) -> Reply:
+def retrieving(
+    say: Say, tok: Tokenizer, index: Index, chunks: int, threshold: float, bos: bool = False
+) -> Reply:
     """Answer from the best chunks and name them on standard error; what no chunk speaks of is not answered."""
 
     def reply(question: str) -> str:
@@ -47,17 +52,24 @@ def retrieving(say: Say, tok: Tokenizer, index: Index, chunks: int, threshold: f
         score = found[0][0] if found else 0.0
         if score < threshold:
             print(NOT_FOUND)
-            print(f"(best score {score:.2f} is below the threshold {threshold:.2f})", file=sys.stderr)
+            print(
+                f"(best score {score:.2f} is below the threshold {threshold:.2f})", file=sys.stderr
+            )
             return NOT_FOUND
         answer = say(chat_prompt(question_with(found, question), tok, bos))
         for score, chunk in found:
-            print(f"[{score:.2f}, threshold {threshold:.2f}] {chunk.source}: {chunk.text[:40]!r}", file=sys.stderr)
+            print(
+                f"[{score:.2f}, threshold {threshold:.2f}] {chunk.source}: {chunk.text[:40]!r}",
+                file=sys.stderr,
+            )
         return answer
 
     return reply
 
 
-def evaluating_aloud(evaluate: Callable | None, tok: Tokenizer, prompt: list[int], tokens: int = 60) -> Callable:
+def evaluating_aloud(
+    evaluate: Callable | None, tok: Tokenizer, prompt: list[int], tokens: int = 60
+) -> Callable:
     """`evaluate` for the training loop, which then also prints how the model goes on after a prompt, greedily."""
 
     def evaluated(model: Phi) -> dict[str, float]:
@@ -104,16 +116,25 @@ def converse(start: Callable[[], Reply]) -> None:
                 print(f"saved {len(messages) // 2} turns to {path}")
             elif question:
                 answer = reply(question)
-                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                messages += [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
         except KeyboardInterrupt:
             print(" [stopped]")
-        except (UserError, OSError) as error:  # a question too long, a file that cannot be written: the chat goes on
+        except (
+            UserError,
+            OSError,
+        ) as error:  # a question too long, a file that cannot be written: the chat goes on
             print(error)
 
 
 def display_width(text: str) -> int:
     """Columns a text takes in a terminal: 2 for each Chinese (wide) character, 0 for combining ones, else 1."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -123,7 +144,9 @@ def wrap(text: str, width: int) -> list[str]:
         line = ""
         for char in paragraph:
             if display_width(line + char) > width:
-                keep = len(line) - (char in CLOSING and len(line) > 1)  # the mark takes the last character with it
+                keep = len(line) - (
+                    char in CLOSING and len(line) > 1
+                )  # the mark takes the last character with it
                 lines.append(line[:keep])
                 line = line[keep:]
             line += char
@@ -136,8 +159,12 @@ def side_by_side(titles: list[str], texts: list[str], width: int | None = None) 
     width = width or shutil.get_terminal_size((100, 24)).columns
     column = max((width - 3 * (len(texts) - 1)) // len(texts), 10)
     cells = [
-        [*wrap(title, column), "-" * column, *wrap(text, column)] for title, text in zip(titles, texts, strict=True)
+        [*wrap(title, column), "-" * column, *wrap(text, column)]
+        for title, text in zip(titles, texts, strict=True)
     ]
     height = max(map(len, cells))
     rows = zip(*(cell + [""] * (height - len(cell)) for cell in cells), strict=True)
-    return "\n".join(" | ".join(line + " " * (column - display_width(line)) for line in row).rstrip() for row in rows)
+    return "\n".join(
+        " | ".join(line + " " * (column - display_width(line)) for line in row).rstrip()
+        for row in rows
+    )

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, UserError, flag, run_command
 from nanophi.infer.generate import generate
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
-from nanophi.text.chat import chat_prompt
 from nanophi.text.corpus import read_rows, write_rows
-from nanophi.text.rows import messages_of
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.text.schemas import messages_of
+from nanophi.tokenizer.chat import chat_prompt
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 
 def similarity(a: str, b: str) -> float:
@@ -45,13 +45,17 @@ def questions_of(row: dict) -> tuple[str, str]:
     return messages[0]["content"], messages[1]["content"]
 
 
-def answer_all(model: Phi, tok: Tokenizer, prompts: list[str], batch: int, max_new_tokens: int) -> Iterator[str]:
+def answer_all(
+    model: Phi, tok: Tokenizer, prompts: list[str], batch: int, max_new_tokens: int
+) -> Iterator[str]:
     """Greedy answers, `batch` prompts at a time, in order."""
     with Progress("answers", len(prompts)) as bar:
         for first in range(0, len(prompts), batch):
             ids = [chat_prompt(prompt, tok) for prompt in prompts[first : first + batch]]
             for answer in generate(model, ids, max_new_tokens=max_new_tokens):
-                known = [i for i in answer if i in tok.id_to_bytes]  # a model may have more rows than there are tokens
+                known = [
+                    i for i in answer if i in tok.id_to_bytes
+                ]  # a model may have more rows than there are tokens
                 yield tok.decode(known, skip_special_tokens=True).strip()
                 bar.update()
 
@@ -71,7 +75,9 @@ def make_pairs(
 
 @dataclass(kw_only=True)
 class Config:
-    model: str = flag(help="the checkpoint whose answers are rejected, sft.py's --keep-at leaves one")
+    model: str = flag(
+        help="the checkpoint whose answers are rejected, sft.py's --keep-at leaves one"
+    )
     data: list[str] = flag(help="conversations (their first turns), or rows with prompt and chosen")
     out: str = flag(help="the .jsonl of {prompt, chosen, rejected} to write")
     similar: float = flag(0.9, above=0, help="a pair more similar than this is dropped")
@@ -86,11 +92,15 @@ def main(cfg: Config) -> dict:
     if not questions:
         raise UserError(f"no conversation in {', '.join(cfg.data)}")
     model, tok = load_with_tokenizer(cfg.model, cfg.device)
-    answers = answer_all(model, tok, [prompt for prompt, _ in questions], cfg.batch, cfg.max_new_tokens)
+    answers = answer_all(
+        model, tok, [prompt for prompt, _ in questions], cfg.batch, cfg.max_new_tokens
+    )
     rows, dropped = make_pairs(questions, answers, cfg.similar)
     reasons = ", ".join(f"{dropped[reason]:,} {reason}" for reason in ("similar", "equal", "empty"))
     if not rows:
-        raise UserError(f"no pair is left ({reasons}): take an earlier checkpoint, sft.py --keep-at 0.125 say")
+        raise UserError(
+            f"no pair is left ({reasons}): take an earlier checkpoint, sft.py --keep-at 0.125 say"
+        )
     write_rows(cfg.out, rows)
     print(
         f"pairs: {len(questions):,} answers of {cfg.model}; dropped {reasons}; wrote {len(rows):,} pairs to {cfg.out}"
@@ -99,4 +109,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

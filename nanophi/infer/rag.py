@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 from nanophi.cli import UserError
 from nanophi.text.corpus import expand, read_texts
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 NOT_FOUND = "未找到相关答案。"
 # The form of the demo's RAG rows; a model answers it if it was taught such rows.
 QUESTION = "请根据下面的背景回答问题，背景里没有答案就回答“未找到相关答案”。\n背景：{background}\n问题：{question}"
 SEPARATORS = ("\n\n", "\n", "。")
-K1, B = 1.2, 0.75  # saturation of repeated grams, and how much long chunks are discounted: the usual values
+K1, B = (
+    1.2,
+    0.75,
+)  # saturation of repeated grams, and how much long chunks are discounted: the usual values
 
 
 @dataclass
@@ -30,7 +33,9 @@ class Chunk:
     source: str  # where it comes from: file and document
 
 
-def split_by_length(text: str, tok: Tokenizer, size: int, separators: tuple[str, ...] = SEPARATORS) -> list[str]:
+def split_by_length(
+    text: str, tok: Tokenizer, size: int, separators: tuple[str, ...] = SEPARATORS
+) -> list[str]:
     """Cut a text into pieces of at most `size` tokens, at the first separator that makes them small enough."""
     if len(tok.encode(text)) <= size or len(text) == 1:
         return [text]
@@ -38,7 +43,12 @@ def split_by_length(text: str, tok: Tokenizer, size: int, separators: tuple[str,
         pieces = re.split(f"(?<={re.escape(separators[0])})", text)  # each keeps its separator
     else:  # none helps: halve it
         pieces = [text[: len(text) // 2], text[len(text) // 2 :]]
-    return [part for piece in pieces if piece for part in split_by_length(piece, tok, size, separators[1:])]
+    return [
+        part
+        for piece in pieces
+        if piece
+        for part in split_by_length(piece, tok, size, separators[1:])
+    ]
 
 
 def chunk(text: str, tok: Tokenizer, size: int = 96, overlap: int = 8) -> list[str]:
@@ -68,7 +78,9 @@ class BM25:
     threshold serves short and long questions."""
 
     def __init__(self, texts: Iterable[str]):
-        self.postings: dict[str, list[tuple[int, int]]] = defaultdict(list)  # gram -> (text, how often)
+        self.postings: dict[str, list[tuple[int, int]]] = defaultdict(
+            list
+        )  # gram -> (text, how often)
         self.lengths: list[int] = []
         for number, text in enumerate(texts):
             counts = Counter(grams(text))
@@ -99,7 +111,9 @@ class Index:
     """Chunks of documents. A chunk is as good as the mean of its own score and its whole document's: the chunk finds
     the place, the document knows what the place is about."""
 
-    def __init__(self, documents: Iterable[tuple[str, str]], tok: Tokenizer, size: int = 96, overlap: int = 8):
+    def __init__(
+        self, documents: Iterable[tuple[str, str]], tok: Tokenizer, size: int = 96, overlap: int = 8
+    ):
         """documents: (source, text) each."""
         self.chunks: list[Chunk] = []
         self.document_of: list[int] = []  # of each chunk
@@ -114,7 +128,10 @@ class Index:
     def search(self, question: str, k: int = 3) -> list[tuple[float, Chunk]]:
         """The k best chunks, best first, with their scores (0 to 1)."""
         chunks, documents = self.by_chunk.scores(question), self.by_document.scores(question)
-        mean = {number: (own + documents[self.document_of[number]]) / 2 for number, own in chunks.items()}
+        mean = {
+            number: (own + documents[self.document_of[number]]) / 2
+            for number, own in chunks.items()
+        }
         best = sorted(mean, key=lambda number: (-mean[number], number))[:k]
         return [(mean[number], self.chunks[number]) for number in best]
 

@@ -34,7 +34,9 @@ class Sampling:
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or above"),
         ):
             if not right:
-                raise UserError(f"{name} {getattr(self, name)} is out of range: it must be {expected}")
+                raise UserError(
+                    f"{name} {getattr(self, name)} is out of range: it must be {expected}"
+                )
 
 
 def penalize_repetition(logits: Tensor, history: list[list[int]], penalty: float) -> Tensor:
@@ -75,7 +77,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def choose(
-    logits: Tensor, history: list[list[int]], how: Sampling, generator: torch.Generator | None = None
+    logits: Tensor,
+    history: list[list[int]],
+    how: Sampling,
+    generator: torch.Generator | None = None,
 ) -> list[int]:
     """Logits (B, V) -> one id per row."""
     logits = logits.float()

@@ -51,7 +51,9 @@ def document_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
     tokens: how many there are, or a GPU would have to be asked for it.
     """
     lengths = cu_seqlens.diff().long()
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=tokens)
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(
+        lengths, output_size=tokens
+    )
 
 
 def document_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -60,7 +62,9 @@ def document_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=starts.device) - starts
 
 
-def per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: float = 0.0) -> Tensor:
+def per_document(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: float = 0.0
+) -> Tensor:
     """One plain causal call per document, over the flattened batch.
 
     The cheapest isolation on a CPU: work falls with the square of each document instead of the row. Measured on rows
@@ -71,14 +75,23 @@ def per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: f
     # Flat is (1, B T, H, K): nothing is copied, as Phi computes q, k, v in this order.
     flat = [x.transpose(1, 2).reshape(1, batch * time, heads, width) for x in (q, k, v)]
     pieces = zip(*(x.transpose(1, 2).split(lengths, dim=2) for x in flat), strict=True)
-    out = [F.scaled_dot_product_attention(*piece, is_causal=True, dropout_p=dropout) for piece in pieces]
-    return torch.cat([x.transpose(1, 2) for x in out], dim=1).view(batch, time, heads, width).transpose(1, 2)
+    out = [
+        F.scaled_dot_product_attention(*piece, is_causal=True, dropout_p=dropout)
+        for piece in pieces
+    ]
+    return (
+        torch.cat([x.transpose(1, 2) for x in out], dim=1)
+        .view(batch, time, heads, width)
+        .transpose(1, 2)
+    )
 
 
 def pad_heads(*tensors: Tensor) -> list[Tensor]:
     """Zeros behind the last dimension up to a multiple of 8, as flash kernels and cuDNN want it. q.k stays the same;
     the scale must be that of the true width, and what comes out is cut again."""
-    return [F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x for x in tensors]  # F.pad by 0 would copy
+    return [
+        F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x for x in tensors
+    ]  # F.pad by 0 would copy
 
 
 @cache
@@ -104,7 +117,9 @@ def flash_kernel() -> Callable | None:
     return None
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable | None = None) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable | None = None
+) -> Tensor:
     """All documents of a batch in one call of a flash kernel. The longest document is given as the row, a constant:
     its true length would have to be fetched from the device at every step."""
     batch, heads, time, width = q.shape
@@ -114,7 +129,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable
     return out[..., :width].view(batch, time, heads, width).transpose(1, 2)
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> str:
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, dropout: float = 0.0
+) -> str:
     """What "auto" stands for on a device, given the dtype that is computed in."""
     if backend != "auto":
         return backend
@@ -122,7 +139,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dropo
         return "documents"
     if device.type != "cuda" or dtype == torch.float32 or dropout or flash_kernel() is None:
         return "sdpa"
-    return "varlen" if torch.cuda.get_device_capability(device)[0] >= 8 else "sdpa"  # what flash kernels need
+    return (
+        "varlen" if torch.cuda.get_device_capability(device)[0] >= 8 else "sdpa"
+    )  # what flash kernels need
 
 
 def preferred_kernels(device: torch.device, masked: bool):
@@ -130,10 +149,17 @@ def preferred_kernels(device: torch.device, masked: bool):
     where there is a mask, nor before cuDNN 9.15.1: it has been wrong there (pytorch issues 196678, 169849)."""
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if capability >= 9 and (masked or (torch.backends.cudnn.version() or 0) <= 91500):
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        return sdpa_kernel(
+            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        )
     if capability != 9:
         return contextlib.nullcontext()
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
     return sdpa_kernel(order, set_priority=True)
 
 
@@ -155,7 +181,9 @@ def attend(
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if cu_seqlens is not None:
-        assert backend in ("documents", "varlen"), f"the backend {backend} isolates documents by a mask"
+        assert backend in ("documents", "varlen"), (
+            f"the backend {backend} isolates documents by a mask"
+        )
         if backend == "varlen":
             assert dropout == 0, "flash kernels are called without dropout"
             return varlen(q, k, v, cu_seqlens, kernel)
@@ -164,7 +192,10 @@ def attend(
         if visible is None:
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         return manual(q, k, v, visible, dropout)
-    width, mask = q.shape[-1], {"attn_mask": visible, "is_causal": visible is None, "dropout_p": dropout}
+    width, mask = (
+        q.shape[-1],
+        {"attn_mask": visible, "is_causal": visible is None, "dropout_p": dropout},
+    )
     if q.is_cuda:
         q, k, v = pad_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5, **mask)[..., :width]

@@ -18,13 +18,15 @@ from nanophi.cli import UserError
 from nanophi.files import replacing, write_json
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # transformers splits large models
 
 
-def save(directory: str | Path, model: Phi, tok: Tokenizer | None = None, weights: dict | None = None) -> None:
+def save(
+    directory: str | Path, model: Phi, tok: Tokenizer | None = None, weights: dict | None = None
+) -> None:
     """Write a model, and the tokenizer where given, as AutoModelForCausalLM and AutoTokenizer read them.
 
     weights: in place of the model's own state_dict(), which may be sharded."""
@@ -32,7 +34,11 @@ def save(directory: str | Path, model: Phi, tok: Tokenizer | None = None, weight
     cfg = model.cfg
     write_json(directory / "config.json", cfg.to_dict())
     # Without eos_token_id here, transformers' generate would never stop.
-    ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": cfg.eos_token_id, "pad_token_id": cfg.pad_token_id}
+    ids = {
+        "bos_token_id": cfg.bos_token_id,
+        "eos_token_id": cfg.eos_token_id,
+        "pad_token_id": cfg.pad_token_id,
+    }
     write_json(directory / "generation_config.json", ids)
     if tok is not None:
         tok.save(directory)
@@ -40,10 +46,14 @@ def save(directory: str | Path, model: Phi, tok: Tokenizer | None = None, weight
     state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
     with replacing(directory / WEIGHTS) as beside:
         try:
-            save_file(state, beside, metadata={"format": "pt"})  # one key: several come in a different order each time
+            save_file(
+                state, beside, metadata={"format": "pt"}
+            )  # one key: several come in a different order each time
         except SafetensorError as error:  # a full disk, for one
             raise UserError(f"cannot write {directory / WEIGHTS}: {error}") from None
-    (directory / WEIGHTS_INDEX).unlink(missing_ok=True)  # of a split model that stood here: it would be read first
+    (directory / WEIGHTS_INDEX).unlink(
+        missing_ok=True
+    )  # of a split model that stood here: it would be read first
 
 
 def pick_device(name: str) -> str:
@@ -64,12 +74,18 @@ def load(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer | N
     """
     directory = Path(directory)
     if not (directory / "config.json").exists():
-        raise UserError(f"no model in {directory}: config.json is missing; pretrain.py, sft.py and dpo.py write one")
+        raise UserError(
+            f"no model in {directory}: config.json is missing; pretrain.py, sft.py and dpo.py write one"
+        )
     try:
-        cfg = PhiConfig.from_dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        cfg = PhiConfig.from_dict(
+            json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        )
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'config.json'} is no JSON: {error}") from None
-    with torch.device("meta"):  # shapes only: the weights come from the file, there is nothing to initialise
+    with torch.device(
+        "meta"
+    ):  # shapes only: the weights come from the file, there is nothing to initialise
         model = Phi(cfg)
     weights = _read_weights(directory)
     if faults := _differences(model.state_dict(), weights):
@@ -84,7 +100,9 @@ def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi
     """`load`, for those who cannot go on without a tokenizer."""
     model, tok = load(directory, device)
     if tok is None:
-        raise UserError(f"{directory} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory")
+        raise UserError(
+            f"{directory} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory"
+        )
     if len(tok) > model.cfg.vocab_size:
         raise UserError(
             f"{directory}: tokenizer.json has {len(tok):,} tokens, the model of config.json knows "
@@ -95,7 +113,9 @@ def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi
 
 def _differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
     """What is missing, misshapen or too many in a state dict, by name."""
-    shapes = [{name: list(tensor.shape) for name, tensor in state.items()} for state in (expected, found)]
+    shapes = [
+        {name: list(tensor.shape) for name, tensor in state.items()} for state in (expected, found)
+    ]
     want, have = shapes
     return [
         *(f"{name} is missing" for name in want if name not in have),
@@ -116,9 +136,13 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name in names:
         if not (directory / name).exists():
-            pickled = [path.name for path in directory.glob("*.bin")] + [path.name for path in directory.glob("*.pt")]
+            pickled = [path.name for path in directory.glob("*.bin")] + [
+                path.name for path in directory.glob("*.pt")
+            ]
             aside = f" ({', '.join(pickled)} may run code when loaded)" if pickled else ""
-            raise UserError(f"{directory / name} is missing; only safetensors weights are read{aside}")
+            raise UserError(
+                f"{directory / name} is missing; only safetensors weights are read{aside}"
+            )
         try:
             state |= load_file(directory / name)
         except SafetensorError as error:

@@ -41,7 +41,9 @@ class PhiConfig:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -72,7 +74,9 @@ class PhiConfig:
     def from_dict(cls, config: dict) -> "PhiConfig":
         """Read an HF config.json of model_type "phi", as transformers 4 and 5 write it."""
         if config.get("model_type") != "phi":
-            raise UserError(f"config.json has model_type {config.get('model_type')!r}; only 'phi' can be loaded")
+            raise UserError(
+                f"config.json has model_type {config.get('model_type')!r}; only 'phi' can be loaded"
+            )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         for key, value, expected in (
             ("hidden_act", config.get("hidden_act", "gelu_new"), "gelu_new"),
@@ -81,7 +85,9 @@ class PhiConfig:
         ):
             if value != expected:
                 raise UserError(f"config.json has {key} {value!r}; only {expected!r} is supported")
-        fields = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        fields = {
+            name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None
+        }
         fields |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
         return cls(**fields)
 
@@ -122,9 +128,13 @@ PRESETS = {
     # name: width, heads, layers, MLP, vocabulary                        parameters
     "demo": _shape(192, 6, 4, 768, 2048),  #                               2.6 M  one CPU, minutes
     "phi2-chinese-0.2b": _shape(768, 12, 16, 4096, 35840),  #            193.7 M  as released
-    "phi2-chinese-0.35b": _shape(960, 16, 24, 4096, 32768),  #           340.4 M  as on the original's main branch
+    "phi2-chinese-0.35b": _shape(
+        960, 16, 24, 4096, 32768
+    ),  #           340.4 M  as on the original's main branch
     # The recommended one: head_dim 64 suits every fast kernel (60 does not) and MLP = 4 x width every engine.
     "phi2-chinese-0.35b-fast": _shape(960, 15, 24, 3840, 32768),  #      328.6 M
     "phi-1.5": _shape(2048, 32, 24, 8192, 51200, 2048),  #              1418.3 M
-    "phi-2": _shape(2560, 32, 32, 10240, 51200, 2048, partial_rotary_factor=0.4, resid_pdrop=0.1),  # 2779.7 M
+    "phi-2": _shape(
+        2560, 32, 32, 10240, 51200, 2048, partial_rotary_factor=0.4, resid_pdrop=0.1
+    ),  # 2779.7 M
 }

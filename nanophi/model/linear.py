@@ -54,7 +54,9 @@ class _Linear(torch.autograd.Function):
         rows, d_rows = x.flatten(0, -2), d_out.flatten(0, -2)
         of_x, of_weight, of_bias = ctx.needs_input_grad
         d_x = product(d_out, weight.t()) if of_x else None
-        d_weight = d_rows.t() @ rows if of_weight else None  # MKL is as fast here: both sides lie transposed
+        d_weight = (
+            d_rows.t() @ rows if of_weight else None
+        )  # MKL is as fast here: both sides lie transposed
         return d_x, d_weight, d_rows.sum(0) if of_bias else None
 
 

@@ -44,7 +44,9 @@ def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Ten
 
     Su et al. 2021 (RoFormer), eq. 15. Computed in fp32 each time: a buffer would be rounded by `model.bfloat16()`.
     """
-    frequencies = 1 / theta ** (torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim)  # (R/2,)
+    frequencies = 1 / theta ** (
+        torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
+    )  # (R/2,)
     angles = positions[:, :, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -64,16 +66,22 @@ class KVCache:
     themselves, and positions start at each prompt's first real token.
     """
 
-    def __init__(self, cfg: PhiConfig, batch: int, max_len: int, like: Tensor, left_pad: Tensor | None = None):
+    def __init__(
+        self, cfg: PhiConfig, batch: int, max_len: int, like: Tensor, left_pad: Tensor | None = None
+    ):
         shape = (cfg.num_hidden_layers, 2, batch, cfg.num_key_value_heads, max_len, cfg.head_dim)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0  # tokens held by every layer; advanced by Phi.hidden once all layers have written
+        self.length = (
+            0  # tokens held by every layer; advanced by Phi.hidden once all layers have written
+        )
         self.left_pad = left_pad
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, Hkv, T, K) of one layer; return all of that layer's: two (B, Hkv, S, K)."""
         end = self.length + k.shape[2]
-        assert end <= self.store.shape[4], f"KV cache holds {self.store.shape[4]} tokens, {end} needed"
+        assert end <= self.store.shape[4], (
+            f"KV cache holds {self.store.shape[4]} tokens, {end} needed"
+        )
         for which, new in enumerate((k, v)):
             self.store[layer, which, :, :, self.length : end] = new
         return tuple(self.store[layer, :, :, :, :end])
@@ -92,7 +100,9 @@ class KVCache:
         causal = keys <= queries  # (T, S)
         if self.left_pad is None:
             return causal[None, None]
-        real = keys >= self.left_pad[:, None, None]  # (B, 1, S); a padded query sees itself, to keep softmax finite
+        real = (
+            keys >= self.left_pad[:, None, None]
+        )  # (B, 1, S); a padded query sees itself, to keep softmax finite
         return ((causal & real) | (keys == queries))[:, None]
 
 
@@ -109,9 +119,13 @@ class Attention(nn.Module):
             self.q_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
             self.k_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None, **mask) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None, **mask
+    ) -> Tensor:
         split = (*x.shape[:2], -1, self.cfg.head_dim)
-        q, k, v = (proj(x).view(split) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H, K)
+        q, k, v = (
+            proj(x).view(split) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, T, H, K)
         if self.cfg.qk_layernorm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -126,11 +140,15 @@ class MLP(nn.Module):
     def __init__(self, cfg: PhiConfig):
         super().__init__()
         self.fc1 = Linear(cfg.hidden_size, cfg.intermediate_size)
-        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)  # torch's: a checkpoint stops before its product
+        self.fc2 = nn.Linear(
+            cfg.intermediate_size, cfg.hidden_size
+        )  # torch's: a checkpoint stops before its product
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)  # (B, T, F), the largest tensor of a block
-        if torch.is_grad_enabled():  # backward computes the cheap gelu again, or it would be kept too
+        if (
+            torch.is_grad_enabled()
+        ):  # backward computes the cheap gelu again, or it would be kept too
             return checkpoint(self._second_half, x, use_reentrant=False, preserve_rng_state=False)
         return self._second_half(x)
 
@@ -148,7 +166,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *args, **mask) -> Tensor:
         h = self.input_layernorm(x)  # one norm feeds both branches
-        if torch.is_autocast_enabled(h.device.type):  # once, or each of the four that read it would keep its own copy
+        if torch.is_autocast_enabled(
+            h.device.type
+        ):  # once, or each of the four that read it would keep its own copy
             h = h.to(torch.get_autocast_dtype(h.device.type))
         return self.dropout(self.self_attn(h, *args, **mask)) + self.dropout(self.mlp(h)) + x
 
@@ -194,7 +214,9 @@ class Phi(nn.Module):
         vocab_size is rounded up to a multiple of 64; the spare rows get a bias of -1e4, so that no engine ever
         produces an id that the tokenizer cannot decode. After `tok.add_tokens`, call this with the new `len(tok)`.
         """
-        assert tokens <= self.cfg.vocab_size, f"{tokens} tokens do not fit in vocab_size {self.cfg.vocab_size}"
+        assert tokens <= self.cfg.vocab_size, (
+            f"{tokens} tokens do not fit in vocab_size {self.cfg.vocab_size}"
+        )
         bias = self.lm_head.bias
         bias[:tokens][bias[:tokens] <= MASKED_BIAS / 2] = 0.0
         bias[tokens:] = MASKED_BIAS
@@ -213,12 +235,18 @@ class Phi(nn.Module):
             if on:
                 block.compile(dynamic=False)
             else:
-                block._compiled_call_impl = None  # what nn.Module.compile sets; there is no public way back
+                block._compiled_call_impl = (
+                    None  # what nn.Module.compile sets; there is no public way back
+                )
 
-    def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """ids (B, T) -> the states before the head (B, T, D): what the chunked loss reads. Arguments as `forward`."""
         weight, time, device, visible = self.lm_head.weight, ids.shape[1], ids.device.type, None
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
         dropout = self.cfg.attention_dropout if self.training else 0.0
         backend = choose_backend(self.attention, ids.device, dtype, dropout)
         if backend == "causal":
@@ -239,19 +267,25 @@ class Phi(nn.Module):
             mask["kernel"] = flash_kernel()  # found out here, not inside of what is compiled
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
         kernels = partial(preferred_kernels, ids.device, visible is not None)
-        eager = self.compiled and cache is not None  # decoding would be compiled anew for each length of the cache
+        eager = (
+            self.compiled and cache is not None
+        )  # decoding would be compiled anew for each length of the cache
         with kernels(), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             for i, block in enumerate(self.model.layers):
                 if self.recompute and self.training:
                     again = lambda: (nullcontext(), kernels())  # noqa: E731  the same kernels in backward
-                    x = checkpoint(block, x, rotary, i, None, use_reentrant=False, context_fn=again, **mask)
+                    x = checkpoint(
+                        block, x, rotary, i, None, use_reentrant=False, context_fn=again, **mask
+                    )
                 else:
                     x = block(x, rotary, i, cache, **mask)
         if cache is not None:
             cache.length += time
         return self.model.final_layernorm(x)
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, V) for the token after each.
 
         cu_seqlens: (documents + 1,) int32 boundaries in the flattened batch, 0 and every multiple of T among them;

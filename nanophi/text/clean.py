@@ -21,14 +21,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, UserError, flag, run_command
 from nanophi.files import replacing, write_json
-from nanophi.text.corpus import Reading, Skipped, numbered, read_rows, settings_of, shards_of, writable, write_rows
+from nanophi.parallel import batches, ordered
+from nanophi.text.corpus import (
+    Reading,
+    Skipped,
+    numbered,
+    read_rows,
+    settings_of,
+    shards_of,
+    writable,
+    write_rows,
+)
 from nanophi.text.filters import Limits, why_dropped
 from nanophi.text.formats import format_of, opened
-from nanophi.text.parallel import batches, ordered
-from nanophi.text.rows import ASKED, LEARNED, TURNS, in_share, messages_of, text_of, texts_of, with_texts
 from nanophi.text.rules import RULES, Rule, simplify
+from nanophi.text.schemas import ASKED, LEARNED, TURNS, messages_of, text_of, texts_of, with_texts
+from nanophi.text.share import in_share
 from nanophi.text.writers import write_jsonl
 
 SHOWN = 16  # characters of a sample in the report
@@ -50,7 +60,10 @@ class Report:
         self.changed[rule] += not again
         self.removed[rule] += len(before) - len(after)
         if rule not in self.sample:
-            start = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+            start = next(
+                (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+                len(after),
+            )
             start = max(0, min(start, len(before) - 1) - 6)
             self.sample[rule] = (before[start : start + SHOWN], after[start : start + SHOWN])
 
@@ -65,12 +78,16 @@ class Report:
         for rule in [*RULES, *(self.changed.keys() - RULES.keys())]:
             before, after = self.sample.get(rule, ("", ""))
             sample = f"{before!r} -> {after!r}" if before else ""
-            lines.append(f"  {rule:12} {self.changed[rule]:>9,} {-self.removed[rule]:>+12,}   {sample}")
+            lines.append(
+                f"  {rule:12} {self.changed[rule]:>9,} {-self.removed[rule]:>+12,}   {sample}"
+            )
         dropped = ", ".join(f"{name} {count:,}" for name, count in self.dropped.most_common())
         return "\n".join([*lines, f"  dropped: {dropped or 'none'}"])
 
 
-def clean(text: str, final: bool = True, report: Report | None = None, rules: dict[str, Rule] = RULES) -> str:
+def clean(
+    text: str, final: bool = True, report: Report | None = None, rules: dict[str, Rule] = RULES
+) -> str:
     """Apply the rules until they change nothing, so that clean(clean(x)) == clean(x).
 
     final: also the rule that ends a text in 。; for documents and answers, not for questions.
@@ -103,34 +120,58 @@ def clean_row(row: dict, report: Report | None = None, rules: dict[str, Rule] = 
             cleaned[key] = []
             for turn, role in zip(row[key], roles, strict=True):
                 what = "content" if "content" in turn else "value"
-                cleaned[key].append(turn | {what: clean(turn[what], role == "assistant", report, rules)})
+                cleaned[key].append(
+                    turn | {what: clean(turn[what], role == "assistant", report, rules)}
+                )
     return cleaned
 
 
 @dataclass(kw_only=True)
 class Config(Reading, Limits):
     out: str = flag(help="file to write: .jsonl, .jsonl.gz, .parquet, ...")
-    dedup: bool = flag(False, help="drop repeated and nearly repeated rows (see nanophi.text.dedup, which can do more)")
+    dedup: bool = flag(
+        False,
+        help="drop repeated and nearly repeated rows (see nanophi.text.dedup, which can do more)",
+    )
     without: list[str] | None = flag(None, help=f"rules to leave out, of: {' '.join(RULES)}")
-    script: Literal["t2s", "tw2s", "hk2s"] = flag("t2s", help="OpenCC's table of the rule simplified")
+    script: Literal["t2s", "tw2s", "hk2s"] = flag(
+        "t2s", help="OpenCC's table of the rule simplified"
+    )
     dropped: str | None = flag(None, help="write what was dropped, and why, into this file")
-    sample: float = flag(1.0, above=0, at_most=1, help="share of the rows to take, chosen by a hash of each and --seed")
+    sample: float = flag(
+        1.0,
+        above=0,
+        at_most=1,
+        help="share of the rows to take, chosen by a hash of each and --seed",
+    )
     seed: int = flag(0, help="of --sample")
-    workers: int = flag(1, at_least=1, help="processes; the output is in the same order with any number")
-    shard_rows: int | None = flag(None, at_least=1, help="write name-00000 ... for each so many rows read")
+    workers: int = flag(
+        1, at_least=1, help="processes; the output is in the same order with any number"
+    )
+    shard_rows: int | None = flag(
+        None, at_least=1, help="write name-00000 ... for each so many rows read"
+    )
     resume: bool = flag(False, help="with --shard-rows: go on behind the shards that are complete")
 
     @property
     def rules(self) -> dict[str, Rule]:
         if unknown := set(self.without or []) - RULES.keys():
-            raise UserError(f"--without {' '.join(sorted(unknown))}: no such rule; there are {', '.join(RULES)}")
+            raise UserError(
+                f"--without {' '.join(sorted(unknown))}: no such rule; there are {', '.join(RULES)}"
+            )
         rules = {name: rule for name, rule in RULES.items() if name not in (self.without or [])}
-        return rules | ({"simplified": partial(simplify, config=self.script)} if "simplified" in rules else {})
+        return rules | (
+            {"simplified": partial(simplify, config=self.script)} if "simplified" in rules else {}
+        )
 
     @property
     def effective(self) -> dict:
         """What decides over the content of a shard."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "resume", "dropped")}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("workers", "resume", "dropped")
+        }
 
 
 def clean_rows(rows: list[dict], cfg: Config) -> tuple[list[dict], list[dict], Report]:
@@ -157,9 +198,15 @@ def main(cfg: Config) -> dict:
     inputs = cfg.files(cfg.out, cfg.dropped)
     cfg.rules  # noqa: B018 - an unknown rule is refused before any work
     if cfg.dedup and cfg.shard_rows:
-        raise UserError("--dedup sees all rows at once: clean with --shard-rows, then python -m nanophi.text.dedup")
-    if cfg.dropped and (format_of(Path(cfg.dropped)) != ".jsonl" or Path(cfg.dropped) == Path(cfg.out) or cfg.resume):
-        raise UserError(f"--dropped {cfg.dropped}: a .jsonl of its own, written anew each time (so not with --resume)")
+        raise UserError(
+            "--dedup sees all rows at once: clean with --shard-rows, then python -m nanophi.text.dedup"
+        )
+    if cfg.dropped and (
+        format_of(Path(cfg.dropped)) != ".jsonl" or Path(cfg.dropped) == Path(cfg.out) or cfg.resume
+    ):
+        raise UserError(
+            f"--dropped {cfg.dropped}: a .jsonl of its own, written anew each time (so not with --resume)"
+        )
     if cfg.resume and not cfg.shard_rows:
         raise UserError("--resume goes on behind complete shards: it needs --shard-rows")
     report, skipped, counts = Report(), Skipped(), {"read": 0, "written": 0, "repeated": 0}
@@ -169,19 +216,27 @@ def main(cfg: Config) -> dict:
         with Progress("rows", None) as bar:
             for row in cfg.rows(skipped, with_texts, inputs):
                 bar.update()
-                if cfg.sample == 1 or in_share(json.dumps(row, sort_keys=True, default=str), cfg.sample, str(cfg.seed)):
+                if cfg.sample == 1 or in_share(
+                    json.dumps(row, sort_keys=True, default=str), cfg.sample, str(cfg.seed)
+                ):
                     yield row
 
     def cleaned(rows: Iterable[dict]) -> Iterator[dict]:
         work = partial(clean_rows, cfg=cfg)
-        for kept, refused, part in ordered(work, batches(rows, BATCH, lambda row: len(text_of(row))), cfg.workers):
+        for kept, refused, part in ordered(
+            work, batches(rows, BATCH, lambda row: len(text_of(row))), cfg.workers
+        ):
             report.add(part)
             counts["read"] += len(kept) + len(refused)
             write_jsonl(aside, refused if cfg.dropped else [])
             yield from kept
-        if not counts["read"] - report.dropped.total() and not cfg.shard_rows:  # raised here, nothing is written
+        if (
+            not counts["read"] - report.dropped.total() and not cfg.shard_rows
+        ):  # raised here, nothing is written
             bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
-            raise UserError(f"nothing to write to {cfg.out}: of {counts['read']:,} rows all are dropped{bad}")
+            raise UserError(
+                f"nothing to write to {cfg.out}: of {counts['read']:,} rows all are dropped{bad}"
+            )
 
     with ExitStack() as stack:
         if cfg.dropped:
@@ -216,19 +271,27 @@ def _write_unique(cfg: Config, rows: Iterable[dict], counts: dict[str, int]) -> 
 def _write_shards(cfg: Config, rows: Iterator[dict], cleaned: Callable, inputs: list[Path]) -> int:
     """One file for each --shard-rows rows read, so that the number of complete files says where to go on."""
     settings, done = settings_of(cfg.out), 0
-    now = json.loads(json.dumps(cfg.effective | {"files": [[str(path), path.stat().st_size] for path in inputs]}))
+    now = json.loads(
+        json.dumps(cfg.effective | {"files": [[str(path), path.stat().st_size] for path in inputs]})
+    )
     if shards_of(cfg.out) and not settings.exists():
-        raise UserError(f"{shards_of(cfg.out)[0]} is there, and {settings} does not say whence: name another --out")
+        raise UserError(
+            f"{shards_of(cfg.out)[0]} is there, and {settings} does not say whence: name another --out"
+        )
     if cfg.resume and settings.exists():
         before = json.loads(settings.read_text(encoding="utf-8"))
         if differing := [name for name in now if before.get(name) != now[name]]:
-            raise UserError(f"--resume: {', '.join(differing)} differ from what {settings} says; leave --resume out")
+            raise UserError(
+                f"--resume: {', '.join(differing)} differ from what {settings} says; leave --resume out"
+            )
         while numbered(cfg.out, done).exists():
             done += 1
         print(f"clean: {done} complete shards of {cfg.shard_rows:,} rows each stay")
         next(islice(rows, done * cfg.shard_rows, done * cfg.shard_rows), None)  # reads past them
     else:
-        for old in reversed(shards_of(cfg.out)):  # what a kill leaves of them, the old settings still speak for
+        for old in reversed(
+            shards_of(cfg.out)
+        ):  # what a kill leaves of them, the old settings still speak for
             old.unlink()
         write_json(settings, now)
     written = 0
@@ -240,4 +303,4 @@ def _write_shards(cfg: Config, rows: Iterator[dict], cleaned: Callable, inputs: 
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

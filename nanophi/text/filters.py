@@ -19,13 +19,20 @@ class Limits:
 
     min_length: int = flag(1, at_least=1, help="drop documents of fewer characters")
     min_han: float = flag(
-        0.0, at_least=0, at_most=1, help="drop documents with a smaller share of Han in their letters"
+        0.0,
+        at_least=0,
+        at_most=1,
+        help="drop documents with a smaller share of Han in their letters",
     )
     max_repeated: float = flag(
         0.8, at_least=0, at_most=1, help="drop documents with a larger share of repeated 10-grams"
     )
-    max_symbols: float = flag(0.8, at_least=0, at_most=1, help="drop documents with more punctuation and signs")
-    max_garbled: float = flag(0.05, at_least=0, at_most=1, help="drop documents with more mojibake before cleaning")
+    max_symbols: float = flag(
+        0.8, at_least=0, at_most=1, help="drop documents with more punctuation and signs"
+    )
+    max_garbled: float = flag(
+        0.05, at_least=0, at_most=1, help="drop documents with more mojibake before cleaning"
+    )
 
 
 def han_share(text: str) -> float:
@@ -53,7 +60,9 @@ def symbol_share(text: str) -> float:
     counts = Counter(text)
     visible = sum(count for char, count in counts.items() if not char.isspace())
     signs = sum(
-        count for char, count in counts.items() if unicodedata.category(char)[0] in "PSC" and not char.isspace()
+        count
+        for char, count in counts.items()
+        if unicodedata.category(char)[0] in "PSC" and not char.isspace()
     )
     return signs / visible if visible else 0.0
 

@@ -93,10 +93,16 @@ def looks_like_gb18030(line: bytes) -> bool:
     """Whether bytes that are no UTF-8 are Chinese in GB18030: they decode, and mostly to the commonest 3,755 characters
     (the first bytes B0 to D7). UTF-8 read as GB18030 decodes too, but to rarer ones."""
     try:
-        letters = [char.encode("gb18030") for char in line.decode("gb18030") if "\u3400" <= char <= "\u9fff"]
+        letters = [
+            char.encode("gb18030")
+            for char in line.decode("gb18030")
+            if "\u3400" <= char <= "\u9fff"
+        ]
     except UnicodeDecodeError:
         return False
-    return len(letters) > 0 and sum(0xB0 <= letter[0] <= 0xD7 for letter in letters) > 0.7 * len(letters)
+    return len(letters) > 0 and sum(0xB0 <= letter[0] <= 0xD7 for letter in letters) > 0.7 * len(
+        letters
+    )
 
 
 def encoding_of(path: Path) -> str:
@@ -105,7 +111,9 @@ def encoding_of(path: Path) -> str:
         head = file.read(CHUNK)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    whole = head[: head.rfind(b"\n") + 1] or head[: len(head) - len(head) % 4]  # no character cut at the end
+    whole = (
+        head[: head.rfind(b"\n") + 1] or head[: len(head) - len(head) % 4]
+    )  # no character cut at the end
     votes = 0
     for line in whole.split(b"\n"):
         if not line.isascii():
@@ -129,7 +137,9 @@ def lines_of(path: Path, on_bad: Callable[[str], None]) -> Iterator[tuple[int, s
             try:
                 yield from enumerate(text, start=1)
             except UnicodeError as error:
-                on_bad(f"{path}: not UTF-16, though its first bytes say so ({error}); the rest of it is not read")
+                on_bad(
+                    f"{path}: not UTF-16, though its first bytes say so ({error}); the rest of it is not read"
+                )
             finally:
                 text.detach()
             return
@@ -138,10 +148,16 @@ def lines_of(path: Path, on_bad: Callable[[str], None]) -> Iterator[tuple[int, s
             try:
                 text = line.decode(encoding if number == 1 else encoding.removesuffix("-sig"))
             except UnicodeDecodeError as error:
-                other = " it looks like GB18030;" if encoding != "gb18030" and looks_like_gb18030(line) else ""
+                other = (
+                    " it looks like GB18030;"
+                    if encoding != "gb18030" and looks_like_gb18030(line)
+                    else ""
+                )
                 place = f"byte {offset + error.start:,} of the file"
                 name = encoding.removesuffix("-sig").upper()
-                on_bad(f"{path}, line {number}: not {name} ({error.reason}, {place});{other} convert it first")
+                on_bad(
+                    f"{path}, line {number}: not {name} ({error.reason}, {place});{other} convert it first"
+                )
             else:
                 yield number, text
             offset += len(line)
@@ -183,9 +199,15 @@ def read_json(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) ->
             value, at = decode(held, at)
         except (ValueError, RecursionError) as error:
             arrived = [chunk for _, chunk in zip(range(wanted), more, strict=False)]
-            held, at, wanted = held[at:] + "".join(arrived), 0, wanted * 2  # so that a long one is tried a few times
+            held, at, wanted = (
+                held[at:] + "".join(arrived),
+                0,
+                wanted * 2,
+            )  # so that a long one is tried a few times
             if not any(arrived):
-                on_bad(f"{path}, element {number}: not JSON ({getattr(error, 'msg', error)}); it ends the reading")
+                on_bad(
+                    f"{path}, element {number}: not JSON ({getattr(error, 'msg', error)}); it ends the reading"
+                )
                 return
         else:
             yield f"{path}, element {number}", partial(_as_it_is, value)
@@ -207,7 +229,9 @@ def _chunks(path: Path, on_bad: Callable[[str], None]) -> Iterator[str]:
 
 def read_csv(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) -> Rows:
     csv.field_size_limit(1 << 30)  # its default of 131,072 characters is less than a long document
-    table = csv.reader((line for _, line in lines_of(path, on_bad)), strict=True)  # or a lost quote would swallow all
+    table = csv.reader(
+        (line for _, line in lines_of(path, on_bad)), strict=True
+    )  # or a lost quote would swallow all
     header = next(table, [])
     try:
         for values in table:
@@ -215,7 +239,9 @@ def read_csv(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) -> 
             if len(values) == len(header):
                 yield where, partial(dict, zip(header, values, strict=True))
             elif values:
-                on_bad(f"{where}: {len(values)} values under {len(header)} columns ({', '.join(header)[:60]})")
+                on_bad(
+                    f"{where}: {len(values)} values under {len(header)} columns ({', '.join(header)[:60]})"
+                )
     except csv.Error as error:
         on_bad(f"{path}, line {table.line_num}: {error}; the rest of it is not read")
 
@@ -266,7 +292,9 @@ def read_wiki(path: Path, sample_by: SampleBy, on_bad: Callable[[str], None]) ->
             if row:
                 on_bad(f"{where}: <doc> without its </doc>")
             where, held = f"{path}, line {number}", []
-            row = {key: value for key, value in re.findall(r'(\w+)="([^"]*)"', line) if key != "text"}
+            row = {
+                key: value for key, value in re.findall(r'(\w+)="([^"]*)"', line) if key != "text"
+            }
         elif line.startswith("</doc>"):
             yield where, partial(dict, row, text="".join(held).strip("\n"))
             row = {}

@@ -15,8 +15,12 @@ from html.entities import name2codepoint
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff〇"
 ASTRAL = "\U00010000"  # from here on `re` looks through a class of characters one by one, below in one step
 FENCED = re.compile(r"((?:^[^\S\n]*)(?:```|~~~).*?(?:^[^\S\n]*(?:```|~~~)|\Z))", re.S | re.M)
-CODE = re.compile(rf"{FENCED.pattern[:-1]}|`[^`\n]+`)", re.S | re.M)  # Markdown's code, an unclosed fence to the end
-CODE_OR_URL = re.compile(rf"{CODE.pattern[:-1]}|https?://[^\s，。；！？（）《》“”‘’]+)", re.S | re.M)
+CODE = re.compile(
+    rf"{FENCED.pattern[:-1]}|`[^`\n]+`)", re.S | re.M
+)  # Markdown's code, an unclosed fence to the end
+CODE_OR_URL = re.compile(
+    rf"{CODE.pattern[:-1]}|https?://[^\s，。；！？（）《》“”‘’]+)", re.S | re.M
+)
 
 
 def outside_code(rule: Callable[[str], str], text: str, code: re.Pattern = CODE) -> str:
@@ -29,8 +33,12 @@ def outside_code(rule: Callable[[str], str], text: str, code: re.Pattern = CODE)
 # UTF-8 that was read as Windows-1252 or Latin-1: ä½\xa0å¥½ for 你好. A Chinese character begins with the byte E3 to E9
 # (ã to é), Chinese punctuation with E2 or EF, rare characters and emoji with F0. `café…”` is such a triple too, but
 # behind a letter and alone.
-_CP1252 = {bytes([b]).decode("cp1252"): b for b in range(256) if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
-_HIGH = re.escape("".join(char for char, byte in _CP1252.items() if 0x80 <= byte < 0xC0)) + "\x80-\x9f"
+_CP1252 = {
+    bytes([b]).decode("cp1252"): b for b in range(256) if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+}
+_HIGH = (
+    re.escape("".join(char for char, byte in _CP1252.items() if 0x80 <= byte < 0xC0)) + "\x80-\x9f"
+)
 _TRIPLE = f"(?:[âã-éï][{_HIGH}]{{2}}|ð[{_HIGH}]{{3}})"
 MISREAD = re.compile(f"(?<![A-Za-z]){_TRIPLE}+|{_TRIPLE}{{2,}}|(?:â€[{_HIGH}])+")
 CHINESE = re.compile(f"[{HAN}\u2010-\u2027\u3000-\u303f\ufeff-\uffef\U0001f000-\U0001ffff]")
@@ -39,7 +47,9 @@ LOST = re.compile(
 )
 # Private-use characters that are Chinese: those of older GBK fonts, which GB18030 has given a place.
 _OF_GBK = (bytes([0xFE, byte]).decode("gb18030") for byte in range(0x50, 0xA1) if byte != 0x7F)
-FORMERLY_PRIVATE = {chr(0xE815 + i): char for i, char in enumerate(_OF_GBK) if not "\ue000" <= char <= "\uf8ff"}
+FORMERLY_PRIVATE = {
+    chr(0xE815 + i): char for i, char in enumerate(_OF_GBK) if not "\ue000" <= char <= "\uf8ff"
+}
 
 
 def repair_mojibake(text: str) -> str:
@@ -54,8 +64,15 @@ def repair_mojibake(text: str) -> str:
 def _replacement(lost: re.Match) -> str:
     if lost[0][0] in FORMERLY_PRIVATE:
         return FORMERLY_PRIVATE[lost[0][0]] + lost[0][1:]
-    around = lost.string[max(lost.start() - 1, 0) : lost.start()] + lost.string[lost.end() : lost.end() + 1]
-    return "□" if lost[0] >= "\ue000" and lost[0][0] != "\ufffd" and re.fullmatch(f"[{HAN}]{{2}}", around) else ""
+    around = (
+        lost.string[max(lost.start() - 1, 0) : lost.start()]
+        + lost.string[lost.end() : lost.end() + 1]
+    )
+    return (
+        "□"
+        if lost[0] >= "\ue000" and lost[0][0] != "\ufffd" and re.fullmatch(f"[{HAN}]{{2}}", around)
+        else ""
+    )
 
 
 def _reread(match: re.Match) -> str:
@@ -66,16 +83,21 @@ def _reread(match: re.Match) -> str:
     return read if CHINESE.search(read) else match[0]
 
 
-TAG_NAMES = (
-    "p|br|div|span|a|b|i|u|em|strong|h[1-6]|ul|ol|li|table|tbody|thead|tr|td|th|img|font|center|hr|sup|sub|blockquote"
-)
+TAG_NAMES = "p|br|div|span|a|b|i|u|em|strong|h[1-6]|ul|ol|li|table|tbody|thead|tr|td|th|img|font|center|hr|sup|sub|blockquote"
 # Attributes need a value: `a <b and c> d` is no tag.
-TAG = re.compile(rf"""<(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I)
+TAG = re.compile(
+    rf"""<(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I
+)
 INVISIBLE_HTML = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.S | re.I)
 # Only the names of HTML 4, and with `;`: code has `&num;`, URLs `?a=1&copy=2`.
-ENTITY = re.compile(rf"&(?:#\d{{1,7}}|#[xX][0-9a-fA-F]{{1,6}}|apos|{'|'.join(sorted(name2codepoint))});")
+ENTITY = re.compile(
+    rf"&(?:#\d{{1,7}}|#[xX][0-9a-fA-F]{{1,6}}|apos|{'|'.join(sorted(name2codepoint))});"
+)
 BREAKING = frozenset(["p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr"])
-RAISED = {"sup": str.maketrans("0123456789+-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"), "sub": str.maketrans("0123456789+-", "₀₁₂₃₄₅₆₇₈₉₊₋")}
+RAISED = {
+    "sup": str.maketrans("0123456789+-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"),
+    "sub": str.maketrans("0123456789+-", "₀₁₂₃₄₅₆₇₈₉₊₋"),
+}
 SUPERSCRIPT = re.compile(r"<(sup|sub)>([0-9+-]{1,8})</\1>", re.I)
 
 
@@ -89,10 +111,14 @@ def _strip_html(text: str) -> str:
     before = None
     while text != before:  # each replacement shortens the text
         before = text
-        text = ENTITY.sub(lambda m: html.unescape(m[0]), INVISIBLE_HTML.sub("", text) if ">" in text else text)
+        text = ENTITY.sub(
+            lambda m: html.unescape(m[0]), INVISIBLE_HTML.sub("", text) if ">" in text else text
+        )
     text = SUPERSCRIPT.sub(lambda m: m[2].translate(RAISED[m[1].lower()]), text)
     # A line break in a row of a Markdown table must not break the row.
-    text = re.sub(r"^\|.*<br.*$", lambda row: re.sub(r"(?i)<br\s*/?>", " ", row[0]), text, flags=re.M | re.I)
+    text = re.sub(
+        r"^\|.*<br.*$", lambda row: re.sub(r"(?i)<br\s*/?>", " ", row[0]), text, flags=re.M | re.I
+    )
     closed = set(re.findall(r"</(\w+)>", text))
     return TAG.sub(partial(_without_tag, text, closed), text)
 
@@ -104,7 +130,9 @@ def _without_tag(text: str, closed: set[str], tag: re.Match) -> str:
     around = text[max(tag.start() - 1, 0) : tag.start()] + text[tag.end() : tag.end() + 1]
     if around in ('""', "''", "“”", "‘’", "()", "（）"):
         return tag[0]  # it is spoken of
-    behind_word = tag.start() > 0 and text[tag.start() - 1].isascii() and (text[tag.start() - 1].isalnum())
+    behind_word = (
+        tag.start() > 0 and text[tag.start() - 1].isascii() and (text[tag.start() - 1].isalnum())
+    )
     if behind_word and name not in BREAKING and tag[2] not in closed:
         return tag[0]  # List<Font> is code
     return "\n" if name in BREAKING else ""
@@ -125,14 +153,18 @@ def drop_invisible(text: str) -> str:
 
 # NFKC would make most of these ASCII (，->, …->...), lose a power, an index or a unit (m² -> m2, ㎡ -> m2, ② -> 2), run
 # a fraction into the number before it (5½ -> 51⁄2), or tear a lone accent, a double prime or a Korean letter apart.
-KEPT_BY_NFKC = re.compile(r"[，。？！：；（）…～￣‾‗²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸˘-˝˙゛゜｀℃℉™℠①-⓿㈀-㋿㌀-㏿ㄱ-ㅣㅥ-ㆎ]+")
+KEPT_BY_NFKC = re.compile(
+    r"[，。？！：；（）…～￣‾‗²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸˘-˝˙゛゜｀℃℉™℠①-⓿㈀-㋿㌀-㏿ㄱ-ㅣㅥ-ㆎ]+"
+)
 
 
 @cache
 def _changed_by_nfkc() -> re.Pattern:
     """What NFKC would change below U+10000, alone or as a mark on the letter before it."""
     chars = [chr(code) for code in range(0x80, 0x10000) if not 0xAC00 <= code <= 0xDFFF]
-    changed = [c for c in chars if not unicodedata.is_normalized("NFKC", c) or unicodedata.combining(c)]
+    changed = [
+        c for c in chars if not unicodedata.is_normalized("NFKC", c) or unicodedata.combining(c)
+    ]
     jamo = "\u1161-\u1175\u11a8-\u11c2"  # vowels and finals join the syllable before them
     return re.compile(f"[{''.join(c for c in changed if not KEPT_BY_NFKC.match(c))}{jamo}]")
 
@@ -141,10 +173,14 @@ def nfkc(text: str) -> str:
     """Unicode NFKC (full-width letters and digits become ordinary ones), Chinese punctuation and units excepted."""
     if not text or (max(text) < ASTRAL and not _changed_by_nfkc().search(text)):
         return text
-    text = text.replace("︰", "：")  # the colon of vertical writing, common in Taiwan; NFKC makes it two dots
+    text = text.replace(
+        "︰", "："
+    )  # the colon of vertical writing, common in Taiwan; NFKC makes it two dots
     text = text.replace("－－", "——").replace("\u2011", "-")
     text = re.sub(rf"＜(?=[{HAN}])([^＜＞\n]*)＞", r"〈\1〉", text)
-    if text.count("．") > text.count("。"):  # a full stop there, as in mathematics; else it stands in names
+    if text.count("．") > text.count(
+        "。"
+    ):  # a full stop there, as in mathematics; else it stands in names
         text = re.sub(rf"(?<=[{HAN}）])．", "。", text)
     parts, end = [], 0
     for kept in KEPT_BY_NFKC.finditer(text):
@@ -159,7 +195,10 @@ def _opencc(config: str):
     import opencc
 
     convert = opencc.OpenCC(config).convert
-    han = [chr(code) for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000), *range(0xF900, 0xFB00))]
+    han = [
+        chr(code)
+        for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000), *range(0xF900, 0xFB00))
+    ]
     changed = [a for a, b in zip(han, convert("\n".join(han)).split("\n"), strict=True) if a != b]
     return convert, re.compile(f"[{''.join(changed)}]")
 
@@ -179,21 +218,28 @@ def simplify(text: str, config: str = "t2s") -> str:
     if KANA.search(text):  # Japanese stays: 東京の大学
         lines = text.split("\n")
         return "\n".join(
-            line if len(KANA.findall(line)) * 4 > len(line) else _simplify(line, convert) for line in lines
+            line if len(KANA.findall(line)) * 4 > len(line) else _simplify(line, convert)
+            for line in lines
         )
     return _simplify(text, convert)
 
 
 def _simplify(text: str, convert: Callable[[str], str]) -> str:
     converted = NOT_TWICE.join(convert(part) for part in text.split(NOT_TWICE))
-    if max(converted, default="") >= ASTRAL and len(converted) == len(text):  # 爇 would become 𦶟, which nobody types
-        return "".join(old if new >= ASTRAL else new for old, new in zip(text, converted, strict=True))
+    if max(converted, default="") >= ASTRAL and len(converted) == len(
+        text
+    ):  # 爇 would become 𦶟, which nobody types
+        return "".join(
+            old if new >= ASTRAL else new for old, new in zip(text, converted, strict=True)
+        )
     return converted
 
 
 # Not `.` (1.000, ...), not + - * = # / (C++, --, ==); ASCII ! or ? only after Han, or three behind a word: `!!x` is
 # code, and a line may begin with `???` or `!!!` as Markdown.
-REPEATED = re.compile(rf"([，。？！：；、～])\1+|(…)…{{2,}}|(—)—{{2,}}|(?<=[{HAN}])([!?])\4+|(?<=\w)([!?])\5{{2,}}")
+REPEATED = re.compile(
+    rf"([，。？！：；、～])\1+|(…)…{{2,}}|(—)—{{2,}}|(?<=[{HAN}])([!?])\4+|(?<=\w)([!?])\5{{2,}}"
+)
 
 
 def collapse_repeated(text: str) -> str:
@@ -209,17 +255,29 @@ def tidy_space(text: str) -> str:
     """Trim the text and its lines' ends, at most one blank line, no indentation by other spaces than code has, nor in
     front of Han throughout; one space at most between Han."""
     parts = FENCED.split(text) if "```" in text or "~~~" in text else [text]
-    text = "".join(part if i % 2 else _tidy_space(part) for i, part in enumerate(parts)).lstrip("\n").rstrip()
+    text = (
+        "".join(part if i % 2 else _tidy_space(part) for i, part in enumerate(parts))
+        .lstrip("\n")
+        .rstrip()
+    )
     if indent := re.match(rf"[^\S\n]+(?=[{HAN}])", text):
         lines = text.split("\n")
         everywhere = all(line.startswith(indent[0]) or not line for line in lines)
-        return "\n".join(line.removeprefix(indent[0]) for line in lines) if everywhere else text[indent.end() :]
+        return (
+            "\n".join(line.removeprefix(indent[0]) for line in lines)
+            if everywhere
+            else text[indent.end() :]
+        )
     return text
 
 
 def _tidy_space(text: str) -> str:
-    text = re.sub(r"(?<![^\S\n])[^\S\n]++$", "", text, flags=re.M)  # tried at a run's beginning alone, or it costs n^2
-    text = re.sub(r"^[ \t]*[^\S\n \t][^\S\n]*(?![\x21-\x7e])", "", text, flags=re.M)  # code has it with \xa0 too
+    text = re.sub(
+        r"(?<![^\S\n])[^\S\n]++$", "", text, flags=re.M
+    )  # tried at a run's beginning alone, or it costs n^2
+    text = re.sub(
+        r"^[ \t]*[^\S\n \t][^\S\n]*(?![\x21-\x7e])", "", text, flags=re.M
+    )  # code has it with \xa0 too
     text = re.sub(rf"(?<=[{HAN}，。？！：；])[^\S\n]{{2,}}(?=[{HAN}])", " ", text)
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -238,20 +296,31 @@ NARROW = str.maketrans("，；：？！。（）", ",;:?!.()")
 def punctuate(text: str) -> str:
     """Punctuation by context: Chinese between Han, ASCII in a text without any. Code, URLs and indented lines stay."""
     if re.search(f"[{HAN}\u3040-\u30ff]", text):
-        return outside_code(lambda part: re.sub(r"^(?! {4}|\t).+$", _widen, part, flags=re.M), text, CODE_OR_URL)
+        return outside_code(
+            lambda part: re.sub(r"^(?! {4}|\t).+$", _widen, part, flags=re.M), text, CODE_OR_URL
+        )
     return outside_code(_narrow, text, CODE_OR_URL) if re.search("[A-Za-z]", text) else text
 
 
 def _widen(line: re.Match) -> str:
     return TO_CHINESE.sub(
-        lambda m: f"（{m[3] or m[4] or ''}）" if m[0][-1] in ")）" else m[0].strip().translate(WIDE), line[0]
+        lambda m: (
+            f"（{m[3] or m[4] or ''}）" if m[0][-1] in ")）" else m[0].strip().translate(WIDE)
+        ),
+        line[0],
     )
 
 
 def _narrow(text: str) -> str:
     text = re.sub(r"(?<=[0-9])：(?=[0-9])", ":", text)
-    text = re.sub(r"(?<=[A-Za-z0-9）])([，。；：？！])(?=[A-Za-z（“‘])", lambda m: m[1].translate(NARROW) + " ", text)
-    text = re.sub(r"(?<=[A-Za-z0-9）])[，。；：？！](?=[\s）”’]|\Z)", lambda m: m[0].translate(NARROW), text)
+    text = re.sub(
+        r"(?<=[A-Za-z0-9）])([，。；：？！])(?=[A-Za-z（“‘])",
+        lambda m: m[1].translate(NARROW) + " ",
+        text,
+    )
+    text = re.sub(
+        r"(?<=[A-Za-z0-9）])[，。；：？！](?=[\s）”’]|\Z)", lambda m: m[0].translate(NARROW), text
+    )
     text = re.sub(r"(?<=[A-Za-z0-9,.;:?!])（", " (", text)
     return re.sub(r"）(?=[A-Za-z0-9])", ") ", text).replace("（", "(").replace("）", ")")
 
@@ -268,7 +337,9 @@ def final_punctuation(text: str) -> str:
         return text
     *before, last = text.split("\n")
     earlier = next((line for line in reversed(before) if line.strip()), "")
-    of_a_sentence = not before or re.search("[，。；！？：、]", last) or earlier.endswith(tuple("，、；："))
+    of_a_sentence = (
+        not before or re.search("[，。；！？：、]", last) or earlier.endswith(tuple("，、；："))
+    )
     return text + "。" if of_a_sentence and not NO_SENTENCE.match(last) else text
 
 

@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.parallel import batches, ordered
 from nanophi.text.corpus import Reading, Skipped
-from nanophi.text.parallel import batches, ordered
-from nanophi.text.rows import in_share, text_of
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.text.schemas import text_of
+from nanophi.text.share import in_share
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"nanophi\0", 1
 HEADER = struct.Struct("<8sIIQQI16s12x")  # 64 bytes
@@ -41,7 +42,12 @@ class ShardWriter:
     disk as they come; the header, which counts them, at last."""
 
     def __init__(self, directory: Path, split: str, tok: Tokenizer, shard_tokens: int):
-        self.directory, self.split, self.tok, self.shard_tokens = directory, split, tok, shard_tokens
+        self.directory, self.split, self.tok, self.shard_tokens = (
+            directory,
+            split,
+            tok,
+            shard_tokens,
+        )
         self.dtype = np.dtype("<u2" if len(tok) <= 1 << 16 else "<u4")
         self.number, self.tokens, self.documents = 0, 0, 0
         self._file, self._crc, self._offsets = None, 0, array("Q", [0])
@@ -75,7 +81,11 @@ class ShardWriter:
             file.write(HEADER.pack(MAGIC, VERSION, *sizes, self.tok.fingerprint.encode()))
             file.flush()
             os.fsync(file.fileno())
-        self.number, self.tokens, self.documents = self.number + 1, self.tokens + tokens, self.documents + documents
+        self.number, self.tokens, self.documents = (
+            self.number + 1,
+            self.tokens + tokens,
+            self.documents + documents,
+        )
         self._file, self._crc, self._offsets = None, 0, array("Q", [0])
 
 
@@ -87,14 +97,20 @@ class Shard:
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise UserError(f"{path} is no token shard; python -m nanophi.text.shards --out {path.parent} writes them")
+            raise UserError(
+                f"{path} is no token shard; python -m nanophi.text.shards --out {path.parent} writes them"
+            )
         _, version, itemsize, tokens, documents, self.crc, fingerprint = HEADER.unpack(header)
         if version != VERSION:
-            raise UserError(f"{path} is a shard of version {version}, this code reads {VERSION}: write it again")
+            raise UserError(
+                f"{path} is a shard of version {version}, this code reads {VERSION}: write it again"
+            )
         if size != HEADER.size + tokens * itemsize + (documents + 1) * 8:
             raise UserError(f"{path} is cut short or damaged: {size:,} bytes; write it again")
         self.fingerprint = fingerprint.decode()
-        self.tokens = np.memmap(path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(tokens,))
+        self.tokens = np.memmap(
+            path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(tokens,)
+        )
         end = HEADER.size + tokens * itemsize
         self.offsets = np.memmap(path, dtype="<u8", mode="r", offset=end, shape=(documents + 1,))
 
@@ -162,13 +178,17 @@ def write_shards(
         shutil.rmtree(fresh)
     writers = {split: ShardWriter(fresh, split, tok, shard_tokens) for split in ("train", "val")}
     try:
-        for encoded in ordered(partial(_encode, tok=tok, val_fraction=val_fraction), batches(texts, 500_000), workers):
+        for encoded in ordered(
+            partial(_encode, tok=tok, val_fraction=val_fraction), batches(texts, 500_000), workers
+        ):
             for split, ids in encoded:
                 writers[split].add(ids)
         for writer in writers.values():
             writer.close()
         if not writers["train"].documents:
-            raise UserError("there is no document to train on: the input is empty, or all of it is validation")
+            raise UserError(
+                "there is no document to train on: the input is empty, or all of it is validation"
+            )
     except BaseException:
         for writer in writers.values():
             writer.abandon()
@@ -189,8 +209,12 @@ def write_shards(
 class Config(Reading):
     tokenizer: str = flag(help="directory of train_tokenizer.py")
     out: str = flag(help="directory for the shards")
-    val_fraction: float = flag(0.01, at_least=0, at_most=0.9, help="share of documents kept for validation")
-    workers: int = flag(1, at_least=1, help="processes that encode; the shards are the same with any number")
+    val_fraction: float = flag(
+        0.01, at_least=0, at_most=0.9, help="share of documents kept for validation"
+    )
+    workers: int = flag(
+        1, at_least=1, help="processes that encode; the shards are the same with any number"
+    )
 
 
 def main(cfg: Config) -> dict:
@@ -215,8 +239,13 @@ def main(cfg: Config) -> dict:
         f"({read['characters'] / tokens:.2f} characters, {read['bytes'] / tokens:.2f} bytes each); "
         f"{train.tokens:,} to train on, {val.tokens:,} for validation, in {cfg.out}"
     )
-    return read | {"skipped": skipped.count, "tokens": tokens, "train_tokens": train.tokens, "val_tokens": val.tokens}
+    return read | {
+        "skipped": skipped.count,
+        "tokens": tokens,
+        "train_tokens": train.tokens,
+        "val_tokens": val.tokens,
+    }
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

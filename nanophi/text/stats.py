@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nanophi.cli import Progress, UserError, flag, run
+from nanophi.cli import Progress, UserError, flag, run_command
 from nanophi.files import replacing, write_text
+from nanophi.parallel import batches
 from nanophi.text.corpus import Reading, Skipped
 from nanophi.text.dedup import Again, find_clusters
-from nanophi.text.levels import BYTE_TOKENS
-from nanophi.text.parallel import batches
-from nanophi.text.rows import text_of, with_texts
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.text.schemas import text_of, with_texts
+from nanophi.tokenizer.levels import BYTE_TOKENS
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 ROUND_TRIPS = {
     "tab": "a\tb", "line breaks": "一\n\n二", "spaces": "一    二", "emoji": "😀👨‍👩‍👧", "rare Han": "㐀𠮷龘",
@@ -43,7 +43,13 @@ def script_of(text: str) -> str:
         elif kind[0] in "PSC":
             found.add("punctuation")
         else:
-            found.add("Han" if "CJK" in unicodedata.name(char, "") else "Latin" if ord(char) < 0x250 else "mixed")
+            found.add(
+                "Han"
+                if "CJK" in unicodedata.name(char, "")
+                else "Latin"
+                if ord(char) < 0x250
+                else "mixed"
+            )
     if len(found) > 1:
         found.discard("space")  # " the" is Latin
     return found.pop() if len(found) == 1 else "mixed"
@@ -56,7 +62,11 @@ def describe(tok: Tokenizer, token_id: int) -> tuple[str, str, str]:
         return raw.decode(), "mixed", "special" if raw.decode() in tok.specials else "added"
     spelling = tok.spelling[token_id]
     base = len(spelling) == 1 or (tok.level.byte_fallback and spelling in BYTE_TOKENS)
-    kind = ("byte" if tok.level.name == "byte" or spelling in BYTE_TOKENS else "character") if base else "merge"
+    kind = (
+        ("byte" if tok.level.name == "byte" or spelling in BYTE_TOKENS else "character")
+        if base
+        else "merge"
+    )
     try:
         text = raw.decode()
     except UnicodeDecodeError:
@@ -75,7 +85,9 @@ def write_vocabulary(tok: Tokenizer, path: str | Path) -> None:
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         pair = came_from.get(token_id)
         merge = " + ".join(describe(tok, part)[0] for part in pair) if pair else ""
-        merge = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in merge)
+        merge = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in merge
+        )
         raw = tok.id_to_bytes[token_id].hex(" ")
         lines.append(f"{token_id}\t{shown}\t{raw}\t{kind}\t{counts.get(pair, '')}\t{merge}")
     write_text(path, "\n".join(lines) + "\n")
@@ -88,7 +100,9 @@ def report(tok: Tokenizer, texts: Iterable[str]) -> str:
         characters += len(text)
         used.update(tok.encode(text))
     described = {i: describe(tok, i) for i in used}
-    lines = [f"{'script':20} {'tokens':>10} {'share':>7} {'characters each':>16} {'bytes each':>11}"]
+    lines = [
+        f"{'script':20} {'tokens':>10} {'share':>7} {'characters each':>16} {'bytes each':>11}"
+    ]
     total = max(sum(used.values()), 1)
     for script in SCRIPTS:
         ids = [i for i in used if described[i][1] == script]
@@ -102,7 +116,9 @@ def report(tok: Tokenizer, texts: Iterable[str]) -> str:
     lines.append(f"{'all':20} {total:10,} {'':7} {characters / total:16.2f} {size:11.2f}")
     fallback = sum(used[i] for i in used if described[i][1:] == (SCRIPTS[-1], "byte"))
     whole = [describe(tok, i)[:2] for i in sorted(tok.id_to_bytes) if i not in tok.added.values()]
-    longest = sorted((text.strip() for text, script in whole if script == "Han"), key=len)[-8:][::-1]
+    longest = sorted((text.strip() for text, script in whole if script == "Han"), key=len)[-8:][
+        ::-1
+    ]
     lost = [name for name, text in ROUND_TRIPS.items() if tok.decode(tok.encode(text)) != text]
     lines += [
         f"fallback to single bytes: {fallback / total:.2%} of the tokens; parts of characters in the vocabulary: "
@@ -132,7 +148,11 @@ def draw_lengths(tok: Tokenizer, path: str | Path) -> None:
         if counter:
             axes.bar(range(13), [counter[n] for n in range(13)], bottom=bottom, label=script)
             bottom = [below + counter[n] for n, below in enumerate(bottom)]
-    axes.set(xlabel="characters (0: part of one)", ylabel="tokens", title=f"{len(tok):,} tokens by length")
+    axes.set(
+        xlabel="characters (0: part of one)",
+        ylabel="tokens",
+        title=f"{len(tok):,} tokens by length",
+    )
     axes.set_xticks(range(13), [*map(str, range(12)), "12+"])
     axes.legend(frameon=False)
     with replacing(path) as beside:
@@ -157,7 +177,9 @@ class Group:
         for char, times in self.characters.items():
             found[script_of(char)] += times
         total = max(found.total() - found["space"], 1)
-        return {name: found[name] / total for name in SCRIPTS[:4]} | {"other": found["mixed"] / total}
+        return {name: found[name] / total for name in SCRIPTS[:4]} | {
+            "other": found["mixed"] / total
+        }
 
 
 def corpus_table(groups: dict[str, Group], with_tokens: bool) -> str:
@@ -170,17 +192,21 @@ def corpus_table(groups: dict[str, Group], with_tokens: bool) -> str:
     for group in groups.values():
         whole.characters.update(group.characters)
         whole.tokens += group.tokens
-    for name, group in [*sorted(groups.items(), key=lambda item: -sum(item[1].lengths)), ("all", whole)]:
+    for name, group in [
+        *sorted(groups.items(), key=lambda item: -sum(item[1].lengths)),
+        ("all", whole),
+    ]:
         size = sum(group.lengths)
         tokens = f"{group.tokens:,}" if with_tokens else "-"
         median = int(np.median(group.lengths))
-        line = (
-            f"{name[:22]:22} {len(group.lengths):>10,} {size:>13,} {size / everything:>6.1%} {tokens:>12} {median:>10,}"
-        )
+        line = f"{name[:22]:22} {len(group.lengths):>10,} {size:>13,} {size / everything:>6.1%} {tokens:>12} {median:>10,}"
         lines.append(line + "".join(f" {share:>6.1%}" for share in group.scripts().values()))
     marks = (1, 10, 25, 50, 75, 90, 99, 100)
     lengths = zip(marks, np.percentile(whole.lengths, marks).astype(int), strict=True)
-    lines.append("length of a document in characters, " + ", ".join(f"{mark} %: {n:,}" for mark, n in lengths))
+    lines.append(
+        "length of a document in characters, "
+        + ", ".join(f"{mark} %: {n:,}" for mark, n in lengths)
+    )
     return "\n".join(lines)
 
 
@@ -191,7 +217,13 @@ def draw_corpus(groups: dict[str, Group], path: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["font.sans-serif"] = ["DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "SimHei"]
+    plt.rcParams["font.sans-serif"] = [
+        "DejaVu Sans",
+        "Noto Sans CJK SC",
+        "PingFang SC",
+        "Microsoft YaHei",
+        "SimHei",
+    ]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     largest = sorted(groups, key=lambda name: -sum(groups[name].lengths))[:12]
     longest = max(max(groups[name].lengths) for name in groups)
@@ -205,7 +237,9 @@ def draw_corpus(groups: dict[str, Group], path: str | Path) -> None:
         start += shares
     right.invert_yaxis()
     right.set(xlim=(0, 1), title="scripts, white space left out")
-    right.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.06), fontsize=8)
+    right.legend(
+        frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.06), fontsize=8
+    )
     with replacing(path) as beside:
         figure.savefig(beside, dpi=110, format="png")
     plt.close(figure)
@@ -214,9 +248,13 @@ def draw_corpus(groups: dict[str, Group], path: str | Path) -> None:
 @dataclass(kw_only=True)
 class Config(Reading):
     tokenizer: str | None = flag(None, help="also count the tokens of this tokenizer")
-    by: str = flag("source", help="key of a row that names its source; rows without it are counted together")
+    by: str = flag(
+        "source", help="key of a row that names its source; rows without it are counted together"
+    )
     plot: str | None = flag(None, help="draw lengths and scripts into this .png")
-    duplicates: bool = flag(True, help="count repeated documents too (the text is then read three times)")
+    duplicates: bool = flag(
+        True, help="count repeated documents too (the text is then read three times)"
+    )
 
 
 def main(cfg: Config) -> dict[str, Group]:
@@ -257,4 +295,4 @@ def main(cfg: Config) -> dict[str, Group]:
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

@@ -8,7 +8,7 @@ from typing import IO
 
 from nanophi.cli import UserError
 from nanophi.text.formats import load_parquet
-from nanophi.text.rows import text_of
+from nanophi.text.schemas import text_of
 
 
 def as_json(row: dict) -> str:
@@ -46,8 +46,12 @@ def write_csv(file: IO, rows: Iterable[dict]) -> None:
         if table is None:
             table = csv.DictWriter(file, row, lineterminator="\n")
             table.writeheader()
-        if row.keys() - set(table.fieldnames) or any(isinstance(value, list | dict) for value in row.values()):
-            raise UserError(f"a .csv has one header and flat values; not so {str(row)[:60]}: write .jsonl")
+        if row.keys() - set(table.fieldnames) or any(
+            isinstance(value, list | dict) for value in row.values()
+        ):
+            raise UserError(
+                f"a .csv has one header and flat values; not so {str(row)[:60]}: write .jsonl"
+            )
         table.writerow(row)
 
 
@@ -59,9 +63,15 @@ def write_parquet(file: IO, rows: Iterable[dict]) -> None:
     rows = iter(rows)
     try:
         while (batch := list(islice(rows, 1024))) or writer is None:
-            keys = writer.schema.names if writer else list(dict.fromkeys(key for row in batch for key in row))
+            keys = (
+                writer.schema.names
+                if writer
+                else list(dict.fromkeys(key for row in batch for key in row))
+            )
             if writer and (more := {key for row in batch for key in row} - set(keys)):
-                raise UserError(f"{', '.join(sorted(more))}: a key that none of the first 1,024 rows has; write .jsonl")
+                raise UserError(
+                    f"{', '.join(sorted(more))}: a key that none of the first 1,024 rows has; write .jsonl"
+                )
             filled = [{key: row.get(key) for key in keys} for row in batch]
             table = pyarrow.Table.from_pylist(filled, schema=writer and writer.schema)
             writer = writer or parquet.ParquetWriter(file, table.schema)

@@ -30,7 +30,9 @@ from nanophi.model.phi import Phi
 
 BUCKET = 25_000_000  # elements added at once: 100 MB of fp32
 JOINING = timedelta(minutes=10)  # until all ranks have come
-PATIENCE = timedelta(minutes=30)  # for a rank that does not answer, such as rank 0 while it evaluates
+PATIENCE = timedelta(
+    minutes=30
+)  # for a rank that does not answer, such as rank 0 while it evaluates
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class World:
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         parts = [grad.to_local() if is_sharded(grad) else grad for grad in gradients]
-        rows = [part if part.dim() == 1 else torch.linalg.vector_norm(part, dim=-1) for part in parts]
+        rows = [
+            part if part.dim() == 1 else torch.linalg.vector_norm(part, dim=-1) for part in parts
+        ]
         squares = torch.stack([row.double().square().sum() for row in rows]).sum().item()
         norm = math.sqrt(self.add([squares])[0] if is_sharded(gradients[0]) else squares)
         if (factor := largest / (norm + 1e-6)) < 1:
@@ -106,7 +110,9 @@ def _add(tensors: list[Tensor]) -> list[Tensor]:
     if tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(
+            tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+        ):
             tensor.copy_(part.view_as(tensor))
     return []
 
@@ -143,7 +149,9 @@ def part_like(full: Tensor, like: Tensor) -> Tensor:
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 def put_together(tree, keep: bool):
@@ -164,14 +172,18 @@ def join(device: str) -> World:
     size, device = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
     if device.startswith("cuda:"):
         if size > 1:
-            raise UserError(f"--device {device}: of {size} ranks each has a GPU of its own, so say cuda or nothing")
+            raise UserError(
+                f"--device {device}: of {size} ranks each has a GPU of its own, so say cuda or nothing"
+            )
         torch.cuda.set_device(device)  # random state and memory are asked of the current one
     if size == 1:
         return World(0, 1, device)
     if device == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
-            raise UserError(f"rank {local} has no GPU of its own: this machine has {there}; start as many ranks")
+            raise UserError(
+                f"rank {local} has no GPU of its own: this machine has {there}; start as many ranks"
+            )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -179,12 +191,19 @@ def join(device: str) -> World:
 
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
-        except (dist.DistError, ValueError) as error:  # some never came, or there is no address to come to
-            raise UserError(f"{size} ranks should train together and did not all come: {error}; use torchrun") from None
+        except (
+            dist.DistError,
+            ValueError,
+        ) as error:  # some never came, or there is no address to come to
+            raise UserError(
+                f"{size} ranks should train together and did not all come: {error}; use torchrun"
+            ) from None
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13), and they would look for
             # each other where the dead ones were.
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(
+                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+            )
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         if backend == "gloo":  # with nccl, a rank that fails alone would wait here for the others
@@ -207,7 +226,9 @@ def computes_in(cfg, device: str) -> str:
         return cfg.dtype
     if not device.startswith("cuda"):
         return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"  # older cards have no bf16
+    return (
+        "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    )  # older cards have no bf16
 
 
 def is_first() -> bool:

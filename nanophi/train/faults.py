@@ -32,7 +32,9 @@ class Faults:
         loss, notes = line["loss"], []
         if not sound:
             self.streak += 1
-            return [f"step {line['step']:,}: loss {loss:.3g}, gradient {line['grad_norm']:.3g}: skipped"]
+            return [
+                f"step {line['step']:,}: loss {loss:.3g}, gradient {line['grad_norm']:.3g}: skipped"
+            ]
         self.streak = 0
         if len(self.losses) == MEMORY:
             usual = statistics.median(self.losses)

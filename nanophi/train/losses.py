@@ -21,7 +21,9 @@ from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
 
 CHUNK = 512  # tokens whose logits exist at once on a CPU, whose cache holds 512 x V fp32 at V = 8192 (16 MB)
-ON_A_GPU = 2**27  # logits at once there (1.6 GB, all told): each chunk reads and writes the whole gradient of the head
+ON_A_GPU = (
+    2**27
+)  # logits at once there (1.6 GB, all told): each chunk reads and writes the whole gradient of the head
 
 LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
@@ -29,7 +31,9 @@ LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 def chunk_size(vocabulary: int, device: str, dtype: torch.dtype) -> int:
     """Tokens whose logits exist at once, by the type of the device ("cpu", "cuda") and the dtype of the hidden states;
     few in fp16, where the sum of their gradients could overflow."""
-    return CHUNK if device == "cpu" or dtype == torch.float16 else max(CHUNK, ON_A_GPU // vocabulary)
+    return (
+        CHUNK if device == "cpu" or dtype == torch.float16 else max(CHUNK, ON_A_GPU // vocabulary)
+    )
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -40,7 +44,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learning: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learning: bool
+    ) -> Tensor:
         compute = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -52,7 +58,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
             target = targets[start : start + chunk, None]
             logits = product(rows, compute, bias.to(rows.dtype)).to(exact)  # (chunk, V)
             of_target, largest = logits.gather(1, target), logits.amax(-1, keepdim=True)
-            exps = logits.sub_(largest).exp_()  # in place: one (chunk, V) tensor, one exponential of it
+            exps = logits.sub_(
+                largest
+            ).exp_()  # in place: one (chunk, V) tensor, one exponential of it
             total = exps.sum(-1, keepdim=True)
             loss += (total.log() + largest - of_target).sum()
             if not learning:
@@ -78,7 +86,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
 def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of the head's logits. hidden (N, D), weight (V, D), bias (V,), targets (N,) -> ()."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # once, or autocast would cast the weight anew for every chunk
+    if torch.is_autocast_enabled(
+        device
+    ):  # once, or autocast would cast the weight anew for every chunk
         hidden = hidden.to(torch.get_autocast_dtype(device))
     return _HeadCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
 
@@ -86,7 +96,11 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Te
 def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     """Pretraining and SFT alike: cross entropy in nats over the positions that have a target."""
     hidden, targets = _learned(model, batch)
-    return head_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, targets), len(hidden), {}
+    return (
+        head_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, targets),
+        len(hidden),
+        {},
+    )
 
 
 def _learned(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -111,7 +125,11 @@ def answer_logps(model: Phi, batch: Batch) -> Tensor:
 
 
 def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
 ) -> Tensor:
     """Direct Preference Optimization (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * margin), unreduced.
 
@@ -129,7 +147,9 @@ def make_dpo_loss_fn(beta: float) -> LossFn:
         chosen, rejected = answer_logps(model, batch).view(-1, 2).unbind(1)
         ref_chosen, ref_rejected = batch.reference.view(-1, 2).unbind(1)
         losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-        reward_chosen = beta * (chosen - ref_chosen).detach()  # implicit reward, eq. 5 without the partition term
+        reward_chosen = (
+            beta * (chosen - ref_chosen).detach()
+        )  # implicit reward, eq. 5 without the partition term
         reward_rejected = beta * (rejected - ref_rejected).detach()
         sums = {
             "rewards_chosen": reward_chosen.sum(),
@@ -156,7 +176,9 @@ def validate(model: Phi, loss_fn: LossFn, batches: Iterable[Batch]) -> dict[str,
     return {f"val_{name}": value / total for name, value in sums.items()}
 
 
-def validation_loss(model: Phi, batches: Iterable[Batch], byte_lengths: list[int]) -> dict[str, float]:
+def validation_loss(
+    model: Phi, batches: Iterable[Batch], byte_lengths: list[int]
+) -> dict[str, float]:
     """Mean loss in nats per token, and bits per byte of the text that the targets spell ([EOS] is no text).
 
     Bits per byte do not depend on the tokenizer, so runs of different vocabularies can be compared.
@@ -169,4 +191,7 @@ def validation_loss(model: Phi, batches: Iterable[Batch], byte_lengths: list[int
 
     means = validate(model, loss_fn, batches)
     bits_per_token, bytes_per_token = means["val_loss"] / math.log(2), means["val_bytes"]
-    return {"val_loss": means["val_loss"], "val_bits_per_byte": bits_per_token / max(bytes_per_token, 1e-9)}
+    return {
+        "val_loss": means["val_loss"],
+        "val_bits_per_byte": bits_per_token / max(bytes_per_token, 1e-9),
+    }

@@ -27,10 +27,14 @@ def parse_mixture(text: str) -> dict[str, float | None]:
         if weight is not None and not 0 < weight < float("inf"):
             raise UserError(f"{part.strip()}: the weight of a source is a number above 0")
         if not name or name in found:
-            raise UserError(f"{text}: a mixture is a list like news:0.3,poetry:0.1, each source once")
+            raise UserError(
+                f"{text}: a mixture is a list like news:0.3,poetry:0.1, each source once"
+            )
         found[name] = weight
     if len({weight is None for weight in found.values()}) > 1:
-        raise UserError(f"{text}: give a weight to every source or to none (then each is read once an epoch)")
+        raise UserError(
+            f"{text}: give a weight to every source or to none (then each is read once an epoch)"
+        )
     return found
 
 
@@ -46,20 +50,26 @@ class Mixture:
     weights: a number for each source, of any sum; without them a source's size is its weight.
     """
 
-    def __init__(self, sources: dict[str, Packed], weights: list[float | None] | None, batch_rows: int):
+    def __init__(
+        self, sources: dict[str, Packed], weights: list[float | None] | None, batch_rows: int
+    ):
         self.sources, self.names = list(sources.values()), list(sources)
         self.batch_rows, self.context = batch_rows, self.sources[0].context
         sizes = [len(source) for source in self.sources]
         wanted = np.array(weights if weights and None not in weights else sizes, dtype=np.float64)
         wanted *= PERIOD / wanted.sum()
         counts = np.floor(wanted).astype(int)
-        counts[np.argsort(counts - wanted)[: PERIOD - counts.sum()]] += 1  # to the largest remainders
+        counts[np.argsort(counts - wanted)[: PERIOD - counts.sum()]] += (
+            1  # to the largest remainders
+        )
         for left_out in np.flatnonzero(counts == 0):
             counts[left_out] += 1
             counts[np.argmax(counts)] -= 1
         self.pattern = interleaved(counts.tolist())
         given = self.pattern[:, None] == np.arange(len(counts))
-        self.before = np.concatenate([np.zeros((1, len(counts)), dtype=np.int64), np.cumsum(given, axis=0)])
+        self.before = np.concatenate(
+            [np.zeros((1, len(counts)), dtype=np.int64), np.cumsum(given, axis=0)]
+        )
 
     def __len__(self) -> int:
         """Rows in an epoch: those of all sources, whatever their shares."""
@@ -83,11 +93,18 @@ class Mixture:
 
     def _average(self, name: str) -> float:
         shares = self.before[-1] / PERIOD
-        return float(sum(share * getattr(source, name) for share, source in zip(shares, self.sources, strict=True)))
+        return float(
+            sum(
+                share * getattr(source, name)
+                for share, source in zip(shares, self.sources, strict=True)
+            )
+        )
 
     @property
     def data_id(self) -> str:
-        return f"{digest(self.pattern, [self.batch_rows])}-" + "-".join(source.data_id for source in self.sources)
+        return f"{digest(self.pattern, [self.batch_rows])}-" + "-".join(
+            source.data_id for source in self.sources
+        )
 
     def given(self, rows: int) -> np.ndarray:
         """How many of the first `rows` rows of training each source gives."""
@@ -100,7 +117,9 @@ class Mixture:
         shares = self.before[-1] / PERIOD
         return ", ".join(
             f"{name} {share:.1%} of the rows = {count / len(source):.2f} epochs"
-            for name, share, count, source in zip(self.names, shares, counts, self.sources, strict=True)
+            for name, share, count, source in zip(
+                self.names, shares, counts, self.sources, strict=True
+            )
         )
 
     def batch_at(self, step: int) -> Batch:
@@ -112,4 +131,8 @@ class Mixture:
         starts = range(0, len(rows) * self.context, self.context)
         boundaries = [row.cu_seqlens[1:] + start for row, start in zip(rows, starts, strict=True)]
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), *boundaries]).to(torch.int32)
-        return Batch(torch.cat([row.ids for row in rows]), torch.cat([row.targets for row in rows]), cu_seqlens)
+        return Batch(
+            torch.cat([row.ids for row in rows]),
+            torch.cat([row.targets for row in rows]),
+            cu_seqlens,
+        )

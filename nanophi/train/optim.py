@@ -11,7 +11,11 @@ from torch.optim import Optimizer
 
 from nanophi.train.distributed import part_like, whole
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, so small singular values rise fast
+NS_COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan et al. 2024: steepest at 0, so small singular values rise fast
 NS_STEPS = 5
 NS_NUMBERS = 2**25  # of the matrices iterated together, which takes some 36 bytes for each
 FIRST_MOMENTUM = 0.85
@@ -40,8 +44,16 @@ class Muon(Optimizer):
     Momentum grows from FIRST_MOMENTUM in `rising` steps, as gradients change quickly at first. An update needs its
     whole matrix: where it is sharded, every rank gathers it and does the same work."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, rising: int = 0):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rising": rising, "steps": 0}
+    def __init__(
+        self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, rising: int = 0
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "rising": rising,
+            "steps": 0,
+        }
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
@@ -74,7 +86,9 @@ class Muon(Optimizer):
             state["momentum"].lerp_(p.grad, 1 - momentum)
             updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov
         scale = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
-        for p, update in zip(params, orthogonalize(torch.stack([*map(whole, updates)])), strict=True):
+        for p, update in zip(
+            params, orthogonalize(torch.stack([*map(whole, updates)])), strict=True
+        ):
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(update, p), alpha=-scale)
 
 
@@ -82,8 +96,17 @@ class Adafactor(Optimizer):
     """Adafactor (Shazeer & Stern 2018) as HF's Trainer sets it, the original's optimizer: an external learning rate,
     no scaling by the parameter's size, no momentum. A matrix keeps one mean square per row and per column."""
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.1, decay_rate: float = -0.8, clip: float = 1.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_rate": decay_rate, "clip": clip})
+    def __init__(
+        self,
+        params,
+        lr: float,
+        weight_decay: float = 0.1,
+        decay_rate: float = -0.8,
+        clip: float = 1.0,
+    ):
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "decay_rate": decay_rate, "clip": clip}
+        )
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -99,11 +122,19 @@ class Adafactor(Optimizer):
         square = grad.square().add_(1e-30)
         if not state:
             state["step"] = torch.zeros(())
-            names = {"rows": square.mean(-1), "columns": square.mean(-2)} if p.dim() > 1 else {"square": p}
+            names = (
+                {"rows": square.mean(-1), "columns": square.mean(-2)}
+                if p.dim() > 1
+                else {"square": p}
+            )
             state.update({name: torch.zeros_like(value) for name, value in names.items()})
         state["step"] += 1
-        keep = 1 - state["step"].item() ** group["decay_rate"]  # beta_2 grows towards 1, section 7.2
-        if p.dim() > 1:  # section 3: the outer product of row and column means stands for the matrix
+        keep = (
+            1 - state["step"].item() ** group["decay_rate"]
+        )  # beta_2 grows towards 1, section 7.2
+        if (
+            p.dim() > 1
+        ):  # section 3: the outer product of row and column means stands for the matrix
             state["rows"].lerp_(square.mean(-1), 1 - keep)
             state["columns"].lerp_(square.mean(-2), 1 - keep)
             rows = state["rows"] / state["rows"].mean(-1, keepdim=True)
@@ -111,11 +142,17 @@ class Adafactor(Optimizer):
         else:
             state["square"].lerp_(part_like(square, p), 1 - keep)
             update = whole(state["square"]).rsqrt() * grad
-        update /= (update.square().mean().sqrt() / group["clip"]).clamp(min=1.0)  # section 6: clip its RMS
-        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(part_like(update, p), alpha=group["lr"])
+        update /= (update.square().mean().sqrt() / group["clip"]).clamp(
+            min=1.0
+        )  # section 6: clip its RMS
+        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+            part_like(update, p), alpha=group["lr"]
+        )
 
 
-def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[Optimizer]:
+def build_optimizers(
+    model: nn.Module, name: str, lr: float, weight_decay: float
+) -> list[Optimizer]:
     """The optimizers of one name: "muon" (two of them), "adamw" or "adafactor". Biases and norms are not decayed.
 
     With Muon, `lr` is that of the matrices; embedding, head, biases and norms train with AdamW at half of it.

@@ -62,7 +62,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         cuda, moved = torch.device(device).type == "cuda", copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):  # from pinned memory it is copied while the GPU still computes
+            if isinstance(
+                value, Tensor
+            ):  # from pinned memory it is copied while the GPU still computes
                 value = value.pin_memory() if cuda and not value.is_cuda else value
                 setattr(moved, name, value.to(device, non_blocking=cuda))
         return moved
@@ -114,7 +116,15 @@ class Packed:
     be learned, or None to learn every token. bos_id is put before each document where given.
     """
 
-    def __init__(self, documents, context: int, batch_rows: int, seed: int, masks=None, bos_id: int | None = None):
+    def __init__(
+        self,
+        documents,
+        context: int,
+        batch_rows: int,
+        seed: int,
+        masks=None,
+        bos_id: int | None = None,
+    ):
         self.documents, self.masks, self.bos_id = documents, masks, bos_id
         self.context, self.batch_rows, self.seed = context, batch_rows, seed
         lengths = getattr(documents, "lengths", None)
@@ -124,14 +134,23 @@ class Packed:
         pieces = np.maximum(-(-pairs // context), 0)  # per document; none where there is no target
         self.piece_document = np.repeat(np.arange(len(pairs)), pieces)
         first = np.cumsum(pieces) - pieces
-        self.piece_start = (np.arange(len(self.piece_document)) - np.repeat(first, pieces)) * context
+        self.piece_start = (
+            np.arange(len(self.piece_document)) - np.repeat(first, pieces)
+        ) * context
         self.piece_length = np.minimum(pairs[self.piece_document] - self.piece_start, context)
         if not len(self.piece_length):
-            raise UserError("there is nothing to learn from: every document is shorter than two tokens")
-        self.tokens, self.cut_documents = int(lengths.sum()), float((pieces > 1).sum() / max((pieces > 0).sum(), 1))
+            raise UserError(
+                "there is nothing to learn from: every document is shorter than two tokens"
+            )
+        self.tokens, self.cut_documents = (
+            int(lengths.sum()),
+            float((pieces > 1).sum() / max((pieces > 0).sum(), 1)),
+        )
         order = shuffled(seed, 2**32, len(self.piece_length))  # an epoch that no run reaches
         placed = best_fit(self.piece_length[order].tolist(), context)
-        self.row_pieces = order[np.argsort(placed, kind="stable")]  # row r: row_pieces[row_start[r] : row_start[r + 1]]
+        self.row_pieces = order[
+            np.argsort(placed, kind="stable")
+        ]  # row r: row_pieces[row_start[r] : row_start[r + 1]]
         self.row_start = np.concatenate([[0], np.cumsum(np.bincount(placed))])
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
@@ -151,7 +170,12 @@ class Packed:
     @property
     def data_id(self) -> str:
         """Names the data and how it is cut into steps; a run is resumed with the same alone."""
-        layout = [self.context, self.batch_rows, self.seed, -1 if self.bos_id is None else self.bos_id]
+        layout = [
+            self.context,
+            self.batch_rows,
+            self.seed,
+            -1 if self.bos_id is None else self.bos_id,
+        ]
         source = getattr(self.documents, "data_id", None)
         if source is None:
             source = digest(*self.documents, *([] if self.masks is None else self.masks))
@@ -196,7 +220,9 @@ class Packed:
         tokens = self._slice(self.documents[index], start, stop, self.bos_id)
         targets = tokens[1:]
         if self.masks is not None:
-            learned = self._slice(self.masks[index], start, stop, None if self.bos_id is None else False)
+            learned = self._slice(
+                self.masks[index], start, stop, None if self.bos_id is None else False
+            )
             targets = np.where(learned[1:], targets, IGNORE)
         return tokens[:-1], targets
 
@@ -243,8 +269,13 @@ class Pairs:
 
     def batch_at(self, step: int) -> Batch:
         first = step * self.batch_pairs
-        places = [divmod(index, len(self.pairs)) for index in range(first, first + self.batch_pairs)]
-        orders = {epoch: shuffled(self.seed, epoch, len(self.pairs)) for epoch in {epoch for epoch, _ in places}}
+        places = [
+            divmod(index, len(self.pairs)) for index in range(first, first + self.batch_pairs)
+        ]
+        orders = {
+            epoch: shuffled(self.seed, epoch, len(self.pairs))
+            for epoch in {epoch for epoch, _ in places}
+        }
         return self.batch([int(orders[epoch][place]) for epoch, place in places])
 
     def in_order(self):

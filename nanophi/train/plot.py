@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanophi.cli import UserError, flag, run
+from nanophi.cli import UserError, flag, run_command
 from nanophi.files import replacing, write_text
 
 
@@ -23,14 +23,20 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
         raise UserError(f"{run_dir} is no run: it has no metrics.jsonl")
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # half a line, of a killed run or a full disk
+        with contextlib.suppress(
+            json.JSONDecodeError
+        ):  # half a line, of a killed run or a full disk
             found.append(json.loads(line))
     return found
 
 
 def smooth(values: list[float], window: int) -> list[float]:
     """Mean over the last `window` values, fewer at the start."""
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - window + 1) : i + 1])]
+    return [
+        sum(part) / len(part)
+        for i in range(len(values))
+        if (part := values[max(0, i - window + 1) : i + 1])
+    ]
 
 
 def draw(panels: dict[str, list[str | Path]], out: str | Path, band: dict | None = None) -> None:
@@ -47,17 +53,36 @@ def draw(panels: dict[str, list[str | Path]], out: str | Path, band: dict | None
     )
     for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
         for number, run_dir in enumerate(runs):
-            lines, color = [line for line in read_metrics(run_dir) if line["loss"] is not None], f"C{number}"
+            lines, color = (
+                [line for line in read_metrics(run_dir) if line["loss"] is not None],
+                f"C{number}",
+            )
             steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
             axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
             name = Path(run_dir).name
-            axis.plot(steps, smooth(losses, max(len(losses) // 40, 1)), color=color, label=f"{name}: loss, smoothed")
-            for key, style, label in (("val_loss", "o", "validation loss"), ("margin", "--", "reward margin")):
+            axis.plot(
+                steps,
+                smooth(losses, max(len(losses) // 40, 1)),
+                color=color,
+                label=f"{name}: loss, smoothed",
+            )
+            for key, style, label in (
+                ("val_loss", "o", "validation loss"),
+                ("margin", "--", "reward margin"),
+            ):
                 points = [(line["step"], line[key]) for line in lines if key in line]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=f"{name}: {label}")
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=color,
+                        markersize=4,
+                        label=f"{name}: {label}",
+                    )
         if band is not None:
-            axis.fill_between(band["steps"], band["low"], band["high"], color="0.5", alpha=0.25, label="reference")
+            axis.fill_between(
+                band["steps"], band["low"], band["high"], color="0.5", alpha=0.25, label="reference"
+            )
         dpo = any("margin" in line for line in lines)
         axis.set(title=title, xlabel="step", ylabel="loss" if dpo else "loss (nats per token)")
         axis.grid(alpha=0.3)
@@ -81,7 +106,9 @@ def make_reference(runs: list[str]) -> dict:
     """The band of several runs of the same settings."""
     curves = [smoothed(run_dir) for run_dir in runs]
     steps = sorted(set.intersection(*map(set, curves)))
-    told = [json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8")) for run_dir in runs]
+    told = [
+        json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8")) for run_dir in runs
+    ]
     paths = {"out", "data", "val_data", "tokenizer", "init_from", "seed", "overwrite", "resume"}
     return {
         "seeds": [one["config"]["seed"] for one in told],
@@ -100,7 +127,11 @@ def compare(run_dir: str, reference: dict) -> str:
     both = [(step, curve[step], low, high) for step, low, high in band if step in curve]
     if not both:
         raise UserError(f"{run_dir} and the reference have no step in common")
-    outside = [(step, "above" if loss > high else "below") for step, loss, low, high in both if not low <= loss <= high]
+    outside = [
+        (step, "above" if loss > high else "below")
+        for step, loss, low, high in both
+        if not low <= loss <= high
+    ]
     step, loss, low, high = both[-1]
     last = f"at step {step:,} {loss:.3f}, the band is {low:.3f} to {high:.3f}"
     if len(outside) <= len(both) / 20 and low <= loss <= high:
@@ -114,15 +145,24 @@ def compare(run_dir: str, reference: dict) -> str:
 class Config:
     runs: list[str] = flag(positional=True, help="run directories, drawn over each other")
     out: str = flag("loss.png", help="the picture to write")
-    compare: str | None = flag(None, help="a reference (.json): also say whether the runs are inside its band")
-    reference: str | None = flag(None, help="write a reference made of these runs, which differ in the seed alone")
+    compare: str | None = flag(
+        None, help="a reference (.json): also say whether the runs are inside its band"
+    )
+    reference: str | None = flag(
+        None, help="write a reference made of these runs, which differ in the seed alone"
+    )
 
 
 def main(cfg: Config) -> None:
     band = None
     if cfg.reference:
-        made = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in make_reference(cfg.runs).items())
-        write_text(cfg.reference, "{\n" + ",\n".join(made) + "\n}\n")  # a line for each, long lists too
+        made = (
+            f"{json.dumps(name)}: {json.dumps(value)}"
+            for name, value in make_reference(cfg.runs).items()
+        )
+        write_text(
+            cfg.reference, "{\n" + ",\n".join(made) + "\n}\n"
+        )  # a line for each, long lists too
         print(f"plot: a reference of {len(cfg.runs)} runs -> {cfg.reference}")
     if cfg.compare:
         try:
@@ -138,4 +178,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(Config, main)
+    run_command(Config, main)

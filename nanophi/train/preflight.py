@@ -11,7 +11,7 @@ from nanophi.cli import UserError, duration
 from nanophi.model.checkpoint import pick_device
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.distributed import World, computes_in
 from nanophi.train.losses import chunk_size
 from nanophi.train.optim import NS_NUMBERS
@@ -32,13 +32,18 @@ def contradictions(cfg) -> list[str]:
     varlen, cuda = cfg.attention == "varlen", device.startswith("cuda")
     impossible = {
         "give --steps or --epochs, not both": cfg.steps is not None and cfg.epochs is not None,
-        f"--resume {cfg.resume}: it stands alone, or is `--resume auto`": cfg.resume not in (None, "yes", "auto"),
-        "--resume goes on with what --overwrite would delete": cfg.resume == "yes" and cfg.overwrite,
-        "--show-batch does not train, --overfit-one-batch does": cfg.show_batch and cfg.overfit_one_batch,
+        f"--resume {cfg.resume}: it stands alone, or is `--resume auto`": cfg.resume
+        not in (None, "yes", "auto"),
+        "--resume goes on with what --overwrite would delete": cfg.resume == "yes"
+        and cfg.overwrite,
+        "--show-batch does not train, --overfit-one-batch does": cfg.show_batch
+        and cfg.overfit_one_batch,
         "--shard splits the model over ranks: start them with torchrun --nproc-per-node N": cfg.shard
         and os.environ.get("WORLD_SIZE", "1") == "1",
         f"--attention varlen needs a GPU, and this is {device}": varlen and not cuda,
-        "--attention varlen computes in bfloat16 or float16": varlen and cuda and computes_in(cfg, device) == "float32",
+        "--attention varlen computes in bfloat16 or float16": varlen
+        and cuda
+        and computes_in(cfg, device) == "float32",
         "--attention varlen has no dropout": varlen and bool(cfg.dropout),
     }
     return [said for said, true in impossible.items() if true]
@@ -47,7 +52,11 @@ def contradictions(cfg) -> list[str]:
 def matrix_parameters(cfg: PhiConfig) -> int:
     """Parameters that are multiplied with each token: those of the blocks' matrices and the head, not the embedding."""
     kv = cfg.num_key_value_heads * cfg.head_dim
-    block = 2 * cfg.hidden_size**2 + 2 * cfg.hidden_size * kv + 2 * cfg.hidden_size * cfg.intermediate_size
+    block = (
+        2 * cfg.hidden_size**2
+        + 2 * cfg.hidden_size * kv
+        + 2 * cfg.hidden_size * cfg.intermediate_size
+    )
     return cfg.num_hidden_layers * block + cfg.hidden_size * cfg.vocab_size
 
 
@@ -84,13 +93,18 @@ def training_bytes(
     of_a_layer = (10 * width + mlp) * (2 if half else 4)
     layers = cfg.num_hidden_layers
     kept = layers * width * 4 + of_a_layer if recompute else layers * of_a_layer
-    chunk = min(chunk_size(cfg.vocab_size, device.split(":")[0], torch.bfloat16 if half else torch.float32), tokens)
+    chunk = min(
+        chunk_size(cfg.vocab_size, device.split(":")[0], torch.bfloat16 if half else torch.float32),
+        tokens,
+    )
     head = cfg.vocab_size * (width * 4 + chunk * 12)
     held = parameters * (8 + STATE_BYTES[optimizer]) / shards
     held += 2 * matrix_parameters(cfg) if half and not recompute else 0
     if shards > 1:
         held += 2 * cfg.vocab_size * width * 8
-    iterated = 36 * min(max(NS_NUMBERS, width * mlp), layers * width * mlp) if optimizer == "muon" else 0
+    iterated = (
+        36 * min(max(NS_NUMBERS, width * mlp), layers * width * mlp) if optimizer == "muon" else 0
+    )
     return int(held + max(tokens * kept + head, iterated))
 
 
@@ -106,7 +120,14 @@ def available_bytes(device: str) -> int | None:
 
 
 def check_memory(
-    cfg: PhiConfig, optimizer: str, rows: int, context: int, half: bool, recompute: bool, device: str, shards: int = 1
+    cfg: PhiConfig,
+    optimizer: str,
+    rows: int,
+    context: int,
+    half: bool,
+    recompute: bool,
+    device: str,
+    shards: int = 1,
 ) -> int:
     """The estimate, or a UserError that says what would fit."""
 
@@ -134,7 +155,9 @@ def check_memory(
 
 def matrix_flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products on this device, measured for a tenth of a second or so."""
-    size = 8192 if device.startswith("cuda") else 1024  # large enough that waiting for the result does not count
+    size = (
+        8192 if device.startswith("cuda") else 1024
+    )  # large enough that waiting for the result does not count
     a = torch.randn(size, size, device=device, dtype=dtype)
     (a @ a)[0, 0].item()
     started, products = time.perf_counter(), 0
@@ -151,11 +174,22 @@ def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World)
         for group in optimizer.param_groups:
             count = sum(p.numel() for p in group["params"])
             decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
-            groups.append(f"{type(optimizer).__name__} {count:,} in {len(group['params'])} tensors ({decay})")
+            groups.append(
+                f"{type(optimizer).__name__} {count:,} in {len(group['params'])} tensors ({decay})"
+            )
     context, dtype = batch.ids.shape[1], computes_in(cfg, world.device)
     rows = min(cfg.micro_batch, -(-len(batch) // world.size)) * batch.rows_per_sample
     shards = world.size if cfg.shard else 1
-    shape = (model.cfg, cfg.optimizer, rows, context, dtype != "float32", cfg.recompute, shards, world.device)
+    shape = (
+        model.cfg,
+        cfg.optimizer,
+        rows,
+        context,
+        dtype != "float32",
+        cfg.recompute,
+        shards,
+        world.device,
+    )
     work = steps * batch.ids.numel() * flops_per_token(model.cfg, context)
     reached = 0.5  # of the speed of matrix products, as small models do
     seconds = work / (reached * matrix_flops(world.device, getattr(torch, dtype)) * world.size)
@@ -174,8 +208,12 @@ def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
             continue
         last = [] if targets[end - 1] == IGNORE else [targets[end - 1]]  # it stands in no input
         learned = [target != IGNORE for target in targets[begin:end]]
-        learned.insert(0, learned[0])  # nothing predicts the first one; it may be part of the second's character
-        marked = groupby(zip(ids[begin:end] + last, learned, strict=False), key=lambda pair: pair[1])
+        learned.insert(
+            0, learned[0]
+        )  # nothing predicts the first one; it may be part of the second's character
+        marked = groupby(
+            zip(ids[begin:end] + last, learned, strict=False), key=lambda pair: pair[1]
+        )
         pieces = [(flag, tok.decode([token for token, _ in group])) for flag, group in marked]
         lines.append("┃" + "".join(f"⟦{text}⟧" if flag else text for flag, text in pieces))
         if len(lines) == documents:

@@ -21,7 +21,7 @@ from nanophi.cli import UserError, peak_memory_gb
 from nanophi.files import replacing, write_text
 from nanophi.model import checkpoint
 from nanophi.model.phi import Phi
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.distributed import World, computes_in, is_first, part_like, put_together
 from nanophi.train.packing import Batch
 from nanophi.train.preflight import contradictions
@@ -34,9 +34,34 @@ FIRST_SCALE = 32.0  # of an fp16 loss, which is a sum over tokens: 2,048 of them
 GROW_AFTER = 1000  # sound steps
 
 # What a resumed run may have otherwise than the one it goes on with; anything else would change the result.
-MAY_DIFFER = {"out", "steps", "epochs", "micro_batch", "device", "save_every", "keep", "eval_every", "overwrite"}
-MAY_DIFFER |= {"save_minutes", "keep_going", "recompute", "shard", "show_batch", "overfit_one_batch", "sample"}
-MAY_DIFFER |= {"keep_at", "resume", "data", "val_data", "tokenizer", "init_from"}  # paths; data_id names what they hold
+MAY_DIFFER = {
+    "out",
+    "steps",
+    "epochs",
+    "micro_batch",
+    "device",
+    "save_every",
+    "keep",
+    "eval_every",
+    "overwrite",
+}
+MAY_DIFFER |= {
+    "save_minutes",
+    "keep_going",
+    "recompute",
+    "shard",
+    "show_batch",
+    "overfit_one_batch",
+    "sample",
+}
+MAY_DIFFER |= {
+    "keep_at",
+    "resume",
+    "data",
+    "val_data",
+    "tokenizer",
+    "init_from",
+}  # paths; data_id names what they hold
 
 
 def claim(cfg) -> None:
@@ -52,32 +77,56 @@ def claim(cfg) -> None:
         raise UserError(f"nothing to resume in {out}: no {STATE}; --resume auto would start afresh")
     models = [name for name in holds if name == checkpoint.WEIGHTS or name.startswith("step-")]
     if cfg.resume == "auto" and models and STATE not in holds and not cfg.overwrite:
-        raise UserError(f"{out} holds {models[0]} without a {STATE}: there is nothing to resume, name another --out")
+        raise UserError(
+            f"{out} holds {models[0]} without a {STATE}: there is nothing to resume, name another --out"
+        )
     if cfg.resume is None and holds and not cfg.overwrite:
-        raise UserError(f"{out} holds a run ({', '.join(holds)}): --resume goes on with it, --overwrite deletes it")
+        raise UserError(
+            f"{out} holds a run ({', '.join(holds)}): --resume goes on with it, --overwrite deletes it"
+        )
     start = getattr(cfg, "init_from", None)
     if start is not None and Path(start).resolve().is_relative_to(out.resolve()):
-        raise UserError(f"--out {out} is or holds --init-from {start}: training would overwrite what it starts from")
+        raise UserError(
+            f"--out {out} is or holds --init-from {start}: training would overwrite what it starts from"
+        )
 
 
 def files_of_a_run(out: Path) -> list[Path]:
     """What tells that a directory holds a run; the state last, so that an interrupted deletion is still seen."""
-    return [*out.glob("step-*"), out / "best", out / BOARD, out / METRICS, out / checkpoint.WEIGHTS, out / STATE]
+    return [
+        *out.glob("step-*"),
+        out / "best",
+        out / BOARD,
+        out / METRICS,
+        out / checkpoint.WEIGHTS,
+        out / STATE,
+    ]
 
 
 class Run:
     """The state of a run and its files."""
 
-    def __init__(self, model: Phi, optimizers, cfg, tok: Tokenizer | None, data_id: str, world: World):
+    def __init__(
+        self, model: Phi, optimizers, cfg, tok: Tokenizer | None, data_id: str, world: World
+    ):
         self.model, self.optimizers, self.tok, self.world = model, optimizers, tok, world
         self.out, self.keep = Path(cfg.out), cfg.keep
         # What fixes the result beside the step; strings, so that the state loads with weights_only=True.
-        self.settings = {name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER}
-        self.settings |= {"model": str(model.cfg), "data": data_id, "dtype": computes_in(cfg, world.device)}
+        self.settings = {
+            name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER
+        }
+        self.settings |= {
+            "model": str(model.cfg),
+            "data": data_id,
+            "dtype": computes_in(cfg, world.device),
+        }
         self.board = None  # TensorBoard, from `open_board` on
         self.step, self.tokens, self.seconds, self.best, self.skipped = 0, 0, 0.0, float("inf"), 0
         self.fp16 = self.settings["dtype"] == "float16"
-        self.scale, self.unbroken = (FIRST_SCALE if self.fp16 else 1.0), 0  # of the loss; steps since it changed
+        self.scale, self.unbroken = (
+            (FIRST_SCALE if self.fp16 else 1.0),
+            0,
+        )  # of the loss; steps since it changed
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     def open_board(self) -> None:
@@ -123,7 +172,9 @@ class Run:
     def log(self, line: dict) -> None:
         """Append the step to metrics.jsonl; keep the model where it is the best so far. All ranks call it."""
         if line.get("val_loss", float("inf")) < self.best:
-            self.best = line["val_loss"]  # before what may fail on rank 0 alone, or sharded ranks would part here
+            self.best = line[
+                "val_loss"
+            ]  # before what may fail on rank 0 alone, or sharded ranks would part here
             self.export(self.out / "best")
         if self.world.first:
             self._write_line(line)
@@ -137,7 +188,9 @@ class Run:
     def _write_line(self, line: dict) -> None:
         first = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
         ordered = {name: line[name] for name in first} | line
-        ordered = {name: value if math.isfinite(value) else None for name, value in ordered.items()}  # JSON has no NaN
+        ordered = {
+            name: value if math.isfinite(value) else None for name, value in ordered.items()
+        }  # JSON has no NaN
         with open(self.out / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(ordered) + "\n")
         if self.board is not None:
@@ -149,9 +202,13 @@ class Run:
         """Keep the state that is there as step-..., then replace it file by file. train_state.pt alone is what a
         resume reads, and it writes the others again, so a kill between two files harms nothing. All ranks call it
         together, as each has a random state; rank 0 writes, and the others wait and hear of what goes wrong."""
-        rng = self.world.gather((torch.get_rng_state(), torch.cuda.get_rng_state() if self.cuda else None))
+        rng = self.world.gather(
+            (torch.get_rng_state(), torch.cuda.get_rng_state() if self.cuda else None)
+        )
         weights = put_together(self.model.state_dict(), self.world.first)
-        optimizers = put_together([optimizer.state_dict() for optimizer in self.optimizers], self.world.first)
+        optimizers = put_together(
+            [optimizer.state_dict() for optimizer in self.optimizers], self.world.first
+        )
         problem = None
         if self.world.first:
             try:
@@ -186,7 +243,9 @@ class Run:
         for leftover in self.out.glob("step-*.tmp"):
             shutil.rmtree(leftover)
         if self.keep and (self.out / STATE).exists():
-            previous = torch.load(self.out / STATE, weights_only=True, mmap=True, map_location="cpu")["step"]
+            previous = torch.load(
+                self.out / STATE, weights_only=True, mmap=True, map_location="cpu"
+            )["step"]
             target = self.out / f"step-{previous:06d}"
             if previous != self.step and not target.exists():
                 beside = target.with_suffix(".tmp")
@@ -196,7 +255,9 @@ class Run:
                         _link(file, beside / file.name)
                 write_text(beside / METRICS, _metrics_until(self.out / METRICS, previous))
                 os.replace(beside, target)
-        for old in sorted(self.out.glob("step-*"), key=lambda path: int(path.name[5:]))[: -self.keep or None]:
+        for old in sorted(self.out.glob("step-*"), key=lambda path: int(path.name[5:]))[
+            : -self.keep or None
+        ]:
             shutil.rmtree(old)
 
     def restore(self, steps: int) -> None:
@@ -205,7 +266,9 @@ class Run:
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} is damaged ({error}); an older state may lie in {self.out}/step-*") from None
+            raise UserError(
+                f"{path} is damaged ({error}); an older state may lie in {self.out}/step-*"
+            ) from None
         theirs = state["settings"]
         different = [
             f"{name} was {theirs.get(name)}, is {self.settings.get(name)}"
@@ -213,16 +276,24 @@ class Run:
             if theirs.get(name) != self.settings.get(name)
         ]
         if different:
-            raise UserError(f"{self.out} cannot be resumed, as this would give another model: {'; '.join(different)}")
+            raise UserError(
+                f"{self.out} cannot be resumed, as this would give another model: {'; '.join(different)}"
+            )
         if state["step"] > steps:
-            raise UserError(f"{self.out} is at step {state['step']:,}, beyond the {steps:,} asked for: raise --steps")
+            raise UserError(
+                f"{self.out} is at step {state['step']:,}, beyond the {steps:,} asked for: raise --steps"
+            )
         self.step, self.tokens = state["step"], state["tokens"]
         self.seconds, self.best, self.skipped = state["seconds"], state["best"], state["skipped"]
         self.scale, self.unbroken = state["scale"]
         weights = self.model.state_dict()
-        self.model.load_state_dict({name: part_like(value, weights[name]) for name, value in state["model"].items()})
+        self.model.load_state_dict(
+            {name: part_like(value, weights[name]) for name, value in state["model"].items()}
+        )
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            for index, p in enumerate(
+                p for group in optimizer.param_groups for p in group["params"]
+            ):
                 for name, value in saved["state"].get(index, {}).items():
                     if value.shape == p.shape:  # one number a weight, so sharded as the weight is
                         saved["state"][index][name] = part_like(value, p)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 import nanophi
 from nanophi.cli import UserError
-from nanophi.infer.evaluate import OPTIONS, Config, as_text, main, option_logprobs, read_subjects, score_text, windows
+from nanophi.infer.evaluate import (
+    OPTIONS,
+    Config,
+    as_text,
+    main,
+    option_logprobs,
+    read_subjects,
+    score_text,
+    windows,
+)
 from tests.conftest import TEXTS, tiny_model
 
 
@@ -102,7 +111,9 @@ def test_option_logprobs_are_those_of_transformers(tok, shots):
         "answer": "B",
     }
     others = [row | {"question": question} for question in ("春天来了吗", "今天是星期几")]
-    prompt = "".join(as_text(example, True) for example in reversed(others[:shots])) + as_text(row, False)
+    prompt = "".join(as_text(example, True) for example in reversed(others[:shots])) + as_text(
+        row, False
+    )
     logits = hf_twin(model)(torch.tensor([tok.encode(prompt)])).logits[0, -1]
     expected = logits.log_softmax(-1)[[tok.encode(option)[0] for option in "ABCD"]]
     found, shown = option_logprobs(model, tok, row, others[:shots])

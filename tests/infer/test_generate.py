@@ -42,7 +42,9 @@ def test_batch_of_unequal_prompts_equals_single_ones():
     prompts = [PROMPT, [9], PROMPT[:3] * 5]
     together = generate(model, prompts, max_new_tokens=20)
     assert together == [generate(model, prompt, max_new_tokens=20) for prompt in prompts]
-    assert generate(model, torch.tensor(PROMPT), max_new_tokens=5) == generate(model, PROMPT, max_new_tokens=5)
+    assert generate(model, torch.tensor(PROMPT), max_new_tokens=5) == generate(
+        model, PROMPT, max_new_tokens=5
+    )
 
 
 def test_eos_ends_the_answer_and_is_in_it():
@@ -71,7 +73,9 @@ def force(model, ids):
 
 def test_stream_yields_whole_characters_only(tok):
     """A byte-level token may end within a character; printing at once showed � in the middle of 鱻."""
-    text = "鱻😀好"  # neither of the first two was in the training text: three and four single bytes
+    text = (
+        "鱻😀好"  # neither of the first two was in the training text: three and four single bytes
+    )
     ids = [tok.encode("a")[0], *tok.encode(text), tok.eos_id]
     assert len(set(ids)) == len(ids) > 8
     model = force(tiny_model(hidden_size=64), ids)

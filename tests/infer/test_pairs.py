@@ -53,7 +53,15 @@ def test_command_writes_what_dpo_reads(tok, tmp_path, capsys):
     data, out = tmp_path / "sft.jsonl", tmp_path / "pairs.jsonl"
     rows = [{"instruction": f"问题{i}？", "output": "这是一个回答。"} for i in range(5)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    counts = main(Config(model=str(tmp_path / "early"), data=[str(data)], out=str(out), batch=2, max_new_tokens=12))
+    counts = main(
+        Config(
+            model=str(tmp_path / "early"),
+            data=[str(data)],
+            out=str(out),
+            batch=2,
+            max_new_tokens=12,
+        )
+    )
     written = list(read_rows([out]))
     assert counts["prompts"] == 5
     assert counts["pairs"] == len(written) > 0

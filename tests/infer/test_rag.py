@@ -7,14 +7,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.infer.modes import chatting, comparing, converse, display_width, retrieving, side_by_side, wrap
+from nanophi.infer.modes import (
+    chatting,
+    comparing,
+    converse,
+    display_width,
+    retrieving,
+    side_by_side,
+    wrap,
+)
 from nanophi.infer.rag import BM25, NOT_FOUND, Index, build_index, chunk, grams, question_with
-from nanophi.text.chat import chat_prompt
 from nanophi.text.corpus import read_rows
-from nanophi.text.rows import messages_of
+from nanophi.text.schemas import messages_of
+from nanophi.tokenizer.chat import chat_prompt
 
 
-@given(text=st.text(st.sampled_from("感冒了要多喝水。\n春天来ab "), max_size=200), size=st.integers(12, 40))
+@given(
+    text=st.text(st.sampled_from("感冒了要多喝水。\n春天来ab "), max_size=200),
+    size=st.integers(12, 40),
+)
 def test_chunks_are_small_and_lose_nothing(tok, text, size):
     chunks = chunk(text, tok, size, overlap=4)
     assert all(len(tok.encode(part)) <= size for part in chunks)
@@ -46,7 +57,9 @@ def test_bm25_by_hand():
 def test_a_chunk_gains_from_its_document(tok):
     """Both have a chunk on 高度; only the document says which mountain it is about."""
     filler = "这里风景很好，每年都有许多人来。"
-    documents = [(name, f"{name}是一座名山。{filler * 3}\n它的高度是一千米。") for name in ("泰山", "华山")]
+    documents = [
+        (name, f"{name}是一座名山。{filler * 3}\n它的高度是一千米。") for name in ("泰山", "华山")
+    ]
     index = Index(documents, tok, size=60)
     score, best = index.search("华山的高度是多少？")[0]
     assert best.source == "华山"
@@ -137,7 +150,21 @@ def test_terminal_commands(tmp_path, monkeypatch, capsys):
         return reply
 
     path = tmp_path / "chat.jsonl"
-    lines = iter(["甲", "", "停", "长", "乙", f"/save {path}", "/reset", "丙", f"/save {path}/x.jsonl", "/exit", "丁"])
+    lines = iter(
+        [
+            "甲",
+            "",
+            "停",
+            "长",
+            "乙",
+            f"/save {path}",
+            "/reset",
+            "丙",
+            f"/save {path}/x.jsonl",
+            "/exit",
+            "丁",
+        ]
+    )
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     converse(start)
     printed = capsys.readouterr().out

@@ -12,7 +12,14 @@ from transformers.generation.logits_process import (
 )
 
 from nanophi.cli import UserError
-from nanophi.infer.sampling import Sampling, choose, forbid_repeated_ngrams, keep_top_k, keep_top_p, penalize_repetition
+from nanophi.infer.sampling import (
+    Sampling,
+    choose,
+    forbid_repeated_ngrams,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+)
 
 histories = st.lists(st.integers(0, 9), min_size=1, max_size=20)
 
@@ -56,7 +63,13 @@ def test_greedy_takes_the_first_maximum_after_the_penalties():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}, {"no_repeat_ngram_size": -1}],
+    [
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"no_repeat_ngram_size": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(UserError, match="is out of range"):
@@ -65,7 +78,10 @@ def test_settings_out_of_range_are_refused(settings):
 
 def test_sampling_is_reproducible_and_follows_the_probabilities():
     logits = torch.log(torch.tensor([[0.1, 0.6, 0.3]])).repeat(4000, 1)
-    drawn = [choose(logits, [[]] * 4000, Sampling(temperature=1.0), torch.Generator().manual_seed(1)) for _ in range(2)]
+    drawn = [
+        choose(logits, [[]] * 4000, Sampling(temperature=1.0), torch.Generator().manual_seed(1))
+        for _ in range(2)
+    ]
     assert drawn[0] == drawn[1]
     shares = torch.tensor(drawn[0]).bincount(minlength=3) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.6, 0.3]), atol=0.03, rtol=0)

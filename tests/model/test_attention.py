@@ -20,12 +20,17 @@ from nanophi.model.attention import (
 from nanophi.model.phi import KVCache
 from tests.conftest import tiny_model
 
-BOUNDARIES = torch.tensor([0, 5, 6, 16, 23, 32], dtype=torch.int32)  # two rows of 16; a document of one token
+BOUNDARIES = torch.tensor(
+    [0, 5, 6, 16, 23, 32], dtype=torch.int32
+)  # two rows of 16; a document of one token
 
 
 def inputs(width=60, heads=3, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, heads, 16, width, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+    return [
+        torch.randn(2, heads, 16, width, generator=generator, dtype=dtype).requires_grad_()
+        for _ in range(3)
+    ]
 
 
 def stand_in(q, k, v, cu_seqlens, longest, scale):
@@ -38,7 +43,11 @@ def stand_in(q, k, v, cu_seqlens, longest, scale):
     for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         scores = torch.einsum("qhk,shk->hqs", q[a:b], k[a:b]) * scale
         hidden = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
-        out.append(torch.einsum("hqs,shk->qhk", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[a:b]))
+        out.append(
+            torch.einsum(
+                "hqs,shk->qhk", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[a:b]
+            )
+        )
     return torch.cat(out)
 
 
@@ -77,7 +86,9 @@ def test_padded_heads_keep_the_true_scale():
 def test_each_kernel_is_called_as_it_wants_to_be(api, monkeypatch):
     """Stand-ins with the signatures of the real functions."""
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, softmax_scale=None, causal=False):
+    def flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, longest_q, longest_k, softmax_scale=None, causal=False
+    ):
         assert causal
         assert cu_q is cu_k
         return stand_in(q, k, v, cu_q, longest_q, softmax_scale)
@@ -90,7 +101,11 @@ def test_each_kernel_is_called_as_it_wants_to_be(api, monkeypatch):
         assert is_causal
         return stand_in(q, k, v, cu_q, longest_q, q.shape[-1] ** -0.5)
 
-    package = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func) if api == "flash_attn" else None
+    package = (
+        types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+        if api == "flash_attn"
+        else None
+    )
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     torchs = types.SimpleNamespace(varlen_attn=older if api == "torch 2.10" else newer)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", torchs)
@@ -125,7 +140,12 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "cudnn", "masked", "taken"),
-    [(9, 91900, False, True), (9, 91900, True, False), (9, 91002, False, False), (10, 91900, True, False)],
+    [
+        (9, 91900, False, True),
+        (9, 91900, True, False),
+        (9, 91002, False, False),
+        (10, 91900, True, False),
+    ],
 )
 def test_cudnn_is_taken_where_it_is_right(capability, cudnn, masked, taken, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
@@ -175,10 +195,19 @@ def test_in_half_precision_the_branches_share_one_copy_of_their_input():
         kept[x.untyped_storage().data_ptr()] = x
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         model.hidden(torch.arange(7, 31).view(2, 12))
-    inputs = [x for x in kept.values() if x.shape == (24, model.cfg.hidden_size) and x.dtype == torch.bfloat16]
-    assert len(inputs) == 2 * model.cfg.num_hidden_layers  # of the four matrices that read it, and of the dense one
+    inputs = [
+        x
+        for x in kept.values()
+        if x.shape == (24, model.cfg.hidden_size) and x.dtype == torch.bfloat16
+    ]
+    assert (
+        len(inputs) == 2 * model.cfg.num_hidden_layers
+    )  # of the four matrices that read it, and of the dense one
 
 
 def test_recomputing_changes_no_number():
@@ -202,5 +231,9 @@ def test_flash_on_a_device_is_the_manual_path(width):
     got = varlen(q, k, v, boundaries)
     want = attend(q, k, v, visible=same_document(boundaries, 2, 16), backend="manual")
     assert (got - want).abs().max() < 2e-2
-    for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), (q, k, v)),
+        torch.autograd.grad(want.sum(), (q, k, v)),
+        strict=True,
+    ):
         assert (a - b).abs().max() < 5e-2

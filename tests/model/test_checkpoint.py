@@ -58,8 +58,14 @@ def test_legacy_rope_keys_are_read(tmp_path):
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings True"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type 'linear'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type 'linear'"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None},
+            "rope_type 'linear'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
+            "rope_type 'linear'",
+        ),
         ({"hidden_size": 64}, "does not fit its config.json"),
         ({"num_hidden_layers": 1}, "does not fit its config.json"),
     ],
@@ -104,4 +110,6 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
     """With several metadata keys, safetensors files of one model differed from process to process."""
     for name in ("a", "b"):
         nanophi.save(tmp_path / name, tiny_model())
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (
+        tmp_path / "b/model.safetensors"
+    ).read_bytes()

@@ -14,7 +14,9 @@ from tests.conftest import tiny_model
 needs_both = pytest.mark.skipif(not HAS_BOTH, reason="this torch has not both MKL and oneDNN")
 
 
-def pair(inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Linear, nn.Linear]:
+def pair(
+    inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[Linear, nn.Linear]:
     torch.manual_seed(0)
     ours, oracle = (kind(inputs, outputs, bias, dtype=dtype) for kind in (Linear, nn.Linear))
     oracle.load_state_dict(ours.state_dict())
@@ -30,7 +32,9 @@ def is_ours(out: torch.Tensor) -> bool:
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=3), inputs=st.integers(1, 40), outputs=st.integers(1, 40),
     bias=st.booleans(), expanded=st.booleans(), transposed=st.booleans(),
 )  # fmt: skip
-def test_outputs_and_gradients_are_those_of_torch(shape, inputs, outputs, bias, expanded, transposed):
+def test_outputs_and_gradients_are_those_of_torch(
+    shape, inputs, outputs, bias, expanded, transposed
+):
     ours, oracle = pair(inputs, outputs, bias)
     x = torch.randn(*shape, inputs)
     if transposed:  # rows that do not lie one behind the other
@@ -99,12 +103,16 @@ def test_all_else_is_left_to_torch(monkeypatch):
 
 @needs_both
 def test_a_step_of_training_is_the_same_either_way(monkeypatch):
-    data = Packed([torch.randint(3, 400, (n,)).numpy() for n in (300, 100, 500, 200)], ROWS // 2, 2, seed=0)
+    data = Packed(
+        [torch.randint(3, 400, (n,)).numpy() for n in (300, 100, 500, 200)], ROWS // 2, 2, seed=0
+    )
     results, used = [], []
     for on in (True, False):
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", on)
         model = tiny_model()
-        model.model.layers[0].mlp.fc1.register_forward_hook(lambda module, x, out: used.append(is_ours(out)))
+        model.model.layers[0].mlp.fc1.register_forward_hook(
+            lambda module, x, out: used.append(is_ours(out))
+        )
         loss, count, _ = next_token_loss(model, data.batch_at(0))
         (loss / count).backward()
         results.append([loss / count, *(p.grad for p in model.parameters())])

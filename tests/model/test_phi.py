@@ -29,7 +29,9 @@ def hf_twin(model: Phi, attention="eager") -> PhiForCausalLM:
 
 
 def tokens(*shape, vocab=448, seed=0):
-    return torch.randint(1, vocab, shape, generator=torch.Generator().manual_seed(seed))  # 0: HF's pad row is special
+    return torch.randint(
+        1, vocab, shape, generator=torch.Generator().manual_seed(seed)
+    )  # 0: HF's pad row is special
 
 
 @pytest.mark.parametrize("attention", ["manual", "sdpa", "documents"])
@@ -67,7 +69,9 @@ def test_parity_at_the_shape_of_the_released_model():
         ours = model(ids)
         assert (ours - hf(ids).logits).abs().max() < 1e-5
     loss = torch.nn.functional.cross_entropy(ours[0, :-1], ids[0, 1:])
-    assert abs(loss / torch.tensor(35840.0).log() - 1) < 0.02  # so small weights predict nothing yet
+    assert (
+        abs(loss / torch.tensor(35840.0).log() - 1) < 0.02
+    )  # so small weights predict nothing yet
 
 
 def test_the_first_loss_of_the_demo_shape_is_ln_vocab():
@@ -122,7 +126,9 @@ def test_packed_documents_are_as_if_alone(shape, attention):
     alone.logsumexp(-1).sum().backward()
     assert (together - alone).abs().max() < 1e-5
     for name, p in model.named_parameters():
-        assert (packed_grads[name] - p.grad).abs().max() < 1e-5 * max(1.0, p.grad.abs().max().item()), name
+        assert (packed_grads[name] - p.grad).abs().max() < 1e-5 * max(
+            1.0, p.grad.abs().max().item()
+        ), name
 
 
 def test_another_document_changes_nothing():

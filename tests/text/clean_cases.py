@@ -96,7 +96,11 @@ CHANGES: list[tuple[str, str, str]] = [
         "床前明月光 疑是地上霜\n举头望明月 低头思故乡",
     ),
     ("space", " \u3000 正文。\n\u3000 \u3000又一段。", "正文。\n又一段。"),
-    ("space", "目录\n\n\n第一章\u3000\u3000开端\n第二章\u3000\u3000结局", "目录\n\n第一章 开端\n第二章 结局"),
+    (
+        "space",
+        "目录\n\n\n第一章\u3000\u3000开端\n第二章\u3000\u3000结局",
+        "目录\n\n第一章 开端\n第二章 结局",
+    ),
     (
         "space",
         "    for i in a:\n        print(i)  \n\n\n\n    done()",
@@ -428,22 +432,49 @@ DROPPED: list[tuple[str, str]] = [
             "\xad\x9dï¼Œå¤§å®¶éƒ½å¾ˆå¼€å¿ƒã€‚"
         ),
     ),
-    ("garbled", "正文只有这些字，其余的都坏了，再也读不出来了。锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷"),
+    (
+        "garbled",
+        "正文只有这些字，其余的都坏了，再也读不出来了。锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷锟斤拷",
+    ),
     ("garbled", "这\ufffd一\ufffd段\ufffd话\ufffd里缺了好多字，谁也读不懂它在说些什么。"),
-    ("garbled", "\ue001\ue002\ue003\ue004图标字体留下来的菜单：首页、新闻、论坛、关于我们、联系方式。"),
-    ("garbled", "调试器里看到的是烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫，因为内存没有初始化，请检查你的程序代码。"),
-    ("garbled", "前面一半是正常的文字，后面的一半就不是了：é£Žç\xad\x9dè¶Šé£žè¶Šé«˜ï¼Œå¤§å®¶éƒ½å¾ˆå¼€å¿ƒã€‚"),
-    ("language", "The quick brown fox jumps over the lazy dog, and nobody in the village minds at all."),
+    (
+        "garbled",
+        "\ue001\ue002\ue003\ue004图标字体留下来的菜单：首页、新闻、论坛、关于我们、联系方式。",
+    ),
+    (
+        "garbled",
+        "调试器里看到的是烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫烫，因为内存没有初始化，请检查你的程序代码。",
+    ),
+    (
+        "garbled",
+        "前面一半是正常的文字，后面的一半就不是了：é£Žç\xad\x9dè¶Šé£žè¶Šé«˜ï¼Œå¤§å®¶éƒ½å¾ˆå¼€å¿ƒã€‚",
+    ),
+    (
+        "language",
+        "The quick brown fox jumps over the lazy dog, and nobody in the village minds at all.",
+    ),
     ("language", "Le café de la gare est fermé, et nous avons dû attendre le train dans le froid."),
     ("language", "안녕하세요. 오늘은 날씨가 아주 좋아서 친구들과 함께 공원에 갔습니다."),
     ("language", "きょうはとてもいいてんきなので、ともだちといっしょにこうえんへいきました。"),
     ("language", "Сегодня очень хорошая погода, и мы с друзьями пошли гулять в парк."),
-    ("language", "Click here to read more about 北京 and 上海, our most popular destinations this year."),
-    ("language", "function add(a, b) { return a + b; } // 加法\nconsole.log(add(1, 2)); console.log(add(3, 4));"),
+    (
+        "language",
+        "Click here to read more about 北京 and 上海, our most popular destinations this year.",
+    ),
+    (
+        "language",
+        "function add(a, b) { return a + b; } // 加法\nconsole.log(add(1, 2)); console.log(add(3, 4));",
+    ),
     ("symbols", "=-" * 40),
     ("symbols", "★☆★☆ 好 ★☆★☆\n★☆★☆ 好 ★☆★☆\n★☆★☆ 好 ★☆★☆\n★☆★☆ 好 ★☆★☆\n◆◇◆◇◆◇◆◇◆◇"),
-    ("symbols", "😀😃😄😁😆😅😂🤣😊😇🙂🙃😉😌😍🥰😘😗😙😚😋😛😝😜🤪🤨🧐🤓😎🤩🥳😏😒😞😔😟😕🙁☹😣😖😫😩🥺😢😭😤😠😡🤬"),
-    ("symbols", "┌────┬────┬────┐\n│ 甲 │    │    │\n├────┼────┼────┤\n│    │    │    │\n└────┴────┴────┘"),
+    (
+        "symbols",
+        "😀😃😄😁😆😅😂🤣😊😇🙂🙃😉😌😍🥰😘😗😙😚😋😛😝😜🤪🤨🧐🤓😎🤩🥳😏😒😞😔😟😕🙁☹😣😖😫😩🥺😢😭😤😠😡🤬",
+    ),
+    (
+        "symbols",
+        "┌────┬────┬────┐\n│ 甲 │    │    │\n├────┼────┼────┤\n│    │    │    │\n└────┴────┴────┘",
+    ),
     ("symbols", "|||---|||***|||+++|||///|||首页|||>>>|||<<<|||更多|||^^^|||"),
     ("symbols", "(^_^) (>_<) (╯°□°)╯︵ ┻━┻ ♥♥♥ ☆☆☆ →→→ ←←← ※※※ ◎◎◎ ●●● ◆◆◆"),
     ("repetition", "哈" * 100),
@@ -486,7 +517,9 @@ KEPT: list[str] = [
         "从前有座山，山里有座庙，庙里有个老和尚，给小和尚讲故事。讲的是什么呢？\n"
         "从前有座山，山里有座庙，庙里有个老和尚，给小和尚讲故事。讲的是什么呢？"
     ),
-    ("1×1=1\n1×2=2\n1×3=3\n1×4=4\n1×5=5\n2×2=4\n2×3=6\n2×4=8\n2×5=10\n3×3=9\n3×4=12\n3×5=15\n4×4=16\n4×5=20\n5×5=25"),
+    (
+        "1×1=1\n1×2=2\n1×3=3\n1×4=4\n1×5=5\n2×2=4\n2×3=6\n2×4=8\n2×5=10\n3×3=9\n3×4=12\n3×5=15\n4×4=16\n4×5=20\n5×5=25"
+    ),
     "- 苹果\n- 香蕉\n- 梨\n- 桃子\n- 葡萄\n- 西瓜\n- 草莓\n- 樱桃\n- 芒果\n- 菠萝",
     (
         "| 城市 | 人口 | 面积 |\n|------|------|------|\n| 北京 | 2189 | 16411 |\n| 上海 | 2487 | 6341 |\n"
@@ -496,7 +529,9 @@ KEPT: list[str] = [
         "def fib(n):\n    a, b = 0, 1\n    while n > 0:\n        a, b, n = b, a + b, n - 1\n    return a\n\n\n"
         "print([fib(i) for i in range(10)])"
     ),
-    ('<!DOCTYPE html>\n```html\n<ul>\n  <li><a href="/">首页</a></li>\n  <li><a href="/x">关于</a></li>\n</ul>\n```'),
+    (
+        '<!DOCTYPE html>\n```html\n<ul>\n  <li><a href="/">首页</a></li>\n  <li><a href="/x">关于</a></li>\n</ul>\n```'
+    ),
     "(define (map f xs)\n  (if (null? xs)\n      '()\n      (cons (f (car xs)) (map f (cdr xs)))))",
     "甲：“去吗？”\n乙：“不去。”\n甲：“为什么？”\n乙：“累。”\n甲：“真的？”\n乙：“真的。”\n甲：“那……好吧。”",
     "“锟斤拷”是怎样来的？两个U+FFFD的UTF-8字节EF BF BD EF BF BD，按GBK来读，就成了锟斤拷。",

@@ -54,8 +54,15 @@ def test_what_the_filters_keep(text):
 def test_questions_get_no_final_punctuation():
     assert clean("怎样才能睡得好", final=False) == "怎样才能睡得好"
     row = {"instruction": "怎样才能睡得好", "input": "", "output": "早点睡", "source": "Ａ"}
-    assert clean_row(row) == {"instruction": "怎样才能睡得好", "input": "", "output": "早点睡。", "source": "Ａ"}
-    turns = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好"}]}
+    assert clean_row(row) == {
+        "instruction": "怎样才能睡得好",
+        "input": "",
+        "output": "早点睡。",
+        "source": "Ａ",
+    }
+    turns = {
+        "messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好"}]
+    }
     assert [m["content"] for m in clean_row(turns)["messages"]] == ["你好", "你好。"]
 
 
@@ -125,9 +132,16 @@ def test_dedup_sees_the_texts_of_every_schema(tmp_path):
     """Rows of messages once looked all alike to it, and one of fifty was left."""
     raw = tmp_path / "raw.jsonl"
     turns = [
-        [{"role": "user", "content": f"{i}的平方？"}, {"role": "assistant", "content": f"{i * i}。"}] for i in range(50)
+        [
+            {"role": "user", "content": f"{i}的平方？"},
+            {"role": "assistant", "content": f"{i * i}。"},
+        ]
+        for i in range(50)
     ]
-    raw.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in [*turns, turns[7]]), encoding="utf-8")
+    raw.write_text(
+        "".join(json.dumps({"messages": turn}) + "\n" for turn in [*turns, turns[7]]),
+        encoding="utf-8",
+    )
     counts = main(Config(input=[str(raw)], out=str(tmp_path / "out.jsonl"), dedup=True))
     assert (counts["written"], counts["repeated"]) == (50, 1)
 
@@ -135,7 +149,12 @@ def test_dedup_sees_the_texts_of_every_schema(tmp_path):
 def test_rows_without_an_answer_go(tmp_path):
     raw = tmp_path / "raw.jsonl"
     empty = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": " "}]}
-    rows = [empty, {"instruction": "问", "output": "\u200b"}, {"text": "好。", "output": ""}, {"text": ""}]
+    rows = [
+        empty,
+        {"instruction": "问", "output": "\u200b"},
+        {"text": "好。", "output": ""},
+        {"text": ""},
+    ]
     raw.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert main(Config(input=[str(raw)], out=str(tmp_path / "out.jsonl")))["written"] == 1
 
@@ -189,7 +208,9 @@ def test_shards_and_resuming(raw, tmp_path, capsys):
     (out.parent / names[0]).write_bytes(b"")  # as a mark: it is not written again
     assert main(Config(resume=True, **arguments))["read"] == 42
     assert (out.parent / names[0]).read_bytes() == b""
-    assert {name: (out.parent / name).read_bytes() for name in names[1:]} == {n: whole[n] for n in names[1:]}
+    assert {name: (out.parent / name).read_bytes() for name in names[1:]} == {
+        n: whole[n] for n in names[1:]
+    }
     assert "2 complete shards of 30 rows each stay" in capsys.readouterr().out
     with pytest.raises(UserError, match="--resume: without differ from"):
         main(Config(resume=True, without=["nfkc"], **arguments))
@@ -265,5 +286,8 @@ def test_letters_and_digits_survive_more_often(text):
 @given(st.data())
 def test_the_other_scripts_are_idempotent_too(script, data):
     one = {**rules.RULES, "simplified": partial(rules.simplify, config=script)}
-    once = clean(data.draw(st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF)) | soup), rules=one)
+    once = clean(
+        data.draw(st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF)) | soup),
+        rules=one,
+    )
     assert clean(once, rules=one) == once

@@ -8,7 +8,7 @@ import pytest
 
 from nanophi.cli import UserError
 from nanophi.text.corpus import expand, read_rows, read_texts, write_rows
-from nanophi.text.rows import messages_of
+from nanophi.text.schemas import messages_of
 
 ROWS = [{"text": "第一篇。"}, {"text": "第二篇，\n有两行。"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -23,7 +23,9 @@ def test_formats_and_compression(tmp_path):
         file.write(LINES)
     (tmp_path / "notes.md").write_text("not a document")
     assert list(read_rows([tmp_path])) == ROWS * 4
-    assert list(read_rows([tmp_path / "*.jsonl*", tmp_path / "a.jsonl"])) == ROWS * 3  # each file once
+    assert (
+        list(read_rows([tmp_path / "*.jsonl*", tmp_path / "a.jsonl"])) == ROWS * 3
+    )  # each file once
 
 
 def test_text_files_by_line_paragraph_document(tmp_path):
@@ -48,7 +50,10 @@ def test_conversation_schemas():
     assert messages_of({"messages": expected}) == expected
     turns = [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
     assert messages_of({"conversations": turns}) == expected
-    assert messages_of({"instruction": "改写", "input": "句子", "output": "答"})[0]["content"] == "改写\n句子"
+    assert (
+        messages_of({"instruction": "改写", "input": "句子", "output": "答"})[0]["content"]
+        == "改写\n句子"
+    )
     with pytest.raises(UserError, match="keys a, b is no conversation"):
         messages_of({"a": 1, "b": 2})
 
@@ -94,7 +99,9 @@ def test_null_is_absent_and_roles_may_stand_in_conversations(tmp_path):
     path = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     rows = [{"instruction": "问", "input": None, "output": "答"}, {"conversations": turns}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")  # as Windows writes it
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig"
+    )  # as Windows writes it
     assert [messages_of(row) for row in read_rows([path])] == [turns, turns]
 
 

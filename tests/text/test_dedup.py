@@ -62,7 +62,9 @@ def test_short_and_empty_texts():
 
 def test_signs_count_and_punctuation_does_not():
     """2+2=4 and 2*2=4 were once the same, as were any two rows of emoji."""
-    assert near_duplicates(["2+2=4", "2*2=4", "x = a + b - c", "x = a - b + c", "😀😀", "！！！", "😀，😀！"]) == [6]
+    assert near_duplicates(
+        ["2+2=4", "2*2=4", "x = a + b - c", "x = a - b + c", "😀😀", "！！！", "😀，😀！"]
+    ) == [6]
 
 
 def test_clusters_are_chains():
@@ -74,7 +76,11 @@ def test_clusters_are_chains():
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(st.sampled_from("天地玄黄宇宙洪荒Aa1，\ud800\U00020000İ"), max_size=12), max_size=8))
+@given(
+    st.lists(
+        st.text(st.sampled_from("天地玄黄宇宙洪荒Aa1，\ud800\U00020000İ"), max_size=12), max_size=8
+    )
+)
 def test_many_texts_at_once_are_each_alone(texts):
     """Shingles and signatures of a batch are those of its texts one by one, and of the definition."""
     hashes, starts = shingles(*letters(texts))
@@ -87,8 +93,12 @@ def test_many_texts_at_once_are_each_alone(texts):
         assert hashes[starts[i] : starts[i + 1]].tolist() == alone.tolist()
         padded = plain + [0] * (5 - len(plain))
         assert len(alone) == len(padded) - 4
-        assert len(set(alone.tolist())) == len({tuple(padded[j : j + 5]) for j in range(len(padded) - 4)})
-        assert (signatures(alone, np.array([0, len(alone)]))[0] == signatures(hashes, starts)[i]).all()
+        assert len(set(alone.tolist())) == len(
+            {tuple(padded[j : j + 5]) for j in range(len(padded) - 4)}
+        )
+        assert (
+            signatures(alone, np.array([0, len(alone)]))[0] == signatures(hashes, starts)[i]
+        ).all()
 
 
 def test_signatures_estimate_similarity():
@@ -129,7 +139,9 @@ def test_candidates_are_those_of_datasketch():
     """Given the same signatures, its LSH and ours name the same pairs."""
     datasketch = pytest.importorskip("datasketch")
     originals = [random_text(i, 200) for i in range(60)]
-    texts = originals + [similar_to(t, s, 900 + i) for s in (0.9, 0.7, 0.5) for i, t in enumerate(originals)]
+    texts = originals + [
+        similar_to(t, s, 900 + i) for s in (0.9, 0.7, 0.5) for i, t in enumerate(originals)
+    ]
     found = signatures(*shingles(*letters(texts)))
     lsh = datasketch.MinHashLSH(num_perm=128, params=(16, 8))
     pairs = set()
@@ -154,7 +166,9 @@ def test_texts_are_not_held():
 
     def texts():
         for i in range(2000):
-            codes = np.random.default_rng(i if i != 1500 else 3).integers(0x4E00, 0x9000, 4000, dtype=np.uint16)
+            codes = np.random.default_rng(i if i != 1500 else 3).integers(
+                0x4E00, 0x9000, 4000, dtype=np.uint16
+            )
             yield codes.tobytes().decode("utf-16-le")
 
     find_clusters(["好"])  # tables
@@ -175,13 +189,27 @@ def test_workers_change_nothing():
 def test_the_command(tmp_path, capsys):
     long = "春天来了，小草从土里探出头来，孩子们在公园里放风筝，风筝越飞越高，大家都很开心。"
     footer = "本文由编辑部整理，转载请注明出处，版权归原作者所有，侵权必究。"
-    rows = [{"text": long}, {"text": random_text(1, 90) + "\n" + footer}, {"text": long + "！", "n": 1}]
+    rows = [
+        {"text": long},
+        {"text": random_text(1, 90) + "\n" + footer},
+        {"text": long + "！", "n": 1},
+    ]
     asked = {"messages": [{"role": "user", "content": "问"}]}
     rows += [{"text": f"{random_text(2, 90)}\n{footer}"}, {"text": footer}, asked]
     write_rows(tmp_path / "a.jsonl", rows)
     out = tmp_path / "b.jsonl"
-    arguments = {"input": [str(tmp_path)], "out": str(out), "clusters": str(tmp_path / "found" / "same.jsonl")}
-    assert main(Config(**arguments)) == {"read": 6, "lines": 0, "repeated": 1, "written": 5, "skipped": 0}
+    arguments = {
+        "input": [str(tmp_path)],
+        "out": str(out),
+        "clusters": str(tmp_path / "found" / "same.jsonl"),
+    }
+    assert main(Config(**arguments)) == {
+        "read": 6,
+        "lines": 0,
+        "repeated": 1,
+        "written": 5,
+        "skipped": 0,
+    }
     assert list(read_rows([out])) == [*rows[:2], *rows[3:]]
     (line,) = read_rows([tmp_path / "found"])
     assert [found["row"] for found in line["cluster"]] == [0, 2]

@@ -24,7 +24,10 @@ TABLE = """,derivation,example,explanation,pinyin,word
 IDIOM = "避重逐轻（bì zhòng zhú qīng）：拣轻的承担。出处：见避重就轻。例：各站户，避重逐轻。（《元典章》）"
 ROWS = {
     "rmrb1998": ([NEWS], [{"text": "１２月３１日，１/２"}, {"text": "迈向希望"}]),
-    "reviews": (["好。\n\n", "\n差 \n"], [{"text": "好。", "label": "positive"}, {"text": "差", "label": "negative"}]),
+    "reviews": (
+        ["好。\n\n", "\n差 \n"],
+        [{"text": "好。", "label": "positive"}, {"text": "差", "label": "negative"}],
+    ),
     "sanguo": ([NOVEL], [{"text": "第一回 宴桃园\u3000斩黄巾\n滚滚长江。\n话说天下。"}]),
     "idioms": ([TABLE], [{"text": IDIOM}, {"text": "按（àn）：按。"}]),
 }
@@ -35,9 +38,15 @@ def put(tmp_path, monkeypatch):
     """put(members, files) lays an archive on the file index in tmp_path and makes it the source `tiny`."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
-    for name, value in (("PIP_CONFIG_FILE", os.devnull), ("PIP_INDEX_URL", f"{tmp_path.as_uri()}/simple/")):
+    for name, value in (
+        ("PIP_CONFIG_FILE", os.devnull),
+        ("PIP_INDEX_URL", f"{tmp_path.as_uri()}/simple/"),
+    ):
         monkeypatch.setenv(name, value)
-    archive, page = tmp_path / "Tiny_Text-1.0.tar.gz", tmp_path / "simple" / "tiny-text" / "index.html"
+    archive, page = (
+        tmp_path / "Tiny_Text-1.0.tar.gz",
+        tmp_path / "simple" / "tiny-text" / "index.html",
+    )
 
     def put(members: dict[str, str], files=(A,), parse=paragraphs):
         with tarfile.open(archive, "w:gz") as tar:
@@ -48,9 +57,13 @@ def put(tmp_path, monkeypatch):
                 info.size = len(text.encode())
                 tar.addfile(info, io.BytesIO(text.encode()))
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(f'<a href="tiny_text-0.9.tar.gz">0.9</a>\n<a href="../../{archive.name}#sha256=0">1.0</a>')
+        page.write_text(
+            f'<a href="tiny_text-0.9.tar.gz">0.9</a>\n<a href="../../{archive.name}#sha256=0">1.0</a>'
+        )
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-        monkeypatch.setitem(SOURCES, "tiny", Source("tiny.text", "1.0", sha256, tuple(files), "None.", parse))
+        monkeypatch.setitem(
+            SOURCES, "tiny", Source("tiny.text", "1.0", sha256, tuple(files), "None.", parse)
+        )
         return archive
 
     return put
@@ -68,7 +81,9 @@ def test_an_archive_with_another_sha256_is_not_even_opened_and_a_missing_one_is_
     archive = put({A: NEWS})
     archive.write_bytes(b"no tar at all")  # opening it would be a ReadError
     digests = hashlib.sha256(b"no tar at all").hexdigest(), SOURCES["tiny"].sha256
-    with pytest.raises(UserError, match=f"has sha256 {digests[0]}, expected {digests[1]}; nothing of it was opened"):
+    with pytest.raises(
+        UserError, match=f"has sha256 {digests[0]}, expected {digests[1]}; nothing of it was opened"
+    ):
         list(fetch("tiny"))
     archive.unlink()
     with pytest.raises(UserError, match=r"Tiny_Text-1.0.tar.gz: .*No such file"):
@@ -76,10 +91,19 @@ def test_an_archive_with_another_sha256_is_not_even_opened_and_a_missing_one_is_
 
 
 def test_only_what_is_asked_for_is_unpacked_and_nothing_outside(put, tmp_path):
-    members = {A: "-> ../../secret", "../climbing": NEWS, str(tmp_path / "absolute"): NEWS, "b": "好/a"}
+    members = {
+        A: "-> ../../secret",
+        "../climbing": NEWS,
+        str(tmp_path / "absolute"): NEWS,
+        "b": "好/a",
+    }
     put(members, ["b"])
     assert [row["text"] for row in fetch("tiny")] == ["好"]
-    for name, message in ((A, "outside"), ("../climbing", "outside"), ("none", "has no member none")):
+    for name, message in (
+        (A, "outside"),
+        ("../climbing", "outside"),
+        ("none", "has no member none"),
+    ):
         put(members, [name])
         with pytest.raises(UserError, match=message):
             list(fetch("tiny"))
@@ -103,7 +127,9 @@ def test_the_second_index_is_a_server_with_a_password(put, tmp_path, monkeypatch
         monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{url}/none {url}/simple")
         assert len(list(fetch("tiny"))) == 2
         monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{url}/none")
-        with pytest.raises(UserError, match=r"no index has .*empty.*none.*PIP_INDEX_URL") as failure:
+        with pytest.raises(
+            UserError, match=r"no index has .*empty.*none.*PIP_INDEX_URL"
+        ) as failure:
             list(fetch("tiny"))
         server.shutdown()
     basic = f"Basic {base64.b64encode(b'me:s@me').decode()}"

@@ -11,10 +11,22 @@ from hypothesis import strategies as st
 
 from nanophi.cli import UserError
 from nanophi.text import clean, corpus, formats
-from nanophi.text.corpus import Config, Skipped, main, numbered, read_rows, read_texts, write_files, write_rows
+from nanophi.text.corpus import (
+    Config,
+    Skipped,
+    main,
+    numbered,
+    read_rows,
+    read_texts,
+    write_files,
+    write_rows,
+)
 from nanophi.text.writers import WRITERS, write_txt
 
-ROWS = [{"text": "第一篇。", "source": "甲"}, {"text": '第二篇，"引号"，\n有两行。', "source": "乙, 丙"}]
+ROWS = [
+    {"text": "第一篇。", "source": "甲"},
+    {"text": '第二篇，"引号"，\n有两行。', "source": "乙, 丙"},
+]
 COMPRESSIONS = ["", ".gz", ".bz2", ".xz", ".zst"]
 
 
@@ -39,7 +51,9 @@ def test_damage_is_named(tmp_path, compression):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"no archive of this kind"):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"a\.jsonl\{compression} is damaged or no \{compression} file"):
+        with pytest.raises(
+            UserError, match=rf"a\.jsonl\{compression} is damaged or no \{compression} file"
+        ):
             list(read_rows([path]))
 
 
@@ -62,7 +76,11 @@ def test_encodings(tmp_path, encoding, capsys):
 
 def test_lines_in_another_encoding_are_named(tmp_path):
     path = tmp_path / "mixed.txt"
-    path.write_bytes("第一行。\n第二行。\n".encode() + "第三行是别的编码。\n".encode("gbk") + "第四行。\n".encode())
+    path.write_bytes(
+        "第一行。\n第二行。\n".encode()
+        + "第三行是别的编码。\n".encode("gbk")
+        + "第四行。\n".encode()
+    )
     skipped = Skipped()
     assert list(read_texts([path], on_bad=skipped)) == ["第一行。", "第二行。", "第四行。"]
     assert "mixed.txt, line 3: not UTF-8" in skipped.first[0]
@@ -75,12 +93,17 @@ def test_lines_in_another_encoding_are_named(tmp_path):
 def test_utf8_that_could_be_gb18030_stays_utf8(tmp_path, capsys):
     """Every two-byte pair of these is valid in GBK too, where it would read 鐨勬槸 and the like."""
     path = tmp_path / "a.txt"
-    path.write_bytes("的是\n中文测试\n".encode() * 20_000)  # longer than the part that is looked at, cut inside a line
+    path.write_bytes(
+        "的是\n中文测试\n".encode() * 20_000
+    )  # longer than the part that is looked at, cut inside a line
     assert set(read_texts([path])) == {"的是", "中文测试"}
     assert capsys.readouterr().err == ""
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(["text", "a"]), st.text(max_size=30), min_size=1)), st.integers(1, 9))
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["text", "a"]), st.text(max_size=30), min_size=1)),
+    st.integers(1, 9),
+)
 def test_a_json_array_is_read_in_pieces(rows, chunk):
     """However the pieces of the file fall, the elements are those that json.loads gives."""
     for indent in (None, 2):
@@ -93,9 +116,14 @@ def test_a_json_array_is_read_in_pieces(rows, chunk):
 
 def test_broken_json_arrays(tmp_path):
     path, skipped = tmp_path / "a.json", Skipped()
-    path.write_text('[{"text": "一。"}, {"text": "二。"}, {"text" "三。"}, {"text": "四。"}]', encoding="utf-8")
+    path.write_text(
+        '[{"text": "一。"}, {"text": "二。"}, {"text" "三。"}, {"text": "四。"}]', encoding="utf-8"
+    )
     assert list(read_texts([path], on_bad=skipped)) == ["一。", "二。"]
-    assert "a.json, element 3: not JSON (Expecting ':' delimiter); it ends the reading" in skipped.first[0]
+    assert (
+        "a.json, element 3: not JSON (Expecting ':' delimiter); it ends the reading"
+        in skipped.first[0]
+    )
     path.write_text('{"text": "一。"}', encoding="utf-8")
     with pytest.raises(UserError, match="holds no array of objects"):
         list(read_rows([path]))
@@ -103,8 +131,13 @@ def test_broken_json_arrays(tmp_path):
 
 def test_csv(tmp_path):
     path, skipped = tmp_path / "a.csv", Skipped()
-    path.write_text('text,n\n"一，\n二",1\n三,2,多\n\n四,3\n', encoding="utf-8-sig")  # as spreadsheets write it
-    assert list(read_rows([path], on_bad=skipped)) == [{"text": "一，\n二", "n": "1"}, {"text": "四", "n": "3"}]
+    path.write_text(
+        'text,n\n"一，\n二",1\n三,2,多\n\n四,3\n', encoding="utf-8-sig"
+    )  # as spreadsheets write it
+    assert list(read_rows([path], on_bad=skipped)) == [
+        {"text": "一，\n二", "n": "1"},
+        {"text": "四", "n": "3"},
+    ]
     assert "a.csv, line 4: 3 values under 2 columns (text, n)" in skipped.first[0]
     with pytest.raises(UserError, match="one header and flat values"):
         write_rows(path, [{"text": "一"}, {"text": "二", "n": 1}])
@@ -116,7 +149,12 @@ def test_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"
     turns = [
-        {"messages": [{"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": "答"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"问{i}"},
+                {"role": "assistant", "content": "答"},
+            ]
+        }
         for i in range(2000)
     ]
     assert write_rows(path, turns) == 2000
@@ -141,7 +179,9 @@ def test_wiki_extracts(tmp_path):
         '<doc id="1" url="https://zh.example/1" title="数学">\n数学\n\n数学是……\n</doc>\n'
         '<doc id="2" url="u" title="哲学">\n哲学\n</doc>\n', encoding="utf-8",
     )  # fmt: skip
-    (tmp_path / "wiki_01").write_text('{"id": "3", "title": "化学", "text": "化学是……"}\n', encoding="utf-8")
+    (tmp_path / "wiki_01").write_text(
+        '{"id": "3", "title": "化学", "text": "化学是……"}\n', encoding="utf-8"
+    )
     rows = list(read_rows([tmp_path]))
     assert [row["text"] for row in rows] == ["数学\n\n数学是……", "哲学", "化学是……"]
     assert rows[0]["title"] == "数学"
@@ -152,8 +192,15 @@ def test_wiki_extracts(tmp_path):
 
 def test_baike_and_other_columns(tmp_path):
     path = tmp_path / "a.jsonl"
-    entry = {"title": "茶", "summary": "一种饮料。", "sections": [{"title": "种类", "content": "绿茶。"}], "url": "u"}
-    path.write_text(json.dumps(entry) + '\n{"title": "无", "summary": null, "sections": null, "text": "正文"}\n')
+    entry = {
+        "title": "茶",
+        "summary": "一种饮料。",
+        "sections": [{"title": "种类", "content": "绿茶。"}],
+        "url": "u",
+    }
+    path.write_text(
+        json.dumps(entry) + '\n{"title": "无", "summary": null, "sections": null, "text": "正文"}\n'
+    )
     assert list(read_rows([path])) == [
         {"title": "茶", "url": "u", "text": "茶\n一种饮料。\n种类\n绿茶。"}, {"title": "无", "text": "正文"}
     ]  # fmt: skip
@@ -167,7 +214,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     """A hundred megabytes of rows, as lines and as an array, pass through some hundred kilobytes."""
     import tracemalloc
 
-    rows = [{"text": "".join(map(chr, np.random.default_rng(i).integers(0x4E00, 0x9000, 1000)))} for i in range(50)]
+    rows = [
+        {"text": "".join(map(chr, np.random.default_rng(i).integers(0x4E00, 0x9000, 1000)))}
+        for i in range(50)
+    ]
     for name in ("a.jsonl.gz", "a.json.gz"):
         write_rows(tmp_path / name, (row for _ in range(100) for row in rows))
         tracemalloc.start()
@@ -195,7 +245,10 @@ def test_the_command_converts(tmp_path, capsys):
     with lzma.open(out, "rt", encoding="utf-8") as file:
         assert json.loads(file.read()) == {"n": "1", "text": "一。"}
     assert "wrote 1 rows" in capsys.readouterr().out
-    for wrong, message in (({}, "give --input FILES"), ({"input": ["x"], "fetch": "sanguo"}, "give --input FILES")):
+    for wrong, message in (
+        ({}, "give --input FILES"),
+        ({"input": ["x"], "fetch": "sanguo"}, "give --input FILES"),
+    ):
         with pytest.raises(UserError, match=message):
             main(Config(out=str(out), **wrong))
     with pytest.raises(UserError, match="rows are written as"):
@@ -205,15 +258,24 @@ def test_the_command_converts(tmp_path, capsys):
 def test_tables_lose_no_column(tmp_path):
     """pyarrow takes the columns of the first row alone; a whole column was gone without a word."""
     pytest.importorskip("pyarrow")
-    rows = [{"text": "一"}, {"text": "二", "label": "x"}, {"messages": [{"role": "user", "content": "问"}]}]
+    rows = [
+        {"text": "一"},
+        {"text": "二", "label": "x"},
+        {"messages": [{"role": "user", "content": "问"}]},
+    ]
     write_rows(tmp_path / "a.parquet", rows)
     assert list(read_rows([tmp_path / "a.parquet"])) == rows  # what is null is absent again
     with pytest.raises(UserError, match="extra: a key that none of the first 1,024 rows has"):
         write_rows(tmp_path / "b.parquet", [{"text": "一"}] * 2000 + [{"text": "二", "extra": 1}])
     with pytest.raises(UserError, match="do not fit one table"):
-        write_rows(tmp_path / "c.parquet", [{"text": "一", "n": 1}] * 2000 + [{"text": "二", "n": "x"}])
+        write_rows(
+            tmp_path / "c.parquet", [{"text": "一", "n": 1}] * 2000 + [{"text": "二", "n": "x"}]
+        )
     write_rows(tmp_path / "d.csv", [{"text": "一", "n": 1}, {"text": "二"}])
-    assert list(read_rows([tmp_path / "d.csv"])) == [{"text": "一", "n": "1"}, {"text": "二", "n": ""}]
+    assert list(read_rows([tmp_path / "d.csv"])) == [
+        {"text": "一", "n": "1"},
+        {"text": "二", "n": ""},
+    ]
 
 
 def test_a_lost_quote_does_not_swallow_the_rest(tmp_path):
@@ -225,7 +287,10 @@ def test_a_lost_quote_does_not_swallow_the_rest(tmp_path):
 
 def test_a_summary_alone_makes_no_encyclopedia(tmp_path):
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
-    rows = [{"summary": "概要", "messages": turns}, {"title": "题", "summary": "概要", "content": "正文"}]
+    rows = [
+        {"summary": "概要", "messages": turns},
+        {"title": "题", "summary": "概要", "content": "正文"},
+    ]
     write_rows(tmp_path / "a.jsonl", rows)
     assert list(read_rows([tmp_path / "a.jsonl"])) == rows
     write_rows(tmp_path / "b.jsonl", [{"text": "", "instruction": "问", "output": "答"}])
@@ -236,18 +301,32 @@ def test_what_is_an_input_is_not_overwritten(tmp_path):
     """A named input was once left out without a word, and then replaced."""
     from nanophi.text import dedup
 
-    for name, text in (("a", "甲。"), ("b", "乙。"), ("news-00000", "丙。"), ("news-00001", "丁。")):
+    for name, text in (
+        ("a", "甲。"),
+        ("b", "乙。"),
+        ("news-00000", "丙。"),
+        ("news-00001", "丁。"),
+    ):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": text}])
     a, b, news = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "news.jsonl"))
     with pytest.raises(UserError, match=r"b\.jsonl is an input and would be overwritten"):
         dedup.main(dedup.Config(input=[a, b], out=b))
-    assert dedup.main(dedup.Config(input=[str(tmp_path / "news-*.jsonl")], out=news))["written"] == 2
+    assert (
+        dedup.main(dedup.Config(input=[str(tmp_path / "news-*.jsonl")], out=news))["written"] == 2
+    )
     assert dedup.main(dedup.Config(input=[str(tmp_path)], out=news))["read"] == 4
-    with pytest.raises(UserError, match=r"news-00000\.jsonl is there, and .*news\.jsonl\.settings does not say whence"):
+    with pytest.raises(
+        UserError,
+        match=r"news-00000\.jsonl is there, and .*news\.jsonl\.settings does not say whence",
+    ):
         clean.main(clean.Config(input=[str(tmp_path)], out=news, shard_rows=10))
     with pytest.raises(UserError, match=r"news-00000\.jsonl is there already"):
         main(Config(input=[a], out=news, rows_per_file=1))
-    assert main(Config(input=[str(tmp_path)], out=news)) == main(Config(input=[str(tmp_path)], out=news)) == 4
+    assert (
+        main(Config(input=[str(tmp_path)], out=news))
+        == main(Config(input=[str(tmp_path)], out=news))
+        == 4
+    )
 
 
 def test_nothing_to_read_leaves_the_old_output(tmp_path):

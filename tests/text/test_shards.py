@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from nanophi.cli import UserError
-from nanophi.text.bpe import train_bpe
-from nanophi.text.rows import in_share
 from nanophi.text.shards import Shard, TokenSet, write_shards
+from nanophi.text.share import in_share
+from nanophi.tokenizer.bpe import train_bpe
 from tests.conftest import TEXTS
 
 
@@ -16,7 +16,9 @@ def test_round_trip_over_several_shards(tok, tmp_path):
     assert writers["train"].number > 1
     train, val = TokenSet(tmp_path, "train", tok), TokenSet(tmp_path, "val", tok)
     decoded = [
-        tok.decode(document[:-1]) for split in (train, val) for document in (split[i] for i in range(len(split)))
+        tok.decode(document[:-1])
+        for split in (train, val)
+        for document in (split[i] for i in range(len(split)))
     ]
     assert sorted(decoded) == sorted(texts)
     assert all(train[i][-1] == tok.eos_id for i in range(len(train)))
@@ -28,7 +30,9 @@ def test_split_depends_on_the_text_alone():
     texts = [f"第{i}篇" for i in range(200)]
     half = {text for text in texts if in_share(text, 0.5)}
     assert 70 < len(half) < 130
-    assert {text for text in texts if in_share(text, 0.2)} < half  # a larger share keeps what a smaller one took
+    assert {
+        text for text in texts if in_share(text, 0.2)
+    } < half  # a larger share keeps what a smaller one took
     assert not any(in_share(t, 0.0) for t in TEXTS)
     assert all(in_share(t, 1.0) for t in TEXTS)
 

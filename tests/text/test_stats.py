@@ -6,8 +6,8 @@ import pytest
 
 import train_tokenizer
 from nanophi.cli import UserError
-from nanophi.text.bpe import train_bpe
 from nanophi.text.stats import describe, draw_lengths, report, script_of, write_vocabulary
+from nanophi.tokenizer.bpe import train_bpe
 from tests.conftest import TEXTS
 
 
@@ -64,23 +64,39 @@ def test_max_memory_samples_documents(tmp_path, capsys):
     for name, order in (("a", texts), ("b", texts[::-1])):
         (tmp_path / f"{name}.txt").write_text("\n".join(order), encoding="utf-8")
         cfg = train_tokenizer.Config(
-            input=[str(tmp_path / f"{name}.txt")], out=str(tmp_path / name), vocab_size=400, max_memory=0.3000001
+            input=[str(tmp_path / f"{name}.txt")],
+            out=str(tmp_path / name),
+            vocab_size=400,
+            max_memory=0.3000001,
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_tokenizer, "FACTOR", 1e-3)
             assert train_tokenizer.main(cfg)["characters"] < sum(map(len, texts)) / 2
         assert "% of the documents" in capsys.readouterr().out
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (
+        tmp_path / "b" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_a_corpus_is_counted(tmp_path, capsys):
     from nanophi.text.corpus import write_rows
     from nanophi.text.stats import Config, main
 
-    texts = ["今天天气很好，我们去公园。", "今天天气很好，我们去公园！", "Linux 6.1 已经发布。", "一二三"]
-    write_rows(tmp_path / "a.jsonl", [{"text": text, "source": "ab"[i // 2]} for i, text in enumerate(texts)])
+    texts = [
+        "今天天气很好，我们去公园。",
+        "今天天气很好，我们去公园！",
+        "Linux 6.1 已经发布。",
+        "一二三",
+    ]
+    write_rows(
+        tmp_path / "a.jsonl",
+        [{"text": text, "source": "ab"[i // 2]} for i, text in enumerate(texts)],
+    )
     groups = main(Config(input=[str(tmp_path / "a.jsonl")], plot=str(tmp_path / "a.png")))
-    assert {name: list(group.lengths) for name, group in groups.items()} == {"a": [13, 13], "b": [15, 3]}
+    assert {name: list(group.lengths) for name, group in groups.items()} == {
+        "a": [13, 13],
+        "b": [15, 3],
+    }
     shares = {name: round(16 * share) for name, share in groups["b"].scripts().items()}
     assert shares == {"Han": 7, "Latin": 5, "digits": 2, "punctuation": 2, "other": 0}
     printed = capsys.readouterr().out

@@ -36,14 +36,27 @@ data = Packed(random_documents(), 32, 8, seed=1)
 
 
 def run(name: str, **options):
-    model = tiny_model(resid_pdrop=options.pop("dropout", 0.0)).to(options.pop("weights", torch.float32))
+    model = tiny_model(resid_pdrop=options.pop("dropout", 0.0)).to(
+        options.pop("weights", torch.float32)
+    )
     stop_at, resume = options.pop("stop_at", None), options.pop("resume", None)
-    cfg = config(out / name, overwrite=resume is None, **({"micro_batch": 2, "eval_every": 5} | options))
+    cfg = config(
+        out / name, overwrite=resume is None, **({"micro_batch": 2, "eval_every": 5} | options)
+    )
 
     def evaluate(model):
         return validate(model, next_token_loss, [data.batch_at(1)])
 
-    train(model, next_token_loss, data.batch_at, cfg, evaluate, data_id=data.data_id, stop_at=stop_at, resume=resume)
+    train(
+        model,
+        next_token_loss,
+        data.batch_at,
+        cfg,
+        evaluate,
+        data_id=data.data_id,
+        stop_at=stop_at,
+        resume=resume,
+    )
 
 
 if task == "gradients":
@@ -56,16 +69,29 @@ if task == "gradients":
                     "loss": torch.tensor(line["loss"])
                 }
                 torch.save(gradients, out / f"{dtype}-{micro_batch}.pt")
-    run("plain", weights=torch.float64, optimizer="adamw")  # Muon iterates in fp32 and magnifies what rounding does
+    run(
+        "plain", weights=torch.float64, optimizer="adamw"
+    )  # Muon iterates in fp32 and magnifies what rounding does
     run("whole", dropout=0.1)
     run("parts", dropout=0.1, stop_at=9)
     run("parts", dropout=0.1, resume="yes")
-elif task.startswith("sharded "):  # by one process: whole, in the micro-steps that the ranks would take
+elif task.startswith(
+    "sharded "
+):  # by one process: whole, in the micro-steps that the ranks would take
     optimizer, shard = task.split()[1], world.size > 1
     run(optimizer, optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, keep_at=0.5)
     run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, stop_at=9)
-    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, resume="yes")
-elif task == "killed":  # rank 1 dies at step 12 of the first attempt; torchrun starts all ranks anew
+    run(
+        f"{optimizer}-parts",
+        optimizer=optimizer,
+        shard=shard,
+        micro_batch=4,
+        clip=0.5,
+        resume="yes",
+    )
+elif (
+    task == "killed"
+):  # rank 1 dies at step 12 of the first attempt; torchrun starts all ranks anew
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
     class Fatal(Packed):

@@ -22,7 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def torchrun(out, task, *flags, ranks=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *flags,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, str(ROOT / "tests/train/ranks.py"), str(out), task],
@@ -44,7 +52,9 @@ def folders(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.float32", 1e-6), ("torch.float64", 1e-10)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("torch.float32", 1e-6), ("torch.float64", 1e-10)]
+)
 def test_gradients_are_those_of_one_process(folders, dtype, tolerance):
     whole = torch.load(folders[1] / f"{dtype}-8.pt")
     for ranks in (1, 2):
@@ -58,7 +68,10 @@ def test_two_ranks_end_where_one_process_does(folders):
     one, two = (tensors(state(folders[ranks] / "plain")["model"]) for ranks in (1, 2))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-9
     lines = [
-        [json.loads(line) for line in (folders[ranks] / "plain" / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (folders[ranks] / "plain" / "metrics.jsonl").read_text().splitlines()
+        ]
         for ranks in (1, 2)
     ]
     assert len(lines[0]) == len(lines[1]) == 20
@@ -91,7 +104,9 @@ def test_a_killed_rank_is_replaced_and_the_result_the_same(folders, tmp_path):
     done = torchrun(tmp_path, "killed", "--max-restarts", "1")
     assert done.returncode == 0, done.stderr
     assert "resume:" in done.stdout
-    whole, killed = (tensors(state(folder)) for folder in (folders[2] / "whole", tmp_path / "killed"))
+    whole, killed = (
+        tensors(state(folder)) for folder in (folders[2] / "whole", tmp_path / "killed")
+    )
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
@@ -104,7 +119,8 @@ def test_an_interrupt_that_one_rank_hears_stops_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "adafactor"))]
+    "name",
+    ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "adafactor"))],
 )
 def test_sharded_equals_one_process(tmp_path, name):
     """Weights, losses, what is resumed, what is exported on the way: the same files as one process writes."""
@@ -119,12 +135,18 @@ def test_sharded_equals_one_process(tmp_path, name):
     assert max((whole[path] - sharded[path]).abs().max().item() for path in weights) < 1e-6
     resumed = tensors(state(two.with_name(f"{name}-parts")))
     assert all(torch.equal(sharded[path], resumed[path]) for path in weights)
-    for lines in zip(*((out / "metrics.jsonl").read_text().splitlines() for out in (one, two)), strict=True):
+    for lines in zip(
+        *((out / "metrics.jsonl").read_text().splitlines() for out in (one, two)), strict=True
+    ):
         a, b = map(json.loads, lines)
-        assert [b["loss"], b.get("val_loss")] == pytest.approx([a["loss"], a.get("val_loss")], abs=1e-6)
+        assert [b["loss"], b.get("val_loss")] == pytest.approx(
+            [a["loss"], a.get("val_loss")], abs=1e-6
+        )
     for folder in ("best", "", f"../{name}-early"):
         (a, _), (b, _) = (load(out / folder) for out in (one, two))
-        assert all((p - q).abs().max() < 1e-6 for p, q in zip(a.parameters(), b.parameters(), strict=True))
+        assert all(
+            (p - q).abs().max() < 1e-6 for p, q in zip(a.parameters(), b.parameters(), strict=True)
+        )
 
 
 def test_a_part_of_a_whole_is_the_whole_where_nothing_is_sharded():
@@ -138,9 +160,16 @@ def test_a_missing_rank_ends_in_one_line(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match=r"2 ranks should train together and did not all come: .*1/2 clients"):
+    with pytest.raises(
+        UserError, match=r"2 ranks should train together and did not all come: .*1/2 clients"
+    ):
         join("cpu")
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(UserError, match="MASTER_ADDR expected, but not set; use torchrun"):

@@ -40,7 +40,12 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path, capsys):
     before = {name: p.clone() for name, p in model.named_parameters()}
     train(model, broken_at({0}), data.batch_at, config(tmp_path, steps=1))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    train(model, broken_at({1, 3}, float("inf")), data.batch_at, config(tmp_path, steps=6, overwrite=True))
+    train(
+        model,
+        broken_at({1, 3}, float("inf")),
+        data.batch_at,
+        config(tmp_path, steps=6, overwrite=True),
+    )
     lines = lines_of(tmp_path)
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 2, 2]
     assert [line["loss"] is None for line in lines] == [False, True, False, True, False, False]
@@ -52,7 +57,9 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path, capsys):
 def test_a_streak_ends_the_run_and_keeps_the_batch(tmp_path):
     model, (_, data) = tiny_model(), pretraining(None)
     bad = set(range(8, 100))
-    with pytest.raises(UserError, match=f"{STREAK} steps in a row had a loss or gradient that is not finite"):
+    with pytest.raises(
+        UserError, match=f"{STREAK} steps in a row had a loss or gradient that is not finite"
+    ):
         train(model, broken_at(bad), data.batch_at, config(tmp_path, steps=40))
     kept = torch.load(tmp_path / BAD_BATCH)
     assert torch.equal(kept["ids"], data.batch_at(8 + STREAK - 1).ids)
@@ -63,7 +70,10 @@ def test_a_streak_ends_the_run_and_keeps_the_batch(tmp_path):
 def test_a_jump_of_the_loss_is_said_once_it_is_known_what_is_usual():
     faults = Faults()
     for step in range(MEMORY):
-        assert faults.look_at({"step": step, "loss": 3 + 0.01 * (step % 5), "grad_norm": 1.0}, True) == []
+        assert (
+            faults.look_at({"step": step, "loss": 3 + 0.01 * (step % 5), "grad_norm": 1.0}, True)
+            == []
+        )
     (note,) = faults.look_at({"step": 99, "loss": 4.5, "grad_norm": 1.0}, True)
     assert note == "step 99: loss 4.500 jumped from about 3.020"
     assert faults.look_at({"step": 100, "loss": 3.3, "grad_norm": 1.0}, True) == []
@@ -72,8 +82,16 @@ def test_a_jump_of_the_loss_is_said_once_it_is_known_what_is_usual():
 def test_fp16_scales_the_loss_and_learns_from_overflow(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir, "GROW_AFTER", 4)
     model, (_, data) = tiny_model(), pretraining(None)
-    train(model, broken_at({1, 2}, float("inf")), data.batch_at, config(tmp_path, steps=8, dtype="float16"))
-    assert state(tmp_path)["scale"] == [rundir.FIRST_SCALE / 4 * 2, 1]  # halved twice, doubled after four sound steps
+    train(
+        model,
+        broken_at({1, 2}, float("inf")),
+        data.batch_at,
+        config(tmp_path, steps=8, dtype="float16"),
+    )
+    assert state(tmp_path)["scale"] == [
+        rundir.FIRST_SCALE / 4 * 2,
+        1,
+    ]  # halved twice, doubled after four sound steps
     plain, scaled = tmp_path / "plain", tmp_path / "scaled"
     for out, dtype in ((plain, "float32"), (scaled, "float16")):
         train(tiny_model(), next_token_loss, data.batch_at, config(out, steps=5, dtype=dtype))
@@ -102,10 +120,18 @@ def test_a_full_disk_ends_the_run_or_is_only_said(tmp_path, monkeypatch, capsys)
     with pytest.raises(UserError, match="No space left"):
         train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))
     assert state(tmp_path)["step"] == 7
-    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, keep_going=True, keep_at=0.45, overwrite=True))
+    train(
+        tiny_model(),
+        next_token_loss,
+        data.batch_at,
+        config(tmp_path, keep_going=True, keep_at=0.45, overwrite=True),
+    )
     assert state(tmp_path)["step"] == 20
     said = capsys.readouterr().out
-    assert all(f"step {step} could not be written, the checkpoint before it stays" in said for step in (9, 14))
+    assert all(
+        f"step {step} could not be written, the checkpoint before it stays" in said
+        for step in (9, 14)
+    )
 
 
 def test_saving_by_the_clock(tmp_path, monkeypatch):
@@ -114,14 +140,23 @@ def test_saving_by_the_clock(tmp_path, monkeypatch):
     _, data = pretraining(None)
     saved = []
     monkeypatch.setattr(Run, "save", lambda run: saved.append(run.step))
-    train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, steps=12, save_every=100, save_minutes=2))
+    train(
+        tiny_model(),
+        next_token_loss,
+        data.batch_at,
+        config(tmp_path, steps=12, save_every=100, save_minutes=2),
+    )
     assert len(saved) > 2
     assert saved[-1] == 12
     assert not (tmp_path / STATE).exists()
 
 
 def test_where_compiling_fails_the_step_is_done_without(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: setattr(module, "_compiled_call_impl", broken))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **_: setattr(module, "_compiled_call_impl", broken),
+    )
 
     def broken(*args, **named):
         raise RuntimeError("no C++ compiler\nand a page of more")
@@ -130,17 +165,29 @@ def test_where_compiling_fails_the_step_is_done_without(tmp_path, monkeypatch, c
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     train(tiny_model(), next_token_loss, data.batch_at, config(plain, steps=3))
     train(tiny_model(), next_token_loss, data.batch_at, config(compiled, steps=3, compile=True))
-    assert "torch.compile failed, going on without it: RuntimeError: no C++ compiler\n" in capsys.readouterr().out
-    weights = zip(*(tensors(state(out)["model"]).values() for out in (plain, compiled)), strict=True)
+    assert (
+        "torch.compile failed, going on without it: RuntimeError: no C++ compiler\n"
+        in capsys.readouterr().out
+    )
+    weights = zip(
+        *(tensors(state(out)["model"]).values() for out in (plain, compiled)), strict=True
+    )
     assert all(torch.equal(a, b) for a, b in weights)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch's own code
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's compiler warns of torch's own code
 def test_compiled_blocks_learn_the_same(tmp_path):
     _, data = pretraining(None)
     for name, compile in (("plain", False), ("compiled", True)):
-        train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path / name, steps=3, compile=compile))
+        train(
+            tiny_model(),
+            next_token_loss,
+            data.batch_at,
+            config(tmp_path / name, steps=3, compile=compile),
+        )
     a, b = ([line["loss"] for line in lines_of(tmp_path / name)] for name in ("plain", "compiled"))
     assert a == pytest.approx(b, abs=1e-4)
 
@@ -178,7 +225,9 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
             assert self.folder.exists()
             seen.append((name, step))
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
     _, data = pretraining(None)
     train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path, steps=2))
     assert seen[0] == ("open", 1)
@@ -202,6 +251,7 @@ def test_ranks_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "join", lambda device: Parted(0, 2, "cpu"))
     _, data = pretraining(None)
     with pytest.raises(
-        UserError, match=r"the ranks would begin at steps \[0, 500\]: --out must be a directory all see"
+        UserError,
+        match=r"the ranks would begin at steps \[0, 500\]: --out must be a directory all see",
     ):
         train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))

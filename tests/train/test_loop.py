@@ -32,7 +32,9 @@ def random_documents(n=40, seed=0):
 
 
 def config(out, **changes) -> TrainConfig:
-    return TrainConfig(**{"out": str(out), "steps": 20, "save_every": 7, "warmup": 3, "device": "cpu"} | changes)
+    return TrainConfig(
+        **{"out": str(out), "steps": 20, "save_every": 7, "warmup": 3, "device": "cpu"} | changes
+    )
 
 
 def pretraining(model):
@@ -55,9 +57,13 @@ def preferences(model):
 
 def run(out, stage, model=None, **changes):
     stop_at = changes.pop("stop_at", None)
-    model = model or tiny_model(resid_pdrop=0.1)  # dropout: the random generator is part of the state
+    model = model or tiny_model(
+        resid_pdrop=0.1
+    )  # dropout: the random generator is part of the state
     loss_fn, data = stage(model)
-    return train(model, loss_fn, data.batch_at, config(out, **changes), data_id=data.data_id, stop_at=stop_at)
+    return train(
+        model, loss_fn, data.batch_at, config(out, **changes), data_id=data.data_id, stop_at=stop_at
+    )
 
 
 def state(out):
@@ -68,7 +74,13 @@ def tensors(value, path=""):
     """Every tensor of a nested state, by its path."""
     if isinstance(value, torch.Tensor):
         return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return {name: t for key, inner in items for name, t in tensors(inner, f"{path}/{key}").items()}
 
 
@@ -83,10 +95,15 @@ def test_stopped_and_resumed_equals_unbroken(stage, optimizer, tmp_path):
     assert unbroken.keys() == resumed.keys()
     assert len(unbroken) > 60
     assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "broken")]
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "broken")
+    ]
     assert weights[0] == weights[1]
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("unbroken", "broken")
     ]
     assert losses[0] == losses[1]
@@ -98,7 +115,9 @@ def test_training_learns(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] > 6
     assert lines[-1]["loss"] < 4
-    assert lines[-1]["tokens"] == sum(Packed(random_documents(), 32, 4, 1).batch_at(i).real_tokens for i in range(60))
+    assert lines[-1]["tokens"] == sum(
+        Packed(random_documents(), 32, 4, 1).batch_at(i).real_tokens for i in range(60)
+    )
     assert list(lines[0]) == [
         "step",
         "tokens",
@@ -149,7 +168,9 @@ def test_older_checkpoints_are_complete_and_few(tmp_path):
     assert state(old)["step"] == 14
     assert len((old / "metrics.jsonl").read_text().splitlines()) == 14
     run(tmp_path / "again", pretraining, stop_at=14)
-    assert (old / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert (old / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_best_is_kept_and_validation_logged(tmp_path):
@@ -157,7 +178,13 @@ def test_best_is_kept_and_validation_logged(tmp_path):
     model = tiny_model()
     loss_fn, data = pretraining(model)
     cfg = config(tmp_path, steps=6, eval_every=2)
-    train(model, loss_fn, data.batch_at, cfg, evaluate=lambda m: {"val_loss": next(losses), "val_bits_per_byte": 1.0})
+    train(
+        model,
+        loss_fn,
+        data.batch_at,
+        cfg,
+        evaluate=lambda m: {"val_loss": next(losses), "val_bits_per_byte": 1.0},
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("val_loss") for line in lines] == [None, 3.0, None, 1.0, None, 2.0]
     run(tmp_path / "four", pretraining, tiny_model(), steps=6, stop_at=4)
@@ -186,8 +213,14 @@ def test_resume_needs_a_state_and_auto_does_not(tmp_path):
     ("changes", "message"),
     [
         ({"lr": 0.5}, r"lr was 0\.002, is 0\.5"),
-        ({"optimizer": "adamw", "weight_decay": 0.0}, r"optimizer was muon, is adamw; weight_decay was 0\.1, is 0\.0"),
-        ({"model": tiny_model(num_hidden_layers=1, resid_pdrop=0.1)}, "model was .*num_hidden_layers=2"),
+        (
+            {"optimizer": "adamw", "weight_decay": 0.0},
+            r"optimizer was muon, is adamw; weight_decay was 0\.1, is 0\.0",
+        ),
+        (
+            {"model": tiny_model(num_hidden_layers=1, resid_pdrop=0.1)},
+            "model was .*num_hidden_layers=2",
+        ),
         ({"steps": 1}, "at step 2, beyond the 1 asked for"),
         ({"stage": fine_tuning}, "data was .*, is "),
     ],
@@ -199,7 +232,9 @@ def test_what_would_give_another_model_is_not_resumed(changes, message, tmp_path
     with pytest.raises(UserError, match=message):
         run(tmp_path, **{"stage": pretraining} | changes, resume="yes")
     assert (tmp_path / STATE).read_bytes() == before
-    run(tmp_path, pretraining, resume="yes", micro_batch=1, save_every=3, steps=3)  # these may differ
+    run(
+        tmp_path, pretraining, resume="yes", micro_batch=1, save_every=3, steps=3
+    )  # these may differ
 
 
 def test_the_loop_is_the_loop_written_out(tmp_path):
@@ -208,10 +243,14 @@ def test_the_loop_is_the_loop_written_out(tmp_path):
     In fp64: AdamW makes a step of any gradient, so where one is zero but for rounding, in fp32 two libraries part.
     """
     ours, plain = tiny_model().double(), tiny_model().double()
-    cfg = config(tmp_path, steps=6, optimizer="adamw", lr=3e-3, clip=0.5, schedule="cosine", warmup=2)
+    cfg = config(
+        tmp_path, steps=6, optimizer="adamw", lr=3e-3, clip=0.5, schedule="cosine", warmup=2
+    )
     data = Packed(random_documents(), 32, 4, seed=1)
     train(ours, next_token_loss, data.batch_at, cfg)
-    matrices, vectors = ([p for p in plain.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    matrices, vectors = (
+        [p for p in plain.parameters() if (p.dim() > 1) == wide] for wide in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
     for step, factor in enumerate([0.5, 1.0, 1.0, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]):
@@ -234,7 +273,9 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
     for dtype in ("float32", "bfloat16"):
         model = run(tmp_path / dtype, pretraining, tiny_model(), dtype=dtype, steps=3)
         assert all(p.dtype == torch.float32 for p in model.parameters())
-        losses.append(json.loads((tmp_path / dtype / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+        losses.append(
+            json.loads((tmp_path / dtype / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        )
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
@@ -283,8 +324,13 @@ def test_a_damaged_state_and_a_full_disk_are_said(tmp_path):
     (tmp_path / STATE).write_bytes(whole)
     old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for limit, message in ((100_000, "cannot write .*model.safetensors"), (200_000, "cannot write .*train_state.pt")):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old_limit[1]))  # fails as a full disk does
+    for limit, message in (
+        (100_000, "cannot write .*model.safetensors"),
+        (200_000, "cannot write .*train_state.pt"),
+    ):
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (limit, old_limit[1])
+        )  # fails as a full disk does
         try:
             with pytest.raises(UserError, match=message):
                 run(tmp_path, pretraining, resume="yes")
@@ -318,7 +364,9 @@ SCRIPT = """
 
 def start(out, slow=0.0, *more):
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(out), str(slow), *map(str, more)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(out, step):
@@ -363,7 +411,9 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "resume:" in out
-    assert (broken / "model.safetensors").read_bytes() == (tmp_path / "unbroken/model.safetensors").read_bytes()
+    assert (broken / "model.safetensors").read_bytes() == (
+        tmp_path / "unbroken/model.safetensors"
+    ).read_bytes()
     assert len((broken / "metrics.jsonl").read_text().splitlines()) == 20
 
 
@@ -388,5 +438,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
     process = start(broken)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert (broken / "model.safetensors").read_bytes() == (tmp_path / "unbroken/model.safetensors").read_bytes()
+    assert (broken / "model.safetensors").read_bytes() == (
+        tmp_path / "unbroken/model.safetensors"
+    ).read_bytes()
     assert len((broken / "metrics.jsonl").read_text().splitlines()) == 20

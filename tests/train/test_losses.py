@@ -60,12 +60,17 @@ def test_dpo_loss_by_hand():
 
 
 def preference_pairs(tok, n=4):
-    from nanophi.text.chat import encode_chat
+    from nanophi.tokenizer.chat import encode_chat
 
     def side(question, answer):
-        return encode_chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tok)
+        return encode_chat(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tok
+        )
 
-    return [Pair(side(f"问题{i}？", TEXTS[i % 6]), side(f"问题{i}？", "不知道" * (i + 1))) for i in range(n)]
+    return [
+        Pair(side(f"问题{i}？", TEXTS[i % 6]), side(f"问题{i}？", "不知道" * (i + 1)))
+        for i in range(n)
+    ]
 
 
 def test_answer_logps_sum_over_the_answer_alone(tok):
@@ -84,8 +89,12 @@ def test_answer_logps_hold_one_chunk_of_logits(tok, monkeypatch):
     for chunk in (CHUNK, 7):
         monkeypatch.setattr("nanophi.train.losses.CHUNK", chunk)
         model, computed, kept = tiny_model(), [], []
-        model.lm_head.register_forward_hook(lambda module, rows, logits, seen=computed: seen.append(len(logits)))
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+        model.lm_head.register_forward_hook(
+            lambda module, rows, logits, seen=computed: seen.append(len(logits))
+        )
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x) or x, lambda x: x
+        ):
             logps = answer_logps(model, batch)
         (logps * torch.arange(1.0, 9)).sum().backward()
         assert max(computed) <= chunk
@@ -103,7 +112,9 @@ def test_dpo_starts_at_ln_2_and_reports_rewards(tok):
     loss, count, sums = make_dpo_loss_fn(0.1)(model, data.batch(range(4)))
     assert count == 4
     assert loss.item() / 4 == pytest.approx(math.log(2), abs=1e-6)
-    data.reference += torch.tensor([-2.0, 3.0])  # as if chosen had gained 2 nats and rejected lost 3
+    data.reference += torch.tensor(
+        [-2.0, 3.0]
+    )  # as if chosen had gained 2 nats and rejected lost 3
     _, _, sums = make_dpo_loss_fn(0.1)(model, data.batch(range(4)))
     assert {name: value.item() / 4 for name, value in sums.items()} == pytest.approx(
         {"rewards_chosen": 0.2, "rewards_rejected": -0.3, "margin": 0.5, "accuracy": 1.0}, abs=1e-5
@@ -120,7 +131,9 @@ def test_validation_loss_in_bits_per_byte(tok):
     assert model.training  # as it was: dropout once stayed off after the first validation
     text_bytes = sum(len(tok.decode_bytes([i])) for i in document[1:-1])
     assert result["val_loss"] == pytest.approx(math.log(448), abs=1e-5)
-    assert result["val_bits_per_byte"] == pytest.approx((len(document) - 1) * math.log2(448) / text_bytes, rel=1e-5)
+    assert result["val_bits_per_byte"] == pytest.approx(
+        (len(document) - 1) * math.log2(448) / text_bytes, rel=1e-5
+    )
 
 
 def test_dpo_loss_is_trls(tok, tmp_path):
@@ -138,7 +151,11 @@ def test_dpo_loss_is_trls(tok, tmp_path):
         policy, reference = tiny_model(seed=0), tiny_model(seed=1, spread=0.1)
         tok.save(tmp_path)
         rows = [
-            {"prompt": f"##提问:\n问题{i}？\n##回答:\n", "chosen": TEXTS[i], "rejected": "不知道" * (i + 1)}
+            {
+                "prompt": f"##提问:\n问题{i}？\n##回答:\n",
+                "chosen": TEXTS[i],
+                "rejected": "不知道" * (i + 1),
+            }
             for i in range(4)
         ]
         args = DPOConfig(
@@ -151,17 +168,23 @@ def test_dpo_loss_is_trls(tok, tmp_path):
             eval_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(tmp_path),
         )  # fmt: skip
         theirs = trainer.evaluate()
-    from nanophi.text.chat import encode_chat
+    from nanophi.tokenizer.chat import encode_chat
 
     def side(row, key):
         question = row["prompt"].split("\n")[1]
-        return encode_chat([{"role": "user", "content": question}, {"role": "assistant", "content": row[key]}], tok)
+        return encode_chat(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": row[key]}], tok
+        )
 
     data = Pairs([Pair(side(row, "chosen"), side(row, "rejected")) for row in rows], 4, 0)
     with torch.no_grad():
         data.reference = answer_logps(reference, data.batch(range(4))).view(-1, 2)
         loss, _, sums = make_dpo_loss_fn(0.1)(policy, data.batch(range(4)))
     assert loss.item() / 4 == pytest.approx(theirs["eval_loss"], abs=1e-5)
-    assert sums["rewards_chosen"].item() / 4 == pytest.approx(theirs["eval_rewards/chosen"], abs=1e-5)
-    assert sums["rewards_rejected"].item() / 4 == pytest.approx(theirs["eval_rewards/rejected"], abs=1e-5)
+    assert sums["rewards_chosen"].item() / 4 == pytest.approx(
+        theirs["eval_rewards/chosen"], abs=1e-5
+    )
+    assert sums["rewards_rejected"].item() / 4 == pytest.approx(
+        theirs["eval_rewards/rejected"], abs=1e-5
+    )
     assert sums["accuracy"].item() / 4 == pytest.approx(theirs["eval_rewards/accuracies"])

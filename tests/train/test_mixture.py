@@ -17,7 +17,9 @@ def source(first: int, documents: int, batch_rows: int = 4) -> Packed:
 
 
 def test_weights_are_kept_and_each_source_is_read_in_epochs():
-    mixture = Mixture({"news": source(1000, 30), "poetry": source(5000, 7)}, [0.3, 0.1], batch_rows=4)
+    mixture = Mixture(
+        {"news": source(1000, 30), "poetry": source(5000, 7)}, [0.3, 0.1], batch_rows=4
+    )
     steps = 70
     seen = torch.cat([mixture.batch_at(step).ids[:, 0] for step in range(steps)])
     assert mixture.given(4 * steps).tolist() == [210, 70]
@@ -26,13 +28,18 @@ def test_weights_are_kept_and_each_source_is_read_in_epochs():
         for epoch in range(times):  # each epoch holds every document once
             part = of_it[epoch * documents : (epoch + 1) * documents]
             assert sorted(part.tolist()) == list(range(first, first + documents))
-    assert mixture.epochs(steps) == "news 75.0% of the rows = 7.00 epochs, poetry 25.0% of the rows = 10.00 epochs"
+    assert (
+        mixture.epochs(steps)
+        == "news 75.0% of the rows = 7.00 epochs, poetry 25.0% of the rows = 10.00 epochs"
+    )
     per_step = [(mixture.batch_at(step).ids[:, 0] < 5000).sum().item() for step in range(steps)]
     assert set(per_step) == {3}  # evenly spread
 
 
 def test_a_batch_depends_on_the_step_alone():
-    first, second = (Mixture({"a": source(1000, 9), "b": source(5000, 5)}, [1, 2.5], 4) for _ in range(2))
+    first, second = (
+        Mixture({"a": source(1000, 9), "b": source(5000, 5)}, [1, 2.5], 4) for _ in range(2)
+    )
     later = {step: second.batch_at(step) for step in (40_001, 3, 17)}
     for step, batch in later.items():
         again = first.batch_at(step)

@@ -24,7 +24,9 @@ def test_muon_moves_as_torchs_does(shape):
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
     mine = Muon([ours], lr=0.1, momentum=0.95, weight_decay=0.0)
-    oracle = torch.optim.Muon([theirs], lr=0.1, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    oracle = torch.optim.Muon(
+        [theirs], lr=0.1, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(4):
         before = ours.detach().clone(), theirs.detach().clone()
         ours.grad = torch.randn(shape)
@@ -96,7 +98,9 @@ def test_adafactor_is_that_of_transformers():
     start = [torch.randn(12, 7), torch.randn(9), torch.randn(3, 4, 5)]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
     mine = Adafactor(ours, lr=0.01, weight_decay=0.1)
-    oracle = HFAdafactor(theirs, lr=0.01, weight_decay=0.1, scale_parameter=False, relative_step=False)
+    oracle = HFAdafactor(
+        theirs, lr=0.01, weight_decay=0.1, scale_parameter=False, relative_step=False
+    )
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a) * 3
@@ -120,7 +124,9 @@ def test_every_parameter_has_exactly_one_optimizer(name, count):
             assert all(p.dim() == 1 for p in group["params"])
     assert {group["lr"] for group in groups} == ({1e-3, 5e-4} if name == "muon" else {1e-3})
     if name == "muon":
-        assert len(groups[0]["params"]) == 2 * 6  # q, k, v, dense, fc1, fc2 of both blocks; not embedding and head
+        assert (
+            len(groups[0]["params"]) == 2 * 6
+        )  # q, k, v, dense, fc1, fc2 of both blocks; not embedding and head
 
 
 @given(

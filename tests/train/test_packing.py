@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from nanophi.cli import UserError
 from nanophi.train.packing import IGNORE, Packed, Pair, Pairs, best_fit
 
-DOCUMENTS = [np.arange(100 * i, 100 * i + n) for i, n in enumerate((5, 40, 2, 17, 1, 16, 33, 9), start=1)]
+DOCUMENTS = [
+    np.arange(100 * i, 100 * i + n) for i, n in enumerate((5, 40, 2, 17, 1, 16, 33, 9), start=1)
+]
 
 
 def transitions(batch):
@@ -28,7 +30,12 @@ def expected_transitions(documents):
 def test_all_tokens_once_per_epoch_whatever_the_documents():
     """See test_each_token...: the same for any documents, with and without [BOS]."""
 
-    @given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 12), st.integers(1, 5), st.booleans())
+    @given(
+        st.lists(st.integers(0, 30), min_size=1, max_size=20),
+        st.integers(1, 12),
+        st.integers(1, 5),
+        st.booleans(),
+    )
     def check(lengths, context, batch_rows, bos):
         documents = [np.arange(100 * i, 100 * i + n) for i, n in enumerate(lengths, start=1)]
         with_bos = [np.concatenate([[3], d]) for d in documents] if bos else documents
@@ -37,7 +44,9 @@ def test_all_tokens_once_per_epoch_whatever_the_documents():
             data = Packed(documents, context, batch_rows, seed=0, bos_id=3 if bos else None)
             assert Counter(t for batch in data.in_order() for t in transitions(batch)) == wanted
             assert data.tokens == sum(lengths)
-            assert data.cut_documents == np.mean([len(d) - 1 > context for d in with_bos if len(d) > 1])
+            assert data.cut_documents == np.mean(
+                [len(d) - 1 > context for d in with_bos if len(d) > 1]
+            )
 
     check()
 
@@ -47,7 +56,10 @@ def test_ranks_joined_are_the_step():
     data = Packed(DOCUMENTS, 16, batch_rows=4, seed=0)
     whole = data.batch_at(5)
     for world in (1, 2, 4):
-        parts = [data.batch_at(5).cut(4 * rank // world, 4 * (rank + 1) // world) for rank in range(world)]
+        parts = [
+            data.batch_at(5).cut(4 * rank // world, 4 * (rank + 1) // world)
+            for rank in range(world)
+        ]
         assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
         assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
 
@@ -87,7 +99,9 @@ def test_batches_depend_on_seed_and_step_alone():
     for step, batch in zip((7, 2, 5), later, strict=True):
         assert torch.equal(first.batch_at(step).ids, batch.ids)
     epoch = len(first) // 2
-    assert not torch.equal(first.batch_at(0).ids, first.batch_at(epoch).ids)  # another order each epoch
+    assert not torch.equal(
+        first.batch_at(0).ids, first.batch_at(epoch).ids
+    )  # another order each epoch
     assert not torch.equal(first.batch_at(0).ids, Packed(DOCUMENTS, 16, 2, seed=4).batch_at(0).ids)
 
 
@@ -125,7 +139,9 @@ def test_best_fit_places_each_piece_once_in_the_fullest_row_with_room(lengths):
             slow.append([i])
         else:
             fullest.append(i)
-    assert sorted(sum(lengths[i] for i in row) for row in rows) == sorted(sum(lengths[i] for i in row) for row in slow)
+    assert sorted(sum(lengths[i] for i in row) for row in rows) == sorted(
+        sum(lengths[i] for i in row) for row in slow
+    )
 
 
 def test_pairs_share_a_batch_row_by_row():
@@ -161,5 +177,8 @@ def test_data_id_changes_with_data_and_layout():
     base = Packed(DOCUMENTS, 16, 2, 0).data_id
     assert base == Packed(DOCUMENTS, 16, 2, 0).data_id
     others = [Packed(DOCUMENTS, 8, 2, 0), Packed(DOCUMENTS, 16, 4, 0), Packed(DOCUMENTS, 16, 2, 1)]
-    others += [Packed([*DOCUMENTS[:-1], DOCUMENTS[-1] + 1], 16, 2, 0), Packed(DOCUMENTS, 16, 2, 0, bos_id=3)]
+    others += [
+        Packed([*DOCUMENTS[:-1], DOCUMENTS[-1] + 1], 16, 2, 0),
+        Packed(DOCUMENTS, 16, 2, 0, bos_id=3),
+    ]
     assert len({base, *(other.data_id for other in others)}) == 6

@@ -34,7 +34,10 @@ def test_a_run_is_compared_with_a_band(tmp_path, capsys):
     assert reference["config"] == {"lr": 1e-3}
     assert reference == make_reference(runs)
     assert (tmp_path / "x.png").stat().st_size > 5000
-    good, high = a_run(tmp_path / "good", curve(6.1)), a_run(tmp_path / "high", curve(6.1, slope=0.015))
+    good, high = (
+        a_run(tmp_path / "good", curve(6.1)),
+        a_run(tmp_path / "high", curve(6.1, slope=0.015)),
+    )
     broken = a_run(tmp_path / "broken", [None, *curve(6.1)[1:]])
     main(Config(runs=[good, high, broken], out=str(tmp_path / "y.png"), compare=str(band)))
     said = capsys.readouterr().out

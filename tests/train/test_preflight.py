@@ -41,14 +41,20 @@ def test_memory_is_estimated_and_too_much_refused_with_what_would_fit(monkeypatc
     few, many = (training_bytes(cfg, "muon", rows, 512, False, False) for rows in (1, 8))
     assert 4.2e9 < few < many
     assert training_bytes(cfg, "adamw", 1, 512, False, False) > few
-    half, again = (training_bytes(cfg, "muon", 8, 512, True, recompute) for recompute in (False, True))
+    half, again = (
+        training_bytes(cfg, "muon", 8, 512, True, recompute) for recompute in (False, True)
+    )
     assert many > half > again
     on_a_gpu = training_bytes(cfg, "muon", 8, 512, True, False, device="cuda:0")
     assert on_a_gpu - half == (4096 - 512) * 12 * 32768  # the logits of all tokens
     few_tokens = training_bytes(PhiConfig.preset("phi-2"), "muon", 1, 8, False, False)
-    assert few_tokens == pytest.approx(2779.7e6 * 12.6 + 36 * 2**25, rel=1e-3)  # what Muon iterates with
+    assert few_tokens == pytest.approx(
+        2779.7e6 * 12.6 + 36 * 2**25, rel=1e-3
+    )  # what Muon iterates with
     assert check_memory(cfg, "muon", 1, 512, False, False, "cpu") == few
-    with pytest.raises(UserError, match=r"takes about \d+\.\d GB, 8\.0 GB are free on cpu: try --micro-batch 1 \("):
+    with pytest.raises(
+        UserError, match=r"takes about \d+\.\d GB, 8\.0 GB are free on cpu: try --micro-batch 1 \("
+    ):
         check_memory(cfg, "muon", 64, 512, False, False, "cpu")
     monkeypatch.setattr(preflight, "available_bytes", lambda device: 1_000_000_000)
     with pytest.raises(UserError, match="take a smaller --preset, or --layers and --width"):
@@ -59,13 +65,22 @@ def test_memory_is_estimated_and_too_much_refused_with_what_would_fit(monkeypatc
 
 def test_a_rank_holds_its_part_of_a_sharded_model_and_the_head():
     cfg = PhiConfig.preset("phi2-chinese-0.35b")
-    alone, of_two, of_many = (training_bytes(cfg, "adamw", 1, 512, False, False, shards) for shards in (1, 2, 1000))
+    alone, of_two, of_many = (
+        training_bytes(cfg, "adamw", 1, 512, False, False, shards) for shards in (1, 2, 1000)
+    )
     assert alone > of_two > of_many > 2 * cfg.vocab_size * cfg.hidden_size * 8
 
 
 def test_contradictions_are_told_all_at_once(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    wrong = {"epochs": 2.0, "shard": True, "attention": "varlen", "resume": "yes", "overwrite": True, "dropout": 0.1}
+    wrong = {
+        "epochs": 2.0,
+        "shard": True,
+        "attention": "varlen",
+        "resume": "yes",
+        "overwrite": True,
+        "dropout": 0.1,
+    }
     with pytest.raises(UserError) as raised:
         claim(config(tmp_path, **wrong))
     assert str(raised.value) == (
@@ -77,7 +92,9 @@ def test_contradictions_are_told_all_at_once(tmp_path, monkeypatch):
 
 
 def test_the_batch_is_shown_with_borders_and_mask(tok):
-    documents = [np.array([*tok.encode(text), tok.eos_id]) for text in ("今天天气很好。", "我们去公园。")]
+    documents = [
+        np.array([*tok.encode(text), tok.eos_id]) for text in ("今天天气很好。", "我们去公园。")
+    ]
     data = Packed(documents, 64, 1, seed=0)
     shown = show_batch(data.batch_at(0), tok)
     bare = shown.replace("⟦", "").replace("⟧", "").split("\n\n")
@@ -105,7 +122,9 @@ def test_showing_and_overfitting_leave_nothing(tmp_path, tok, capsys):
     _, data = pretraining(None)
     out = tmp_path / "out"
     train(tiny_model(), next_token_loss, data.batch_at, config(out, show_batch=True), tok=tok)
-    train(tiny_model(), next_token_loss, data.batch_at, config(out, overfit_one_batch=True, lr=1e-2))
+    train(
+        tiny_model(), next_token_loss, data.batch_at, config(out, overfit_one_batch=True, lr=1e-2)
+    )
     assert not out.exists()
     said = capsys.readouterr().out
     assert "┃" in said
@@ -119,7 +138,9 @@ def test_a_loss_that_teaches_nothing_fails_the_self_test(tmp_path):
         loss, count, sums = next_token_loss(model, batch)
         return loss * 0 + count * 5.0, count, sums
 
-    with pytest.raises(UserError, match=r"loss of one batch: 5\.000 at first, 5\.000 after 100 steps, not a tenth"):
+    with pytest.raises(
+        UserError, match=r"loss of one batch: 5\.000 at first, 5\.000 after 100 steps, not a tenth"
+    ):
         train(tiny_model(), deaf, data.batch_at, config(tmp_path, overfit_one_batch=True))
 
 

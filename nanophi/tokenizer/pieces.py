@@ -14,8 +14,8 @@ from pathlib import Path
 
 from nanophi.cli import UserError
 from nanophi.files import replacing, utf8
-from nanophi.text.levels import PieceLevel
-from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanophi.tokenizer.levels import PieceLevel
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 def train_sentencepiece(
@@ -33,8 +33,15 @@ def train_sentencepiece(
             counted += bool(text.strip())
             yield text
 
-    roles = {"pad": 0, "eos": 1, "bos": 3, "unk": 6}  # the original's ids; control symbols fill the places between
-    settings = {f"{role}_id": i for role, i in roles.items()} | {f"{role}_piece": f"[{role.upper()}]" for role in roles}
+    roles = {
+        "pad": 0,
+        "eos": 1,
+        "bos": 3,
+        "unk": 6,
+    }  # the original's ids; control symbols fill the places between
+    settings = {f"{role}_id": i for role, i in roles.items()} | {
+        f"{role}_piece": f"[{role.upper()}]" for role in roles
+    }
     others = [name for name in SPECIAL_TOKENS if name.strip("[]").lower() not in roles]
     model = io.BytesIO()
     try:
@@ -47,7 +54,9 @@ def train_sentencepiece(
     except RuntimeError as error:
         if not counted:
             raise UserError("there is no text to train a tokenizer on") from None
-        raise UserError(f"sentencepiece cannot train with vocab_size {vocab_size}; a larger one may do") from error
+        raise UserError(
+            f"sentencepiece cannot train with vocab_size {vocab_size}; a larger one may do"
+        ) from error
     if model_file is not None:
         with replacing(model_file) as beside:
             Path(beside).write_bytes(model.getvalue())
@@ -59,5 +68,7 @@ def train_sentencepiece(
     for piece in ids:
         if not processor.is_byte(ids[piece]):
             halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-            merges += sorted((ids[left], ids[right]) for left, right in halves if left in ids and right in ids)
+            merges += sorted(
+                (ids[left], ids[right]) for left, right in halves if left in ids and right in ids
+            )
     return Tokenizer(PieceLevel(), list(ids), merges)

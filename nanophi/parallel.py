@@ -43,7 +43,9 @@ def ordered(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterato
                 try:
                     yield under_way.popleft().result()
                 except BrokenProcessPool:
-                    raise UserError("a worker process died, perhaps for want of memory: take fewer --workers") from None
+                    raise UserError(
+                        "a worker process died, perhaps for want of memory: take fewer --workers"
+                    ) from None
                 under_way.extend(pool.submit(_do, item) for item in islice(items, 1))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -56,7 +58,9 @@ def _start(work: Callable) -> None:
     global _work
     _work = work
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone deals with it
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process; the parent alone deals with it
 
 
 def _end_with_parent() -> None:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.text.bpe import train_bpe
-from nanophi.text.ranks import load_ranks
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.ranks import load_ranks
+from nanophi.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 
 

@@ -11,14 +11,14 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from nanophi.cli import UserError
-from nanophi.text import merges as numpy_merges
-from nanophi.text import words as numpy_words
-from nanophi.text.bpe import learn_merges_naive, merge_pair, train_bpe
-from nanophi.text.levels import ByteLevel, CharLevel
-from nanophi.text.merges import Trainer
-from nanophi.text.table import Table
-from nanophi.text.tokenizer import SPECIAL_TOKENS
-from nanophi.text.words import WordCounter, count_words
+from nanophi.tokenizer.bpe import learn_merges_naive, merge_pair, train_bpe
+from nanophi.tokenizer.fast import merges as numpy_merges
+from nanophi.tokenizer.fast import words as numpy_words
+from nanophi.tokenizer.fast.merges import Trainer
+from nanophi.tokenizer.fast.table import Table
+from nanophi.tokenizer.fast.words import WordCounter, count_words
+from nanophi.tokenizer.levels import ByteLevel, CharLevel
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS
 from tests.conftest import TEXTS
 
 
@@ -55,7 +55,9 @@ def test_random_texts_give_the_merges_of_hf(texts):
     assert ours["merges"] == hf_model(texts, 290, 2)["merges"]
 
 
-words = st.dictionaries(st.text("abcd", min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=12)
+words = st.dictionaries(
+    st.text("abcd", min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=12
+)
 
 
 @pytest.mark.parametrize("positions", [1, 4, 16_384])
@@ -66,7 +68,9 @@ words = st.dictionaries(st.text("abcd", min_size=1, max_size=12), st.integers(1,
 def test_numpy_equals_naive(words, min_frequency, floor, positions, few_symbols):
     """Whatever a batch may hold, wherever the floor begins, and by both ways to build the index."""
     naive = {tuple("abcd".index(char) for char in word): count for word, count in words.items()}
-    counted = count_words([word for word, count in words.items() for _ in range(count)], CharLevel())
+    counted = count_words(
+        [word for word, count in words.items() for _ in range(count)], CharLevel()
+    )
     slots, weights = counted.lay_out({symbol: i for i, symbol in enumerate("abcd")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_merges, "BATCH_POSITIONS", positions)
@@ -95,7 +99,9 @@ def test_words_are_counted_exactly_whatever_the_hash(level, different_hashes, te
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_words, "BLOCK_CHARACTERS", 30)
         if different_hashes < 2**64:
-            patch.setattr(numpy_words, "keys_of", lambda *where: true_keys(*where) % few | np.uint64(1 << 63))
+            patch.setattr(
+                numpy_words, "keys_of", lambda *where: true_keys(*where) % few | np.uint64(1 << 63)
+            )
         expected = Counter(word for text in texts for word in level.words(level.normalized(text)))
         assert words_of(count_words(texts, level)) == expected
 

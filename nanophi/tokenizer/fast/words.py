@@ -11,11 +11,11 @@ from itertools import pairwise
 import numpy as np
 
 from nanophi.files import utf8
-from nanophi.text.levels import Level
-from nanophi.text.merges import GAP, WEIGHT_SHIFT
-from nanophi.text.parallel import batches
-from nanophi.text.splits import BREAK
-from nanophi.text.table import Table, spread
+from nanophi.parallel import batches
+from nanophi.tokenizer.fast.merges import GAP, WEIGHT_SHIFT
+from nanophi.tokenizer.fast.table import Table, spread
+from nanophi.tokenizer.levels import Level
+from nanophi.tokenizer.splits import BREAK
 
 BLOCK_CHARACTERS = 1 << 20  # counted, or encoded, together
 WORDS_AT_ONCE = 1 << 19  # laid out together: bounds what exists twice
@@ -38,7 +38,9 @@ def keys_of(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarr
         sums = np.zeros(n + 1, np.uint64)
         np.cumsum(_random_of_codes().take(codes) * powers[:n], out=sums[1:])
         begins, ends = begins[long], ends[long]
-        keys[long] = (sums.take(ends) - sums.take(begins)) * inverses.take(begins) | np.uint64(1 << 63)
+        keys[long] = (sums.take(ends) - sums.take(begins)) * inverses.take(begins) | np.uint64(
+            1 << 63
+        )
     return keys
 
 
@@ -73,7 +75,9 @@ class WordStore:
 
     def __init__(self):
         self.table = Table(np.uint64)
-        self.codes = np.zeros(1 << 16, np.uint32)  # of all words, one behind the other, with room to grow
+        self.codes = np.zeros(
+            1 << 16, np.uint32
+        )  # of all words, one behind the other, with room to grow
         self.begins, self.lengths = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self.used = 0
 
@@ -94,7 +98,9 @@ class WordStore:
         hashed = np.flatnonzero(keys >= np.uint64(1 << 63))
         same = lengths[hashed] == self.lengths.take(rows[hashed])
         some = hashed[same]
-        same[same] = same_words(codes, begins[some], self.codes, self.begins.take(rows[some]), lengths[some])
+        same[same] = same_words(
+            codes, begins[some], self.codes, self.begins.take(rows[some]), lengths[some]
+        )
         if len(apart := hashed[~same]):
             rows[apart] = np.arange(len(self), len(self) + len(apart))
             self._enter(codes, begins[apart], lengths[apart])

@@ -11,8 +11,8 @@ import binascii
 from pathlib import Path
 
 from nanophi.cli import UserError
-from nanophi.text.levels import BYTE_TO_CHAR, level_named
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.levels import BYTE_TO_CHAR, level_named
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
@@ -27,7 +27,9 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             raise UserError(f"{path}, line {number}: not a token in base64 and its rank") from None
         if token in ranks or rank in taken or not 0 <= rank < 2**31:
-            raise UserError(f"{path}, line {number}: the token or its rank {rank} stands there twice, or is no rank")
+            raise UserError(
+                f"{path}, line {number}: the token or its rank {rank} stands there twice, or is no rank"
+            )
         ranks[token] = rank
         taken.add(rank)
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
@@ -47,7 +49,9 @@ def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def load_ranks(path: str | Path, split: str = "gpt2", specials: dict[str, int] | None = None) -> Tokenizer:
+def load_ranks(
+    path: str | Path, split: str = "gpt2", specials: dict[str, int] | None = None
+) -> Tokenizer:
     """The tokenizer of a rank file. split: how its texts become words; specials: {text: id} of special tokens."""
     ranks = read_ranks(path)
     if clash := [text for text, i in (specials or {}).items() if i in ranks.values()]:
@@ -58,7 +62,9 @@ def load_ranks(path: str | Path, split: str = "gpt2", specials: dict[str, int] |
         if len(token) > 1:
             parts = parts_of(token, ranks)
             if len(parts) != 2:
-                raise UserError(f"{path}: the token of rank {rank} is not made of two tokens before it")
+                raise UserError(
+                    f"{path}: the token of rank {rank} is not made of two tokens before it"
+                )
             merges.append((ranks[parts[0]], ranks[parts[1]]))
     vocab = {spell[token]: rank for token, rank in ranks.items()}
     return Tokenizer.of_parts(

@@ -10,7 +10,9 @@ import numpy as np
 
 ALONE = r"\p{P}$+<=>\^`|~\p{N}"  # at char level: punctuation and digits
 OTHER, LETTER, NUMBER, SPACE, END = range(5)
-BREAK = 0xDCFF  # half a surrogate pair, which no text holds: put between texts, it is a word of its own
+BREAK = (
+    0xDCFF  # half a surrogate pair, which no text holds: put between texts, it is a word of its own
+)
 
 
 @cache
@@ -52,7 +54,9 @@ def contraction_lengths(codes: np.ndarray, quotes: np.ndarray, any_case: bool) -
     padded = np.append(codes, (0, 0))
     first, second = padded.take(quotes + 1), padded.take(quotes + 2)
     if any_case:
-        first, second = (np.where((c >= ord("A")) & (c <= ord("Z")), c + 32, c) for c in (first, second))
+        first, second = (
+            np.where((c >= ord("A")) & (c <= ord("Z")), c + 32, c) for c in (first, second)
+        )
         first = np.where(first == ord("ſ"), ord("s"), first)  # the old long s
     long = np.zeros(len(quotes), bool)
     for a, b in ("re", "ve", "ll"):
@@ -100,7 +104,9 @@ def qwen2_starts(codes: np.ndarray) -> np.ndarray:
     starts[(final + 1)[final + 1 < n]] = True
     last = np.flatnonzero((kinds == SPACE) & ~newline & (after != SPACE) & (after != END))
     starts[last] = True
-    joins = (after.take(last) == LETTER) | ((after.take(last) == OTHER) & (codes.take(last) == ord(" ")))
+    joins = (after.take(last) == LETTER) | (
+        (after.take(last) == OTHER) & (codes.take(last) == ord(" "))
+    )
     starts[last[joins] + 1] = False
     # A single mark before letters belongs to them, but a contraction comes first.
     single = np.flatnonzero((kinds == OTHER) & starts & (before != OTHER) & (after == LETTER))

@@ -12,13 +12,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from nanophi.text.splits import BREAK
-from nanophi.text.table import Table, spread
-from nanophi.text.words import WordStore, codes_of
+from nanophi.tokenizer.fast.table import Table, spread
+from nanophi.tokenizer.fast.words import WordStore, codes_of
+from nanophi.tokenizer.splits import BREAK
 
 MOST_PARTS = 2_000_000  # remembered; some 200 MB. Beyond it the memory starts afresh
 LONGEST_IN_ROUNDS = 64  # characters; each round merges one pair of every part
-SIEVE_BITS = 21  # of the hashed sets of character pairs and triples; a false hit only makes a part longer
+SIEVE_BITS = (
+    21  # of the hashed sets of character pairs and triples; a false hit only makes a part longer
+)
 
 
 def _places(*characters: np.ndarray) -> np.ndarray:
@@ -34,7 +36,9 @@ def outer_bytes() -> tuple[np.ndarray, np.ndarray]:
     """The first and the last byte of each code point's UTF-8: (0x110000,) uint8 each."""
     c = np.arange(0x110000)
     first = np.where(
-        c < 0x80, c, np.where(c < 0x800, 0xC0 | c >> 6, np.where(c < 0x10000, 0xE0 | c >> 12, 0xF0 | c >> 18))
+        c < 0x80,
+        c,
+        np.where(c < 0x800, 0xC0 | c >> 6, np.where(c < 0x10000, 0xE0 | c >> 12, 0xF0 | c >> 18)),
     )
     return first.astype(np.uint8), np.where(c < 0x80, c, 0x80 | c & 0x3F).astype(np.uint8)
 
@@ -45,7 +49,9 @@ class BatchEncoder:
     def __init__(self, tok):
         self.tok = tok
         self.pairs, self.triples = np.zeros(1 << SIEVE_BITS, bool), np.zeros(1 << SIEVE_BITS, bool)
-        self.torn = np.zeros((256, 256), bool)  # bytes on both sides of a border inside a token that tears a character
+        self.torn = np.zeros(
+            (256, 256), bool
+        )  # bytes on both sides of a border inside a token that tears a character
         pairs, triples = [], []
         for token in tok.id_to_bytes.values():
             try:
@@ -75,7 +81,9 @@ class BatchEncoder:
 
     def _forget(self) -> None:
         self.store = WordStore()
-        self.ids = np.zeros(1 << 16, np.int32)  # of all parts, one behind the other, with room to grow
+        self.ids = np.zeros(
+            1 << 16, np.int32
+        )  # of all parts, one behind the other, with room to grow
         self.used = 0
         self.offsets, self.sizes = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
@@ -145,7 +153,9 @@ class BatchEncoder:
             done.append((np.array([part]), np.array([len(ids)]), ids))
         order, sizes, found = (np.concatenate(column) for column in zip(*done, strict=True))
         if self.used + len(found) > len(self.ids):
-            self.ids = np.append(self.ids[: self.used], np.zeros(self.used + 2 * len(found), np.int32))
+            self.ids = np.append(
+                self.ids[: self.used], np.zeros(self.used + 2 * len(found), np.int32)
+            )
         self.ids[self.used : self.used + len(found)] = found
         back = np.argsort(order)
         self.offsets = np.append(self.offsets, self.used + (np.cumsum(sizes) - sizes)[back])
@@ -162,7 +172,9 @@ class BatchEncoder:
         finished = []
         while len(parts):
             begins = np.cumsum(sizes) - sizes
-            ranks = self.ranks.find(tokens[:-1].astype(np.uint64) << np.uint64(32) | tokens[1:].astype(np.uint64))
+            ranks = self.ranks.find(
+                tokens[:-1].astype(np.uint64) << np.uint64(32) | tokens[1:].astype(np.uint64)
+            )
             ranks = np.append(np.where(ranks < 0, never, ranks), never)
             ranks[begins[1:] - 1] = never  # a part's last token has no right neighbour in it
             best = np.minimum.reduceat(ranks, begins)
@@ -173,7 +185,9 @@ class BatchEncoder:
             tokens, ranks = tokens[~owned], ranks[~owned]
             owner = np.repeat(np.arange(len(parts)), sizes)
             at = np.flatnonzero(ranks == best.take(owner))
-            at = at[np.append(True, np.diff(owner.take(at)) != 0)[: len(at)]]  # the leftmost of each part
+            at = at[
+                np.append(True, np.diff(owner.take(at)) != 0)[: len(at)]
+            ]  # the leftmost of each part
             tokens[at] = self.merged.take(ranks.take(at))
             keep = np.ones(len(tokens), bool)
             keep[at + 1] = False

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.text.chat import chat_prompt, encode_chat
+from nanophi.tokenizer.chat import chat_prompt, encode_chat
 
 
 def turns(*texts):
@@ -32,8 +32,12 @@ def test_training_and_inference_share_the_prompt(tok, question, answer):
 def test_several_turns_follow_eos_directly(tok):
     first, second = turns("一？", "壹。"), turns("二？", "贰。")
     joined = encode_chat(first + second, tok)
-    assert joined == tuple(a + b for a, b in zip(encode_chat(first, tok), encode_chat(second, tok), strict=True))
-    assert chat_prompt(first + second[:1], tok) == encode_chat(first, tok)[0] + chat_prompt("二？", tok)
+    assert joined == tuple(
+        a + b for a, b in zip(encode_chat(first, tok), encode_chat(second, tok), strict=True)
+    )
+    assert chat_prompt(first + second[:1], tok) == encode_chat(first, tok)[0] + chat_prompt(
+        "二？", tok
+    )
 
 
 def test_a_typed_eos_is_text(tok):

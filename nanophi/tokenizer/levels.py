@@ -18,16 +18,14 @@ import numpy as np
 
 from nanophi.cli import UserError
 from nanophi.files import utf8
-from nanophi.text.splits import ALONE, BREAK, changes, char_starts, gpt2_starts, qwen2_starts
+from nanophi.tokenizer.splits import ALONE, BREAK, changes, char_starts, gpt2_starts, qwen2_starts
 
 # GPT-2's split (Radford et al. 2019): contractions, words, numbers and symbols each with the space before, white space.
 # Chinese has no spaces, so a whole clause between two punctuation marks is one pre-token.
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Qwen2's: digits one by one, line breaks with the punctuation before them, one mark or blank with letters behind it.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"gpt2": (GPT2_SPLIT, gpt2_starts), "qwen2": (QWEN2_SPLIT, qwen2_starts)}
 
 # HF's Punctuation, Digits(individual_digits=True) and Metaspace(prepend_scheme="never") in one pattern. Its Unicode
@@ -37,14 +35,20 @@ CHAR_SPLIT = rf"[{ALONE}]|▁?[^{ALONE}▁]+|▁"
 
 def byte_characters() -> list[str]:
     """GPT-2's stand-in character of each byte value: itself where printable in Latin-1, else one from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     spare = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
 BYTE_TO_CHAR = byte_characters()
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
-BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # the usual spelling of a byte beside characters
+BYTE_TOKENS = [
+    f"<0x{byte:02X}>" for byte in range(256)
+]  # the usual spelling of a byte beside characters
 
 
 class ByteLevel:
@@ -93,14 +97,27 @@ class ByteLevel:
 
     def settings(self) -> dict:
         """The level's entries in tokenizer.json."""
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
         splits = byte_level
         if self.split != "gpt2":  # which ByteLevel itself has
             pattern = {"Regex": SPLITS[self.split][0]}
             first = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-            splits = {"type": "Sequence", "pretokenizers": [first, byte_level | {"use_regex": False}]}
+            splits = {
+                "type": "Sequence",
+                "pretokenizers": [first, byte_level | {"use_regex": False}],
+            }
         normalizer = {"type": "NFC"} if self.nfc else None
-        return {"normalizer": normalizer, "pre_tokenizer": splits, "post_processor": None, "decoder": byte_level}
+        return {
+            "normalizer": normalizer,
+            "pre_tokenizer": splits,
+            "post_processor": None,
+            "decoder": byte_level,
+        }
 
 
 class CharLevel:
@@ -149,7 +166,10 @@ class CharLevel:
 
     def settings(self) -> dict:
         space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}
-        alone = [{"type": "Punctuation", "behavior": "Isolated"}, {"type": "Digits", "individual_digits": True}]
+        alone = [
+            {"type": "Punctuation", "behavior": "Isolated"},
+            {"type": "Digits", "individual_digits": True},
+        ]
         whole = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}]}
         return {
             "normalizer": {"type": "NFKC"},
@@ -199,7 +219,9 @@ def level_named(name: str, byte_fallback: bool = False, split: str = "gpt2") -> 
     if name == "char":
         return CharLevel(byte_fallback)
     if byte_fallback:
-        raise UserError("byte fallback is for the level 'char'; the level 'byte' knows every byte anyway")
+        raise UserError(
+            "byte fallback is for the level 'char'; the level 'byte' knows every byte anyway"
+        )
     return ByteLevel(split)
 
 
@@ -232,9 +254,14 @@ def misshapen(data) -> str | None:
     if not isinstance(merges, list):
         return "model.merges is no list of pairs"
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs):
+    if not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
+        for pair in pairs
+    ):
         return "model.merges is no list of pairs"
-    return "a merge stands twice in model.merges" if len(set(map(tuple, pairs))) < len(pairs) else None
+    return (
+        "a merge stands twice in model.merges" if len(set(map(tuple, pairs))) < len(pairs) else None
+    )
 
 
 def _is_id(value) -> bool:
@@ -250,33 +277,68 @@ def _split_of(splits: dict) -> str | None:
     if len(parts) == 1:
         return "gpt2" if last.get("use_regex", True) else None
     first = parts[0]
-    if len(parts) > 2 or first.get("type") != "Split" or first.get("behavior") != "Isolated" or first.get("invert"):
+    if (
+        len(parts) > 2
+        or first.get("type") != "Split"
+        or first.get("behavior") != "Isolated"
+        or first.get("invert")
+    ):
         return None
     patterns = {pattern: name for name, (pattern, _) in SPLITS.items()}
-    return None if last.get("use_regex", True) else patterns.get(first.get("pattern", {}).get("Regex"))
+    return (
+        None if last.get("use_regex", True) else patterns.get(first.get("pattern", {}).get("Regex"))
+    )
 
 
 def level_of(data: dict, path: Path) -> Level:
     """The level of a tokenizer.json. Other settings would load and give other ids, so they are refused."""
-    splits, model, normalizer = data.get("pre_tokenizer") or {}, data.get("model") or {}, data.get("normalizer")
-    flags = [token.get(name) for token in data.get("added_tokens", []) for name in ("lstrip", "rstrip", "single_word")]
+    splits, model, normalizer = (
+        data.get("pre_tokenizer") or {},
+        data.get("model") or {},
+        data.get("normalizer"),
+    )
+    flags = [
+        token.get(name)
+        for token in data.get("added_tokens", [])
+        for name in ("lstrip", "rstrip", "single_word")
+    ]
     kinds = [part.get("type") for part in splits.get("pretokenizers", [splits])]
     split = _split_of(splits)
-    level = ByteLevel(split or "gpt2", nfc=bool(normalizer)) if "ByteLevel" in kinds else CharLevel()
+    level = (
+        ByteLevel(split or "gpt2", nfc=bool(normalizer)) if "ByteLevel" in kinds else CharLevel()
+    )
     if level.name == "char":
         level = CharLevel(bool(model.get("byte_fallback")))
         if not splits and level.byte_fallback:
             level = PieceLevel()
-    known = model.get("type") == "BPE" and (level.name == "byte" or model.get("unk_token") == "[UNK]")
-    same_split = split is not None if level.name == "byte" else splits == (level.settings()["pre_tokenizer"] or {})
+    known = model.get("type") == "BPE" and (
+        level.name == "byte" or model.get("unk_token") == "[UNK]"
+    )
+    same_split = (
+        split is not None
+        if level.name == "byte"
+        else splits == (level.settings()["pre_tokenizer"] or {})
+    )
     post = (data.get("post_processor") or {}).get("type")
     other = [name for name in ("truncation", "padding") if data.get(name)]
-    other += [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
-    other += ["fuse_unk"] if level.name == "char" and model.get("fuse_unk") and not level.byte_fallback else []
+    other += [
+        name
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        if model.get(name)
+    ]
+    other += (
+        ["fuse_unk"]
+        if level.name == "char" and model.get("fuse_unk") and not level.byte_fallback
+        else []
+    )
     other += ["ignore_merges"] if model.get("ignore_merges") else []
     if level.name == "char":
         tokens = data.get("added_tokens", [])
-        other += ["normalized"] if any(t.get("normalized", True) == t.get("special") for t in tokens) else []
+        other += (
+            ["normalized"]
+            if any(t.get("normalized", True) == t.get("special") for t in tokens)
+            else []
+        )
     for right, what in (
         (known, f"a model {model.get('type')} with pre_tokenizer {'+'.join(map(str, kinds))} is not read; "
                 "byte-level BPE, and char-level BPE with [UNK], are"),

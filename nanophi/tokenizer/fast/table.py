@@ -36,7 +36,10 @@ class Table:
         """Enter keys that are all different and not there yet."""
         if 2 * (self.size + len(keys)) > len(self.rows):
             used = self.rows >= 0
-            keys, rows = np.concatenate((self.keys[used], keys)), np.concatenate((self.rows[used], rows))
+            keys, rows = (
+                np.concatenate((self.keys[used], keys)),
+                np.concatenate((self.rows[used], rows)),
+            )
             bits = self.bits
             while 2 * len(keys) > 1 << bits:
                 bits += 1
@@ -45,7 +48,10 @@ class Table:
         at = self._home(keys)
         while len(keys):
             free = np.flatnonzero(self.rows.take(at) < 0)
-            self.rows[at[free]], self.keys[at[free]] = rows[free], keys[free]  # of several to one place the last stays
+            self.rows[at[free]], self.keys[at[free]] = (
+                rows[free],
+                keys[free],
+            )  # of several to one place the last stays
             lost = self.rows.take(at) != rows
             keys, rows, at = keys[lost], rows[lost], (at[lost] + 1) & (len(self.rows) - 1)
 

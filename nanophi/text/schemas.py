@@ -9,8 +9,6 @@
 Nothing here reads or writes: `formats.py` does, and `corpus.read_rows` joins the two.
 """
 
-import hashlib
-
 from nanophi.cli import UserError
 from nanophi.files import utf8
 
@@ -19,12 +17,6 @@ ASKED = ("instruction", "input", "prompt")
 LEARNED = ("text", "output", "response", "chosen", "rejected")
 TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-
-
-def in_share(content: str, share: float, seed: str = "") -> bool:
-    """Whether a row belongs to a share of all rows: depends on its content and the seed, not on its place."""
-    digest = hashlib.blake2b(f"{seed}{content}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
 
 
 def checked(row, field: str | None = None) -> dict:
@@ -46,7 +38,9 @@ def checked(row, field: str | None = None) -> dict:
             for turn in turns:
                 who, what = _turn_keys(turn) if isinstance(turn, dict) else (None, None)
                 if who is None or not (isinstance(turn[who], str) and isinstance(turn[what], str)):
-                    raise UserError(f"{key!r} should be a list of objects with role and content, as strings")
+                    raise UserError(
+                        f"{key!r} should be a list of objects with role and content, as strings"
+                    )
                 utf8(turn[what])
     return row
 
@@ -60,7 +54,9 @@ def as_document(row: dict, field: str | None = None) -> dict:
     """The row with what it calls its text under "text": the key `field`, or the parts of a Baike entry."""
     if field is not None:
         if row.get(field) is None:
-            raise UserError(f"has no {field!r}, only {', '.join(map(str, row)) or 'nothing'}; --field names the text")
+            raise UserError(
+                f"has no {field!r}, only {', '.join(map(str, row)) or 'nothing'}; --field names the text"
+            )
         return {key: value for key, value in row.items() if key != field} | {"text": row[field]}
     others = any(key in row for key in ("content", *TURNS, *ASKED, *LEARNED))
     if others or not ("sections" in row or "summary" in row):
@@ -68,7 +64,11 @@ def as_document(row: dict, field: str | None = None) -> dict:
     sections = row.get("sections") or []
     if not isinstance(sections, list) or not all(isinstance(section, dict) for section in sections):
         raise UserError("'sections' should be a list of objects with title and content")
-    parts = [row.get("title"), row.get("summary"), *(s.get(k) for s in sections for k in ("title", "content"))]
+    parts = [
+        row.get("title"),
+        row.get("summary"),
+        *(s.get(k) for s in sections for k in ("title", "content")),
+    ]
     if not all(isinstance(part, str | None) for part in parts):
         raise UserError("title, summary and the parts of sections should be strings")
     rest = {key: value for key, value in row.items() if key not in ("summary", "sections")}
@@ -104,11 +104,17 @@ def messages_of(row: dict) -> list[dict]:
     for key in TURNS:
         if key in row:
             named = [(turn, *_turn_keys(turn)) for turn in row[key]]
-            return [{"role": ROLES.get(turn[who], turn[who]), "content": turn[what]} for turn, who, what in named]
+            return [
+                {"role": ROLES.get(turn[who], turn[who]), "content": turn[what]}
+                for turn, who, what in named
+            ]
     for question, answer in (("instruction", "output"), ("prompt", "response")):
         if question in row and answer in row:
             asked = row[question] + ("\n" + row["input"] if row.get("input") else "")
-            return [{"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
+            return [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": row[answer]},
+            ]
     raise UserError(
         f"a row with the keys {', '.join(row) or 'none'} is no conversation and no text; expected instruction and "
         "output, prompt and response, messages, or conversations; or text"
@@ -119,5 +125,7 @@ def preference_of(row: dict) -> tuple[str, str, str]:
     """{"prompt", "chosen", "rejected"} -> the three."""
     keys = ("prompt", "chosen", "rejected")
     if missing := [key for key in keys if key not in row]:
-        raise UserError(f"a preference pair needs {', '.join(missing)} too; this row has {', '.join(row) or 'no keys'}")
+        raise UserError(
+            f"a preference pair needs {', '.join(missing)} too; this row has {', '.join(row) or 'no keys'}"
+        )
     return tuple(row[key] for key in keys)

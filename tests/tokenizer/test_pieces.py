@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 
 import train_tokenizer
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 
 
@@ -15,9 +15,13 @@ from tests.conftest import TEXTS
 def trained(tmp_path_factory):
     """Its directory, written by the command, and what ours and HF read from it."""
     out = tmp_path_factory.mktemp("pieces")
-    (out / "text.txt").write_text("\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8")
+    (out / "text.txt").write_text(
+        "\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8"
+    )
     config = {"trainer": "sentencepiece", "vocab_size": 500, "report": False}
-    train_tokenizer.main(train_tokenizer.Config(input=[str(out / "text.txt")], out=str(out), **config))
+    train_tokenizer.main(
+        train_tokenizer.Config(input=[str(out / "text.txt")], out=str(out), **config)
+    )
     return out, Tokenizer.load(out), HFTokenizer.from_file(str(out / "tokenizer.json"))
 
 
@@ -40,7 +44,7 @@ def test_sentencepiece_itself_gives_the_same_ids(trained):
 def test_batches_and_auto_tokenizer(trained, monkeypatch):
     from transformers import AutoTokenizer
 
-    from nanophi.text import tokenizer
+    from nanophi.tokenizer import tokenizer
 
     out, tok, _ = trained
     monkeypatch.setattr(tokenizer, "FEW_CHARACTERS", 0)

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from nanophi.cli import UserError
-from nanophi.text.bpe import train_bpe
-from nanophi.text.chat import chat_prompt
-from nanophi.text.levels import BYTE_TOKENS
-from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.chat import chat_prompt
+from nanophi.tokenizer.levels import BYTE_TOKENS
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.conftest import TEXTS
 
 # Characters assigned in Unicode 3.2: newer ones are split as each library's Unicode tables have it. U+166D has moved
@@ -41,7 +41,10 @@ def hf_trained(texts, vocab_size, min_frequency=2, byte_fallback=False) -> HFTok
     hf = hf_char_level(byte_fallback)
     specials = [*SPECIAL_TOKENS, *(BYTE_TOKENS if byte_fallback else ())]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=specials, show_progress=False
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=specials,
+        show_progress=False,
     )
     hf.train_from_iterator(texts, trainer)
     return hf
@@ -130,7 +133,9 @@ def test_added_tokens_are_found_in_normalized_text(both, tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="vocab_size 50 is too small: the special tokens and the characters of this"):
+    with pytest.raises(
+        UserError, match="vocab_size 50 is too small: the special tokens and the characters of this"
+    ):
         train_bpe(TEXTS, 50, level="char")
     with pytest.raises(UserError, match="level 'word'"):
         train_bpe(TEXTS, 300, level="word")
@@ -139,7 +144,9 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="byte fallback is for the level 'char'"):
         train_bpe(TEXTS, 300, byte_fallback=True)
     hf = hf_trained(TEXTS, 500)
-    hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()])
+    hf.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]
+    )
     hf.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="splits otherwise than gpt2, qwen2, or the char level"):
         Tokenizer.load(tmp_path)

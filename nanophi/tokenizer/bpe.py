@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from nanophi.cli import UserError
-from nanophi.text.levels import level_named
-from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanophi.tokenizer.levels import level_named
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Pair = tuple[int, int]
 
@@ -32,7 +32,9 @@ def merge_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
     return merged
 
 
-def learn_merges_naive(words: dict[tuple[int, ...], int], first_new: int, limit: int, min_frequency: int) -> list[Pair]:
+def learn_merges_naive(
+    words: dict[tuple[int, ...], int], first_new: int, limit: int, min_frequency: int
+) -> list[Pair]:
     """The rule as it is said: count every pair anew before each merge. O(merges x corpus)."""
     corpus = [(list(word), count) for word, count in words.items()]
     merges = []
@@ -65,14 +67,18 @@ def train_bpe(
     def first_merge_id(alphabet: list[str], what: str) -> int:
         smallest = first + len(alphabet)
         if vocab_size < smallest:
-            raise UserError(f"vocab_size {vocab_size} is too small: the special tokens and the {what} are {smallest}")
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: the special tokens and the {what} are {smallest}"
+            )
         return smallest
 
-    from nanophi.text.merges import LARGEST_VOCABULARY, Trainer
-    from nanophi.text.words import count_words
+    from nanophi.tokenizer.fast.merges import LARGEST_VOCABULARY, Trainer
+    from nanophi.tokenizer.fast.words import count_words
 
     if vocab_size > LARGEST_VOCABULARY:
-        raise UserError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST_VOCABULARY:,} are trained here")
+        raise UserError(
+            f"vocab_size {vocab_size:,} is too large: at most {LARGEST_VOCABULARY:,} are trained here"
+        )
     first_merge_id(chosen.alphabet(()), "bytes")  # before the texts are read
     counted = count_words(texts, chosen)
     if not len(counted.counts):

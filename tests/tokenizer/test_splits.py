@@ -10,16 +10,20 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from nanophi.text.bpe import train_bpe
-from nanophi.text.levels import QWEN2_SPLIT, ByteLevel, CharLevel
-from nanophi.text.splits import BREAK
-from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.levels import QWEN2_SPLIT, ByteLevel, CharLevel
+from nanophi.tokenizer.splits import BREAK
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.conftest import TEXTS
 
-texts = st.text() | st.text(st.sampled_from("a's'lt're ve\n\r\t  ，。1２é\u3000’SsL\x85感冒😀ſ"), max_size=30)
+texts = st.text() | st.text(
+    st.sampled_from("a's'lt're ve\n\r\t  ，。1２é\u3000’SsL\x85感冒😀ſ"), max_size=30
+)
 
 
-@pytest.mark.parametrize("level", [ByteLevel(), ByteLevel("qwen2"), CharLevel()], ids=["gpt2", "qwen2", "char"])
+@pytest.mark.parametrize(
+    "level", [ByteLevel(), ByteLevel("qwen2"), CharLevel()], ids=["gpt2", "qwen2", "char"]
+)
 @given(parts=st.lists(texts, min_size=1, max_size=3))
 @example(parts=["", "'s"])  # an apostrophe behind a border was once taken for the middle of a run
 @example(parts=["a  ", " b"])
@@ -73,7 +77,12 @@ def test_a_file_in_qwens_own_form_is_read(qwen2, tmp_path):
     """With NFC, ByteLevel as post-processor, merges as strings, and tokens that are added but not special."""
     data = qwen2.to_dict()
     data["normalizer"] = {"type": "NFC"}
-    data["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    data["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
     data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
     extra = {"id": 500, "content": "<tool>", "special": False, "normalized": False}
     data["added_tokens"].append(data["added_tokens"][0] | extra)

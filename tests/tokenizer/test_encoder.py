@@ -6,16 +6,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.text import encoder, tokenizer, words
-from nanophi.text.bpe import train_bpe
-from nanophi.text.tokenizer import Tokenizer
+from nanophi.tokenizer import tokenizer
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.fast import encoder, words
+from nanophi.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 
 LEVELS = {
     "gpt2": {}, "qwen2": {"split": "qwen2"}, "char": {"level": "char"},
     "char with bytes": {"level": "char", "byte_fallback": True},
 }  # fmt: skip
-soup = st.text(st.sampled_from("感冒了要多喝水，。？望明月\n\t  a'st1[EOS]😀鱻\u200bé哈"), max_size=40)
+soup = st.text(
+    st.sampled_from("感冒了要多喝水，。？望明月\n\t  a'st1[EOS]😀鱻\u200bé哈"), max_size=40
+)
 texts = st.lists(st.text() | soup | st.sampled_from(TEXTS), max_size=6)
 
 
@@ -37,7 +40,9 @@ def tok(request) -> Tokenizer:
 @example(texts=["感冒" * 100, "哈" * 1000, "鱻" * 70 + "哈哈"])
 def test_batches_give_the_ids_of_single_texts(tok, texts):
     assert tok.encode_batch(texts) == [tok.encode(text) for text in texts]
-    assert tok.encode_batch(texts, specials=True) == [tok.encode(text, specials=True) for text in texts]
+    assert tok.encode_batch(texts, specials=True) == [
+        tok.encode(text, specials=True) for text in texts
+    ]
 
 
 @given(texts=texts)
@@ -79,7 +84,9 @@ def test_specials_are_sought_in_the_text_as_it_stands():
     tok.specials.add("[MY TOK]")
     tok._index()
     texts = ["感冒 [MY TOK] 了", "［EOS］"]
-    assert tok.encode_batch(texts, specials=True) == [tok.encode(text, specials=True) for text in texts]
+    assert tok.encode_batch(texts, specials=True) == [
+        tok.encode(text, specials=True) for text in texts
+    ]
     assert tok.special_id("[MY TOK]") in tok.encode(texts[0], specials=True)
 
 

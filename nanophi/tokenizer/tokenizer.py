@@ -23,10 +23,18 @@ import numpy as np
 
 from nanophi.cli import UserError
 from nanophi.files import utf8, write_json
-from nanophi.text.chat import JINJA_TEMPLATE
-from nanophi.text.levels import BYTE_TOKENS, Level, level_of, misshapen
+from nanophi.tokenizer.levels import BYTE_TOKENS, Level, level_of, misshapen
+from nanophi.tokenizer.template import DEFAULT, TEMPLATES, template_of
 
-SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6, the original's order
+SPECIAL_TOKENS = [
+    "[PAD]",
+    "[EOS]",
+    "[SEP]",
+    "[BOS]",
+    "[CLS]",
+    "[MASK]",
+    "[UNK]",
+]  # ids 0 to 6, the original's order
 
 FEW_CHARACTERS = 4096  # below this a batch is encoded text by text: numpy would only cost its calls
 MEMO_LENGTH = 100  # characters of a word that is worth remembering
@@ -39,34 +47,50 @@ def _split_at(tokens: Collection[str], text: str) -> list[str]:
 
     if not tokens:
         return [text]
-    return regex.split(f"({'|'.join(regex.escape(t) for t in sorted(tokens, key=len, reverse=True))})", text)
+    return regex.split(
+        f"({'|'.join(regex.escape(t) for t in sorted(tokens, key=len, reverse=True))})", text
+    )
 
 
 class Tokenizer:
     """`vocab` maps each ordinary token's spelling to its id; `merges` maps a pair of ids to (rank, merged id)."""
 
+    template = (
+        DEFAULT  # the chat template, a name of template.TEMPLATES; it is saved with the tokenizer
+    )
+
     def __init__(self, level: Level, tokens: list[str], merges: list[tuple[int, int]]):
         """tokens: the ordinary tokens, with ids behind the special ones; merges: pairs of ids, most frequent first."""
         self.level = level
-        self.added = {text: i for i, text in enumerate(SPECIAL_TOKENS)}  # text -> id, of special and later added ones
+        self.added = {
+            text: i for i, text in enumerate(SPECIAL_TOKENS)
+        }  # text -> id, of special and later added ones
         self.specials = set(SPECIAL_TOKENS)
         self.vocab = {token: i for i, token in enumerate(tokens, start=len(SPECIAL_TOKENS))}
         self.merge_list = list(merges)
-        self.merge_counts: list[int] = []  # how often each pair stood there when it was merged, known after training
+        self.merge_counts: list[
+            int
+        ] = []  # how often each pair stood there when it was merged, known after training
         self._index()
 
     def _index(self) -> None:
         self.spelling = {i: token for token, i in self.vocab.items()}
         self.id_to_bytes = {i: self.level.bytes_of(token) for i, token in self.spelling.items()}
         # An added token that was a token before keeps what that stands for, as in HF.
-        self.id_to_bytes |= {i: utf8(text) for text, i in self.added.items() if i not in self.spelling}
+        self.id_to_bytes |= {
+            i: utf8(text) for text, i in self.added.items() if i not in self.spelling
+        }
         self._size = max(self.id_to_bytes, default=-1) + 1
         self.merges = {
             (left, right): (rank, self.vocab[self.spelling[left] + self.spelling[right]])
             for rank, (left, right) in enumerate(self.merge_list)
         }
         # The tokens recognised in any text are looked for after normalization, as HF does it.
-        self.always = {self.level.normalized(text): i for text, i in self.added.items() if text not in self.specials}
+        self.always = {
+            self.level.normalized(text): i
+            for text, i in self.added.items()
+            if text not in self.specials
+        }
         self._memo: dict[str, list[int]] = {}
         self._encoder = None  # for batches, made when first used
         self.__dict__.pop("fingerprint", None)
@@ -78,7 +102,9 @@ class Tokenizer:
     def special_id(self, text: str) -> int:
         """The id of a special token: `tok.special_id("[SEP]")`."""
         if text not in self.added:
-            raise UserError(f"this tokenizer has no {text}; its added tokens are {', '.join(self.added) or 'none'}")
+            raise UserError(
+                f"this tokenizer has no {text}; its added tokens are {', '.join(self.added) or 'none'}"
+            )
         return self.added[text]
 
     @property
@@ -105,7 +131,9 @@ class Tokenizer:
                 ids.append(self.added[part])
             else:
                 for piece in _split_at(self.always, self.level.normalized(part)):
-                    ids.extend([self.always[piece]] if piece in self.always else self._ordinary(piece))
+                    ids.extend(
+                        [self.always[piece]] if piece in self.always else self._ordinary(piece)
+                    )
         return ids
 
     def encode_batch(self, texts: Iterable[str], specials: bool = False) -> list[list[int]]:
@@ -114,9 +142,9 @@ class Tokenizer:
 
     def encode_stream(self, texts: Iterable[str], specials: bool = False) -> Iterator[np.ndarray]:
         """`encode_batch` as arrays, one after the other; texts may stream in."""
-        from nanophi.text.encoder import BatchEncoder
-        from nanophi.text.parallel import batches
-        from nanophi.text.words import BLOCK_CHARACTERS
+        from nanophi.parallel import batches
+        from nanophi.tokenizer.fast.encoder import BatchEncoder
+        from nanophi.tokenizer.fast.words import BLOCK_CHARACTERS
 
         raw_sought = self.specials if specials else ()
         for block in batches(texts, BLOCK_CHARACTERS):
@@ -126,30 +154,44 @@ class Tokenizer:
             self._encoder = self._encoder or BatchEncoder(self)
             plain = [
                 not any(token in text for token in raw_sought)
-                and not (self.always and any(map(self.level.normalized(text).__contains__, self.always)))
+                and not (
+                    self.always and any(map(self.level.normalized(text).__contains__, self.always))
+                )
                 for text in block
             ]
             together = iter(self._encoder.encode(list(compress(block, plain))))
             for text, is_plain in zip(block, plain, strict=True):
-                yield next(together) if is_plain else np.array(self.encode(text, specials), np.int32)
+                yield (
+                    next(together) if is_plain else np.array(self.encode(text, specials), np.int32)
+                )
 
-    def encode_with_offsets(self, text: str, specials: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(
+        self, text: str, specials: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """ids, and for each the characters [start, stop) that it stands for, in the normalized text; of a character
         that several tokens share, each has the whole."""
         ids, text = self.encode(text, specials), self.level.normalized(text)
-        starts = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])  # the character of each byte
+        starts = np.repeat(
+            np.arange(len(text)), [len(char.encode()) for char in text]
+        )  # the character of each byte
         unknown, at, sizes = self.added.get("[UNK]"), 0, []
         for i in ids:
             size = len(self.id_to_bytes[i])
-            if i == unknown and self.level.name == "char":  # stands for one character, whatever its bytes
+            if (
+                i == unknown and self.level.name == "char"
+            ):  # stands for one character, whatever its bytes
                 size = len(text[starts[at]].encode())
             elif self.level.name == "char":
-                size += 2 * self.id_to_bytes[i].count(b" ")  # "▁" has three bytes in the normalized text
+                size += 2 * self.id_to_bytes[i].count(
+                    b" "
+                )  # "▁" has three bytes in the normalized text
             sizes.append(size)
             at += size
         ends = np.cumsum(sizes, dtype=np.int64)
         begins = ends - sizes
-        return ids, [(int(starts[a]), int(starts[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)]
+        return ids, [
+            (int(starts[a]), int(starts[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)
+        ]
 
     def _ordinary(self, text: str) -> list[int]:
         ids = []
@@ -184,7 +226,9 @@ class Tokenizer:
         """
         n = len(ids)
         previous, following = list(range(-1, n - 1)), list(range(1, n + 1))
-        heap = [(*self.merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in self.merges]
+        heap = [
+            (*self.merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in self.merges
+        ]
         heapq.heapify(heap)
         while heap:
             rank, merged, left = heapq.heappop(heap)
@@ -207,7 +251,9 @@ class Tokenizer:
         try:
             return b"".join([self.id_to_bytes[int(i)] for i in ids])
         except KeyError as error:
-            raise UserError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
+            raise UserError(
+                f"no token has the id {error}; the largest is {len(self) - 1}"
+            ) from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
@@ -282,7 +328,7 @@ class Tokenizer:
             # Without a class, or with GPT-2's, transformers 5 rebuilds the splitting and gives other ids.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "chat_template": JINJA_TEMPLATE,
+            "chat_template": TEMPLATES[self.template].jinja,
         }
         write_json(directory / "tokenizer_config.json", config | roles)
 
@@ -291,7 +337,9 @@ class Tokenizer:
         """Read the tokenizer.json of a directory that `save`, or HF tokenizers with the same settings, wrote."""
         path = Path(directory) / "tokenizer.json"
         if not path.exists():
-            raise UserError(f"no tokenizer.json in {directory}; python train_tokenizer.py --out {directory} writes one")
+            raise UserError(
+                f"no tokenizer.json in {directory}; python train_tokenizer.py --out {directory} writes one"
+            )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -303,20 +351,31 @@ class Tokenizer:
         added = [token for token in added if token["content"]]
         for token in added:
             if model["vocab"].get(token["content"], token["id"]) != token["id"]:
-                raise UserError(f"{path}: {token['content']} has one id in the vocabulary and another in added_tokens")
+                raise UserError(
+                    f"{path}: {token['content']} has one id in the vocabulary and another in added_tokens"
+                )
         specials = {token["content"] for token in added if token["special"]}
         vocab = {token: i for token, i in model["vocab"].items() if token not in specials}
         if missing := set(level.alphabet([])) - vocab.keys():
-            raise UserError(f"{path}: {len(missing)} of the 256 bytes are missing from the vocabulary")
+            raise UserError(
+                f"{path}: {len(missing)} of the 256 bytes are missing from the vocabulary"
+            )
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         try:
             merges = [(model["vocab"][left], model["vocab"][right]) for left, right in pairs]
-            return cls.of_parts(level, {token["content"]: token["id"] for token in added}, specials, vocab, merges)
+            tok = cls.of_parts(
+                level, {token["content"]: token["id"] for token in added}, specials, vocab, merges
+            )
         except KeyError as error:
             raise UserError(f"{path}: tokens and merges do not fit together, at {error}") from None
 
+        tok.template = template_of(_jinja_of(Path(directory) / "tokenizer_config.json"))
+        return tok
+
     @classmethod
-    def of_parts(cls, level: Level, added: dict, specials: set, vocab: dict, merges: list) -> "Tokenizer":
+    def of_parts(
+        cls, level: Level, added: dict, specials: set, vocab: dict, merges: list
+    ) -> "Tokenizer":
         """A tokenizer whose ids are given, not numbered here: added and vocab are {spelling: id}."""
         tok = cls.__new__(cls)
         tok.level, tok.added, tok.specials = level, added, specials
@@ -324,3 +383,11 @@ class Tokenizer:
         tok.merge_list, tok.merge_counts = merges, []
         tok._index()
         return tok
+
+
+def _jinja_of(path: Path) -> str | None:
+    """The chat template that a tokenizer_config.json holds; None where there is no such file or none in it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -29,7 +29,7 @@ from itertools import pairwise
 import numpy as np
 
 from nanophi.cli import Progress, UserError
-from nanophi.text.table import Table, run_starts, spread
+from nanophi.tokenizer.fast.table import Table, run_starts, spread
 
 Pair = tuple[int, int]
 
@@ -51,16 +51,22 @@ def _narrow(weights: np.ndarray) -> np.ndarray:
 class Trainer:
     """The state of a training: slots, the tokens' lengths, and per pair ("row") its count and positions."""
 
-    def __init__(self, slots: np.ndarray, weights: np.ndarray, symbols: int, limit: int, min_frequency: int):
+    def __init__(
+        self, slots: np.ndarray, weights: np.ndarray, symbols: int, limit: int, min_frequency: int
+    ):
         """slots (N,) uint16, changed in place, GAP first and last; weights (N / 32,) int64: how often the words of a
         block of slots occur; symbols: ids 0 to symbols - 1 occur; limit: merges at most."""
         assert symbols + limit <= LARGEST_VOCABULARY, "ids must fit below GAP"
         if len(slots) >= 2**32:
-            raise UserError(f"{len(slots):,} bytes of different words are too many, at most 4 billion: take a sample")
+            raise UserError(
+                f"{len(slots):,} bytes of different words are too many, at most 4 billion: take a sample"
+            )
         assert slots[0] == GAP == slots[-1]
         self.slots, self.symbols, self.limit = slots, symbols, limit
         self.weights = None if (weights == 1).all() else _narrow(weights)
-        self.length = np.zeros(1 << 16, np.int64)  # slots that a token spans, by id; 0 for DEAD and GAP
+        self.length = np.zeros(
+            1 << 16, np.int64
+        )  # slots that a token spans, by id; 0 for DEAD and GAP
         self.length[:symbols] = 1
         self.merges: list[Pair] = []
         self.merge_counts: list[int] = []  # how often each stood there when it was merged
@@ -78,7 +84,9 @@ class Trainer:
                     merged = self._merge(batch)
                     rate = len(self.merges) / (time.monotonic() - started)
                     bar.update(merged, f"{rate:,.0f} merges/s, count {count:,}")
-                    largest = min(BATCH_PAIRS, max(3 * merged, 32))  # much of a larger one would be cut again
+                    largest = min(
+                        BATCH_PAIRS, max(3 * merged, 32)
+                    )  # much of a larger one would be cut again
                 if len(self.merges) >= self.limit or self.floor <= self.lowest:
                     return self.merges
                 self.floor = max(self.lowest, self.floor // 4)
@@ -87,7 +95,9 @@ class Trainer:
 
     def _index(self) -> None:
         """Count all pairs and keep those at or above the floor, with their positions."""
-        keys, counts, positions = (self._index_of_bytes if self._few_pairs() else self._index_of_any)()
+        keys, counts, positions = (
+            self._index_of_bytes if self._few_pairs() else self._index_of_any
+        )()
         self.positions: list[np.ndarray | None] = positions
         self.counts = np.zeros(max(4096, 2 * len(keys)), np.int64)
         self.counts[: len(keys)] = counts
@@ -110,9 +120,13 @@ class Trainer:
                 stop += int(gaps[0]) + 1 if len(gaps) else len(more)
             at = np.flatnonzero(self.slots[start:stop] != DEAD)
             ids = self.slots[start:stop].take(at)
-            if self.merges:  # a token of two slots and more stands there twice: keep the first of each two
+            if (
+                self.merges
+            ):  # a token of two slots and more stands there twice: keep the first of each two
                 begins = run_starts(ids)
-                place = np.arange(len(ids)) - np.repeat(begins, np.diff(np.append(begins, len(ids))))
+                place = np.arange(len(ids)) - np.repeat(
+                    begins, np.diff(np.append(begins, len(ids)))
+                )
                 once = (self.length.take(ids) <= 1) | (place % 2 == 0)
                 at, ids = at[once], ids[once]
             inside = np.flatnonzero((ids[:-1] != GAP) & (ids[1:] != GAP))
@@ -193,7 +207,9 @@ class Trainer:
             else:
                 left, right = key >> 16, key & 0xFFFF
                 positions += len(self.positions[row])
-                if batch and (left == right or left in rights or right in lefts or positions > BATCH_POSITIONS):
+                if batch and (
+                    left == right or left in rights or right in lefts or positions > BATCH_POSITIONS
+                ):
                     break
                 batch.append(heapq.heappop(self.heap))
                 lefts.add(left)
@@ -230,7 +246,9 @@ class Trainer:
         self._count_down(batch, first_new, groups)
         for negative, key, row in batch:
             pair = key >> 16, key & 0xFFFF
-            self.length[self.symbols + len(self.merges)] = self.length[pair[0]] + self.length[pair[1]]
+            self.length[self.symbols + len(self.merges)] = (
+                self.length[pair[0]] + self.length[pair[1]]
+            )
             self.merges.append(pair)
             self.merge_counts.append(-negative)
             self.counts[row], self.positions[row] = 0, None
@@ -246,7 +264,12 @@ class Trainer:
             left, right = batch[0][1] >> 16, batch[0][1] & 0xFFFF
             at = at[self.slots.take(at) == left]
             at = at[self.slots.take(at + self.length[left]) == right]
-            return self._every_second(at, self.length[left]) if left == right else at, 0, left, right
+            return (
+                self._every_second(at, self.length[left]) if left == right else at,
+                0,
+                left,
+                right,
+            )
         member = np.repeat(np.arange(len(batch)), [len(place) for place in places])
         keys = np.array([key for _, key, _ in batch])
         left, right = (keys >> 16).take(member), (keys & 0xFFFF).take(member)
@@ -276,7 +299,9 @@ class Trainer:
                 real &= before_id != new  # (new, new) is counted at its left member already
             real = np.flatnonzero(real)
             # A single merge differs in the outer ids alone: 16 bits, sorted in linear time.
-            order = real[np.argsort((outer if single else key).take(real), kind="stable" if single else None)]
+            order = real[
+                np.argsort((outer if single else key).take(real), kind="stable" if single else None)
+            ]
             key = key.take(order)
             begins, sums = self._sums(key, self._weights(at.take(order)))
             groups.append((order, begins, key.take(begins), sums))
@@ -291,9 +316,13 @@ class Trainer:
         cut = len(batch)
         if cut == 1:
             return 1
-        touching = np.flatnonzero((after_id >= first_new) & (after_id < GAP) & (after_id != first_new + member))
+        touching = np.flatnonzero(
+            (after_id >= first_new) & (after_id < GAP) & (after_id != first_new + member)
+        )
         if len(touching):
-            cut = int(np.maximum(member[touching], after_id[touching].astype(np.int64) - first_new).min())
+            cut = int(
+                np.maximum(member[touching], after_id[touching].astype(np.int64) - first_new).min()
+            )
         least = -batch[-1][0]
         for _, _, keys, sums in groups:
             for i in np.flatnonzero(sums >= least).tolist():
@@ -310,7 +339,9 @@ class Trainer:
             before, after = keys >> np.uint32(16), keys & np.uint32(0xFFFF)
             if side == 0:
                 member = before - first_new
-                own = after == before  # its neighbour was merged alike: that one's left token stood there
+                own = (
+                    after == before
+                )  # its neighbour was merged alike: that one's left token stood there
                 before, after = right_of.take(member), np.where(own, left_of.take(member), after)
             else:
                 after = left_of.take(after - first_new)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 
 from nanophi.cli import UserError
-from nanophi.text.bpe import train_bpe
-from nanophi.text.chat import chat_prompt, encode_chat
-from nanophi.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.chat import chat_prompt, encode_chat
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.conftest import TEXTS
 
 
@@ -21,7 +21,9 @@ def hf(tok, tmp_path_factory):
     return HFTokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-any_text = st.text() | st.text(st.sampled_from("感冒了要多喝水，。？\n\t  a'st1[EOS]😀鱻\u200b"), max_size=60)
+any_text = st.text() | st.text(
+    st.sampled_from("感冒了要多喝水，。？\n\t  a'st1[EOS]😀鱻\u200b"), max_size=60
+)
 
 
 @given(text=any_text)
@@ -57,7 +59,9 @@ def test_decoding_is_that_of_hf(tok, hf, ids):
     assert tok.decode(ids, skip_special_tokens=True) == hf.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("text", [" " * 10_000, "哈" * 10_000, "a" * 10_000, "\n" * 10_000, "。" * 10_000])
+@pytest.mark.parametrize(
+    "text", [" " * 10_000, "哈" * 10_000, "a" * 10_000, "\n" * 10_000, "。" * 10_000]
+)
 def test_long_runs_are_no_trap(tok, hf, text):
     """Merging by scanning for the best pair each time is quadratic in a pre-token's length."""
     assert tok.encode(text) == hf.encode(text).ids
@@ -96,7 +100,9 @@ def test_added_tokens_are_recognised_everywhere_and_by_hf(tmp_path):
     assert 300 in tok.encode(text)
     assert tok.decode(tok.encode(text)) == text
     tok.save(tmp_path)
-    assert HFTokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == tok.encode(text)
+    assert HFTokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == tok.encode(
+        text
+    )
     assert Tokenizer.load(tmp_path).encode(text) == tok.encode(text)
 
 
@@ -110,7 +116,11 @@ def test_adding_what_is_a_token_keeps_its_id(hf, tok, tmp_path):
     ours.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     for text in ("aaa感x aa[EOS]b", "a[EOS]a[EOS]"):
-        assert ours.encode(text, specials=True) == again.encode(text, specials=True) == theirs.encode(text).ids
+        assert (
+            ours.encode(text, specials=True)
+            == again.encode(text, specials=True)
+            == theirs.encode(text).ids
+        )
         assert ours.decode(ours.encode(text)) == text
 
 
@@ -118,15 +128,26 @@ def test_adding_what_is_a_token_keeps_its_id(hf, tok, tmp_path):
     ("changes", "message"),
     [
         ({"normalizer": {"type": "NFKC"}}, "the normalizer {'type': 'NFKC'} is not supported"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "a model BPE with pre_tokenizer Whitespace is not read"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "this pre_tokenizer .* splits otherwise"),
-        ({"post_processor": {"type": "TemplateProcessing"}}, "the post_processor TemplateProcessing"),
+        (
+            {"pre_tokenizer": {"type": "Whitespace"}},
+            "a model BPE with pre_tokenizer Whitespace is not read",
+        ),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+            "this pre_tokenizer .* splits otherwise",
+        ),
+        (
+            {"post_processor": {"type": "TemplateProcessing"}},
+            "the post_processor TemplateProcessing",
+        ),
     ],
 )
 def test_settings_that_would_give_other_ids_are_refused(tok, tmp_path, changes, message):
     tok.save(tmp_path)
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )
     with pytest.raises(UserError, match=message):
         Tokenizer.load(tmp_path)
 
@@ -144,7 +165,22 @@ def changed(data, path, value):
     return copy
 
 
-ODD = [..., None, 5, "x", [], {}, [None], [[]], [["a"]], ["a b c"], {"a": None}, {"a": -1}, {"a": 1.5}, {"a": 10**30}]
+ODD = [
+    ...,
+    None,
+    5,
+    "x",
+    [],
+    {},
+    [None],
+    [[]],
+    [["a"]],
+    ["a b c"],
+    {"a": None},
+    {"a": -1},
+    {"a": 1.5},
+    {"a": 10**30},
+]
 
 
 @pytest.mark.parametrize("level", ["byte", "char"])
@@ -163,7 +199,9 @@ def test_a_damaged_file_is_one_clear_error_or_a_tokenizer(path, level, tmp_path)
     if path[-1] == "pretokenizers" and level == "byte":
         return
     for value in ODD:
-        (tmp_path / "tokenizer.json").write_text(json.dumps(changed(data, path, value)), encoding="utf-8")
+        (tmp_path / "tokenizer.json").write_text(
+            json.dumps(changed(data, path, value)), encoding="utf-8"
+        )
         try:
             Tokenizer.load(tmp_path).encode_batch(TEXTS)
         except UserError:
@@ -184,7 +222,9 @@ def test_a_damaged_file_is_one_clear_error_or_a_tokenizer(path, level, tmp_path)
 )  # fmt: skip
 def test_settings_that_would_change_ids_are_refused(path, value, tmp_path):
     data = train_bpe(TEXTS, 500, level="char").to_dict()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(changed(data, path, value)), encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(changed(data, path, value)), encoding="utf-8"
+    )
     with pytest.raises(UserError, match=f"the settings {path[-1]} are not supported"):
         Tokenizer.load(tmp_path)
 
@@ -250,7 +290,9 @@ def test_loading_something_else_is_a_clear_error(tmp_path):
         Tokenizer.load(tmp_path)
     from tokenizers import models
 
-    HFTokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    HFTokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(
+        str(tmp_path / "tokenizer.json")
+    )
     with pytest.raises(UserError, match="a model WordPiece with pre_tokenizer None is not read"):
         Tokenizer.load(tmp_path)
 
