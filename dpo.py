@@ -2,10 +2,10 @@
 
     python dpo.py --init-from out/sft --data dpo.jsonl --out out/dpo --epochs 3 --lr 1e-4
 
-Rows: {"prompt", "chosen", "rejected"}, in the template of SFT. The reference is the model at the start; being frozen,
-its log-probabilities are computed once and no second model is kept. Falling rewards of both answers are normal: what
-counts is the margin between them, on held-out pairs (--val-fraction) if one wants to know whether it learned more than
-the pairs by heart.
+Rows: {"prompt", "chosen", "rejected"}, in the template of SFT. The reference is the model at the
+start. It is frozen, so its log-probabilities are computed once and no second model is kept. Falling
+rewards of both answers are normal: what counts is the margin between them, and on held-out pairs
+(--val-fraction) if one wants to know whether the model learned more than the pairs by heart.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ from nanophi.text.schemas import preference_of
 from nanophi.text.share import in_share
 from nanophi.tokenizer.chat import encode_chat
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.distributed import join
-from nanophi.train.loop import TrainConfig, context_of, precision, total_steps, train
-from nanophi.train.losses import answer_logps, make_dpo_loss_fn, validate
-from nanophi.train.packing import Pair, Pairs, digest
-from nanophi.train.rundir import claim
+from nanophi.train.config import TrainConfig, context_of, total_steps
+from nanophi.train.loop import train
+from nanophi.train.losses import PREFERENCE_LOSSES, answer_logps, make_dpo_loss_fn, validate
+from nanophi.train.packing import digest
+from nanophi.train.preferences import Pairs, Preference
+from nanophi.train.setup import begin
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,7 @@ class Config(TrainConfig):
     init_from: str = flag(help="run directory of sft.py")
     data: list[str] = flag(help="preference pairs: files, directories or globs")
     batch_pairs: int = flag(16, at_least=1, help="pairs of one optimizer step over all devices")
+    loss: str = flag("sigmoid", choices=PREFERENCE_LOSSES, help="sigmoid is DPO's own")
     beta: float = flag(0.1, above=0, help="how strongly the policy is held to the reference")
     lr: float = flag(
         2e-4,
@@ -47,101 +49,127 @@ class Config(TrainConfig):
     )
 
 
-def read_pairs(
-    paths: list[str], tok: Tokenizer, context: int, bos: bool, val_fraction: float = 0.0
-) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on and those held out, split by prompt; too long ones are dropped and counted."""
-    pairs, held_out, too_long = [], [], 0
-    for prompt, *answers in read_rows(paths, use=preference_of):
-        sides = [
-            encode_chat(
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-                tok,
-                bos,
-            )
-            for answer in answers
-        ]
-        if max(len(ids) for ids, _ in sides) - 1 > context:
-            too_long += 1
-        else:
-            (held_out if in_share(prompt, val_fraction) else pairs).append(Pair(*sides))
-    held = f", {len(held_out):,} held out" if val_fraction else ""
-    print(f"dpo: {len(pairs):,} pairs{held}; {too_long:,} longer than {context} tokens dropped")
-    return pairs, held_out
-
-
-def right_by_length(pairs: list[Pair], held_out: list[Pair]) -> float:
-    """How often the better answer is the longer one (or the shorter, where training pairs say so): the share of
-    held-out pairs that one tells apart without reading. Accuracy below it has learned nothing about content."""
-
-    def longer(of: list[Pair]) -> float:
-        lengths = [(len(pair.chosen[0]), len(pair.rejected[0])) for pair in of]
-        return sum((a > b) + 0.5 * (a == b) for a, b in lengths) / len(lengths)
-
-    return longer(held_out) if longer(pairs) >= 0.5 else 1 - longer(held_out)
-
-
-@torch.no_grad()
-def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> torch.Tensor:
-    """log p(answer | prompt) of both answers of every pair under the frozen reference: (pairs, 2), on the CPU."""
-    device = model.lm_head.weight.device
-    found = []
-    with Progress("reference", len(data)) as bar:
-        for first in range(0, len(data), micro_batch):
-            batch = data.batch(range(first, min(first + micro_batch, len(data))))
-            found.append(answer_logps(model, batch.to(device)).view(-1, 2).cpu())
-            bar.update(len(batch))
-    return torch.cat(found)
-
-
 def main(cfg: Config) -> Phi:
-    claim(cfg)
-    world = join(cfg.device)
-    model, tok = load_with_tokenizer(cfg.init_from, world.device)
+    # 1. The run: its device, dtype and ranks; --out is free.
+    setup = begin(cfg, starts_from=cfg.init_from)
+
+    # 2. The fine-tuned model. Without dropout: otherwise policy and reference differ by chance.
+    model, tok = load_with_tokenizer(cfg.init_from, setup.world.device)
     model.attention = cfg.attention
-    model.set_dropout(cfg.dropout or 0.0)  # or policy and reference would differ by chance
-    pairs, held_out = read_pairs(cfg.data, tok, context_of(cfg, model), cfg.bos, cfg.val_fraction)
-    multiple = max(128, context_of(cfg, model) // 4) if cfg.compile else 1  # few lengths to compile
+    model.set_dropout(cfg.dropout or 0.0)
+
+    # 3. The data: pairs of conversations, some held out by their prompts.
+    context = context_of(cfg, model)
+    pairs, held_out = read_pairs(cfg.data, tok, context, cfg.bos, cfg.val_fraction)
+    multiple = max(128, context // 4) if cfg.compile else 1  # few lengths to compile
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple)
-    data_id = f"{data.data_id}-{digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))}"
     validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple) if held_out else None
-    with precision(
-        cfg, world.device
-    ):  # as the policy computes, or they would differ from the start
-        for part in filter(None, (data, validation)):
-            part.reference = reference_logps(model, part, cfg.micro_batch)
-    steps = total_steps(cfg, data.steps_per_epoch)
+    steps = total_steps(cfg, data.steps_per_epoch, "--batch-pairs", cfg.batch_pairs)
+    data_id = f"{data.data_id}-{digest_of_weights(model)}"
+
+    # 4. The reference: what the model thinks of all answers before it learns, in the same dtype.
+    with setup.autocast(cache=True):
+        data.reference = reference_logps(model, data, cfg.micro_batch)
+        if validation is not None:
+            validation.reference = reference_logps(model, validation, cfg.micro_batch)
+
+    # 5. Training.
+    loss_fn = make_dpo_loss_fn(cfg.beta, cfg.loss)
+
+    def evaluate(model: Phi) -> dict[str, float]:
+        return validate(model, loss_fn, validation.in_order())
+
     print(
-        f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
+        f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = "
+        f"{steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
     )
-    loss_fn = make_dpo_loss_fn(cfg.beta)
-    evaluate = None
-    if validation:
-
-        def evaluate(model):
-            return validate(model, loss_fn, validation.in_order())
-
     train(
         model,
         loss_fn,
         data.batch_at,
-        cfg,
-        evaluate,
-        cfg.resume,
+        setup,
+        evaluate if validation is not None else None,
         steps=steps,
         tok=tok,
         data_id=data_id,
     )
-    if evaluate and not (cfg.show_batch or cfg.overfit_one_batch):
-        with precision(cfg, world.device):
-            found = evaluate(model)
+
+    # 6. What was learned beyond length.
+    if validation is not None and setup.writes:
+        with setup.autocast(cache=True):
+            means = evaluate(model)
         print(
-            "dpo: held-out pairs: margin {val_margin:.2f}, accuracy {val_accuracy:.0%}, ".format(
-                **found
-            )
-            + f"where length alone would be right in {right_by_length(pairs, held_out):.0%}"
+            f"dpo: held-out pairs: margin {means['val_margin']:.2f}, accuracy "
+            f"{means['val_accuracy']:.0%}, where length alone would be right in "
+            f"{right_by_length(pairs, held_out):.0%}"
         )
     return model
+
+
+def read_pairs(
+    paths: list[str], tok: Tokenizer, context: int, bos: bool, val_fraction: float = 0.0
+) -> tuple[list[Preference], list[Preference]]:
+    """The pairs to train on and those held out, split by prompt; too long ones are dropped and
+    counted.
+    """
+    training: list[Preference] = []
+    held_out: list[Preference] = []
+    too_long = 0
+    for prompt, *answers in read_rows(paths, use=preference_of):
+        question = {"role": "user", "content": prompt}
+        sides = [
+            encode_chat([question, {"role": "assistant", "content": answer}], tok, bos)
+            for answer in answers
+        ]
+        if max(len(ids) for ids, _ in sides) - 1 > context:
+            too_long += 1
+            continue
+        part = held_out if in_share(prompt, val_fraction) else training
+        part.append(Preference(*sides))
+    counted = f", {len(held_out):,} held out" if val_fraction else ""
+    print(
+        f"dpo: {len(training):,} pairs{counted}; {too_long:,} longer than {context} tokens dropped"
+    )
+    return training, held_out
+
+
+def digest_of_weights(model: Phi) -> str:
+    """Names the reference: a run is resumed with the same reference alone."""
+    return digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))
+
+
+@torch.no_grad()
+def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> torch.Tensor:
+    """log p(answer | prompt) of both answers of every pair under the frozen reference: (pairs, 2),
+    on the CPU.
+    """
+    logps = []
+    with Progress("reference", len(data)) as bar:
+        for first in range(0, len(data), micro_batch):
+            batch = data.batch(range(first, min(first + micro_batch, len(data))))
+            logps.append(answer_logps(model, batch.to(model.device)).view(-1, 2).cpu())
+            bar.update(len(batch))
+    return torch.cat(logps)
+
+
+def right_by_length(training: list[Preference], held_out: list[Preference]) -> float:
+    """The share of held-out pairs that length alone tells apart.
+
+    It prefers the longer answer, or the shorter where the training pairs do. A model whose accuracy
+    is below it has learned nothing about content.
+    """
+    longer = share_of_longer(held_out)
+    return longer if share_of_longer(training) >= 0.5 else 1 - longer
+
+
+def share_of_longer(pairs: list[Preference]) -> float:
+    """How often the chosen answer is the longer one; a tie counts half."""
+    points = 0.0
+    for pair in pairs:
+        chosen = len(pair.chosen[0])
+        rejected = len(pair.rejected[0])
+        points += 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
+    return points / len(pairs)
 
 
 if __name__ == "__main__":

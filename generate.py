@@ -5,9 +5,10 @@
     python generate.py --model out/dpo --rag documents/ --prompt 黄河的水为什么那么黄？
     python generate.py --model out/sft --compare out/dpo
 
-Greedy unless --temperature is given. With --prompt the answer alone goes to standard output (sources to standard
-error); without it, --chat, --rag and --compare ask for questions until /exit or Ctrl-D. /reset forgets what was said,
-/save FILE.jsonl keeps it, Ctrl-C stops an answer and not the program.
+Greedy unless --temperature is given. With --prompt the answer alone goes to standard output
+(sources to standard error); without it, --chat, --rag and --compare ask for questions until /exit
+or Ctrl-D. /reset forgets what was said, /save FILE.jsonl keeps it, Ctrl-C stops an answer and not
+the program.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from nanophi.cli import UserError, flag, run_command
+from nanophi.infer.chat_modes import Reply, chatting, comparing, converse, retrieving
 from nanophi.infer.generate import stream
-from nanophi.infer.modes import Reply, chatting, comparing, converse, retrieving
 from nanophi.infer.rag import build_index
+from nanophi.infer.sampling import FILTERS, Sampling
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.chat import chat_prompt
@@ -49,33 +51,95 @@ class Config:
         0.21, at_least=0, help="--rag: best score (0 to 1) below which nothing counts as found"
     )
     max_new_tokens: int = flag(256, at_least=1, help="longest answer")
-    temperature: float = flag(0.0, at_least=0, help="0 is greedy; higher is more varied")
-    top_k: int | None = flag(None, help="sample from the k likeliest tokens")
-    top_p: float | None = flag(
-        None, help="sample from the likeliest tokens that together reach this probability"
-    )
-    repetition_penalty: float = flag(1.0, help="above 1: tokens already seen become less likely")
-    no_repeat_ngram_size: int = flag(0, help="never repeat a run of this many tokens")
+    sampling: dict = flag(table=FILTERS)  # --temperature, --top-k ...: one flag for each filter
     seed: int = flag(0, at_least=0, help="of the sampling")
     bos: bool = flag(False, help="put [BOS] first, for models trained with --bos")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
 
 
-def answer(model: Phi, tok: Tokenizer, prompt: list[int], cfg: Config, show: bool = True) -> str:
-    """Answer, printing as it comes where `show`."""
-    longest = model.cfg.max_position_embeddings
-    if len(prompt) >= longest:
+def main(cfg: Config) -> None:
+    # 1. what to do
+    check(cfg)
+
+    # 2. the model
+    model, tok = load_with_tokenizer(cfg.model, cfg.device)
+
+    # 3. a prompt as it is
+    if cfg.raw:
+        prompt = tok.encode(cfg.prompt)
+        answer(model, tok, [tok.bos_id, *prompt] if cfg.bos else prompt, cfg)
+        return
+
+    # 4. one question, or a conversation
+    start = way_to_reply(model, tok, cfg)
+    if cfg.prompt is not None:
+        reply = start()
+        reply(cfg.prompt)
+    else:
+        converse(start)
+
+
+def check(cfg: Config) -> None:
+    """Refuse flags that contradict each other, before the model is loaded."""
+    modes = [name for name in ("chat", "rag", "compare") if getattr(cfg, name)]
+    nothing_to_do = not modes and cfg.prompt is None
+    if len(modes) > 1 or nothing_to_do or (cfg.chat and cfg.prompt is not None):
         raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model was made for {longest}: shorten it"
+            "say what to do: --prompt TEXT or --chat; --rag FILES or --compare DIR, "
+            "with --prompt or without"
         )
-    how = {
-        name: getattr(cfg, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")
-    }
-    if cfg.temperature > 0:
-        how["generator"] = torch.Generator(model.lm_head.weight.device).manual_seed(cfg.seed)
+    if cfg.raw and modes:
+        raise UserError(f"--raw goes with --prompt alone: --{modes[0]} needs the template")
+    how = Sampling(**cfg.sampling)
+    for_sampling = [name for name in FILTERS if name != "temperature" and not FILTERS[name].greedy]
+    if how.greedy and any(name in how.chosen for name in for_sampling):
+        flags = " and ".join("--" + name.replace("_", "-") for name in for_sampling)
+        raise UserError(f"{flags} choose among sampled tokens: give --temperature too, 0.8 say")
+    if cfg.prompt is not None and not cfg.prompt.strip():
+        raise UserError("--prompt is empty: there is no question to answer")
+    if cfg.compare == cfg.model:
+        raise UserError(f"--compare {cfg.compare} is the model itself: name another")
+
+
+def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]:
+    """A function that starts a conversation: by --rag, by --compare, otherwise as a chat."""
+
+    def say(prompt: list[int]) -> str:
+        return answer(model, tok, prompt, cfg)
+
+    if cfg.rag:
+        index = build_index(cfg.rag, tok)
+        return lambda: retrieving(say, tok, index, cfg.chunks, cfg.threshold, cfg.bos)
+    if cfg.compare:
+        second, second_tok = load_with_tokenizer(cfg.compare, cfg.device)
+        models = {
+            cfg.model: silent_answers(model, tok, cfg),
+            cfg.compare: silent_answers(second, second_tok, cfg),
+        }
+        return lambda: comparing(models)
+    return lambda: chatting(say, tok, model.cfg.max_position_embeddings, cfg.history, cfg.bos)
+
+
+def silent_answers(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[str], str]:
+    """A function from a question to a model's answer, which shows nothing."""
+
+    def answer_to(question: str) -> str:
+        return answer(model, tok, chat_prompt(question, tok, cfg.bos), cfg, show=False)
+
+    return answer_to
+
+
+def answer(model: Phi, tok: Tokenizer, prompt: list[int], cfg: Config, show: bool = True) -> str:
+    """Answer a prompt; with `show`, print each piece as it comes."""
+    context = model.cfg.max_position_embeddings
+    if len(prompt) >= context:  # not even one new token would fit
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model was made for {context}: shorten it"
+        )
+    generator = torch.Generator(model.device).manual_seed(cfg.seed)
     pieces = []
     for piece in stream(
-        model, tok, prompt, cfg.max_new_tokens, no_repeat_ngram_size=cfg.no_repeat_ngram_size, **how
+        model, tok, prompt, cfg.max_new_tokens, generator=generator, **cfg.sampling
     ):
         pieces.append(piece)
         if show:
@@ -83,59 +147,6 @@ def answer(model: Phi, tok: Tokenizer, prompt: list[int], cfg: Config, show: boo
     if show:
         print()
     return "".join(pieces)
-
-
-def mode(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]:
-    """What starts a conversation, by the flags."""
-
-    def say(prompt: list[int]) -> str:
-        return answer(model, tok, prompt, cfg)
-
-    def answers_of(model: Phi, tok: Tokenizer):
-        return lambda question: answer(
-            model, tok, chat_prompt(question, tok, cfg.bos), cfg, show=False
-        )
-
-    if cfg.rag:
-        index = build_index(cfg.rag, tok)
-        return lambda: retrieving(say, tok, index, cfg.chunks, cfg.threshold, cfg.bos)
-    if cfg.compare:
-        other = load_with_tokenizer(cfg.compare, cfg.device)
-        return lambda: comparing(
-            {cfg.model: answers_of(model, tok), cfg.compare: answers_of(*other)}
-        )
-    return lambda: chatting(say, tok, model.cfg.max_position_embeddings, cfg.history, cfg.bos)
-
-
-def main(cfg: Config) -> None:
-    modes = [name for name in ("chat", "rag", "compare") if getattr(cfg, name)]
-    if (
-        len(modes) > 1
-        or not (modes or cfg.prompt is not None)
-        or (cfg.chat and cfg.prompt is not None)
-    ):
-        raise UserError(
-            "say what to do: --prompt TEXT or --chat; --rag FILES or --compare DIR, with --prompt or without"
-        )
-    if cfg.raw and modes:
-        raise UserError(f"--raw goes with --prompt alone: --{modes[0]} needs the template")
-    if cfg.temperature == 0 and (cfg.top_k or cfg.top_p):
-        raise UserError(
-            "--top-k and --top-p choose among sampled tokens: give --temperature too, 0.8 say"
-        )
-    if cfg.prompt is not None and not cfg.prompt.strip():
-        raise UserError("--prompt is empty: there is no question to answer")
-    if cfg.compare == cfg.model:
-        raise UserError(f"--compare {cfg.compare} is the model itself: name another")
-    model, tok = load_with_tokenizer(cfg.model, cfg.device)
-    if cfg.raw:
-        answer(model, tok, [tok.bos_id] * cfg.bos + tok.encode(cfg.prompt), cfg)
-        return
-    start = mode(model, tok, cfg)
-    if cfg.prompt is not None:
-        start()(cfg.prompt)
-    else:
-        converse(start)
 
 
 if __name__ == "__main__":

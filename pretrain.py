@@ -1,6 +1,7 @@
 """Pretrain a Phi model from scratch on token shards.
 
-    python pretrain.py --data out/tokens --tokenizer out/tokenizer --out out/pretrain --preset demo --epochs 4
+    python pretrain.py --data out/tokens --tokenizer out/tokenizer --out out/pretrain --preset demo
+    --epochs 4
 
 Documents are packed into rows and isolated from each other. Ctrl-C saves; --resume goes on exactly.
 """
@@ -11,24 +12,25 @@ from itertools import chain
 import torch
 
 from nanophi.cli import flag, run_command
-from nanophi.infer.modes import evaluating_aloud
+from nanophi.infer.samples import evaluating_aloud
 from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.shards import TokenSet
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.distributed import computes_in, join
-from nanophi.train.loop import TrainConfig, total_steps, train
+from nanophi.train.config import TrainConfig, total_steps
+from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
 from nanophi.train.preflight import check_memory
-from nanophi.train.rundir import claim
+from nanophi.train.setup import Setup, begin
 
 
 @dataclass(kw_only=True)
 class Config(TrainConfig):
     data: str = flag(
-        help="token shards, a directory of python -m nanophi.text.shards; or several: news:0.3,poetry:0.1"
+        help="token shards, a directory of python -m nanophi.text.shards; or several: "
+        "news:0.3,poetry:0.1"
     )
     tokenizer: str = flag(help="the tokenizer they were made with")
     batch_tokens: int = flag(
@@ -44,85 +46,117 @@ class Config(TrainConfig):
     mlp: int | None = flag(None, at_least=1, help="width of the MLP, instead of the preset's")
 
 
+def main(cfg: Config) -> Phi:
+    # 1. The run: its device, dtype and ranks; --out is free.
+    setup = begin(cfg)
+
+    # 2. The shape of the model: a preset, changed by flags.
+    tok = Tokenizer.load(cfg.tokenizer)
+    shape = model_config(cfg, tok)
+    context = shape.max_position_embeddings
+    rows = max(cfg.batch_tokens // context, 1)  # of a step
+
+    # 3. The data: documents packed into rows, some held out for validation.
+    data = training_data(cfg, tok, context, rows)
+    steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
+    evaluate = validation(cfg, tok, context)
+    if cfg.sample:
+        evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
+
+    # 4. The model, with random weights.
+    refuse_what_does_not_fit(shape, setup, rows)
+    torch.manual_seed(cfg.seed)
+    model = Phi(shape)
+    model.set_vocabulary(len(tok))
+    if cfg.dropout is not None:
+        model.set_dropout(cfg.dropout)
+
+    # 5. Training.
+    print(
+        f"pretrain: {model.num_parameters():,} parameters, {data.tokens:,} tokens in "
+        f"{len(data):,} rows of {context} ({data.padding:.1%} padding, {data.cut_documents:.1%} "
+        f"of the documents cut), {steps:,} steps of {rows} rows = "
+        f"{steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
+    )
+    if isinstance(data, Mixture):
+        print(f"mixture: {data.epochs(steps)}")
+    return train(
+        model,
+        next_token_loss,
+        data.batch_at,
+        setup,
+        evaluate,
+        steps=steps,
+        tok=tok,
+        data_id=data.data_id,
+    )
+
+
 def model_config(cfg: Config, tok: Tokenizer) -> PhiConfig:
-    """The preset with the flags' changes; the vocabulary is the tokenizer's, rounded up to a multiple of 64."""
+    """The preset with the changes of the flags. The vocabulary is the tokenizer's, rounded up to a
+    multiple of 64.
+    """
     changes = {
         "hidden_size": cfg.width,
         "num_hidden_layers": cfg.layers,
         "num_attention_heads": cfg.heads,
         "intermediate_size": cfg.mlp,
         "max_position_embeddings": cfg.context,
-        "vocab_size": -(-len(tok) // 64) * 64,
     }
-    return PhiConfig.preset(
-        cfg.preset, **{name: value for name, value in changes.items() if value is not None}
-    )
+    given = {name: value for name, value in changes.items() if value is not None}
+    vocab_size = -(-len(tok) // 64) * 64
+    return PhiConfig.preset(cfg.preset, **given, vocab_size=vocab_size)
 
 
-def main(cfg: Config) -> Phi:
-    claim(cfg)
-    tok = Tokenizer.load(cfg.tokenizer)
-    shape = model_config(cfg, tok)
-    context = shape.max_position_embeddings
-    bos = tok.bos_id if cfg.bos else None
-    rows = max(cfg.batch_tokens // context, 1)
-    mixture = parse_mixture(cfg.data)
+def training_data(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Packed | Mixture:
+    """The documents of --data in rows of `context` tokens, `rows` of them a step; several sources
+    by their shares.
+    """
+    weights = parse_mixture(cfg.data)
+    bos_id = tok.bos_id if cfg.bos else None
     sources = {
-        name: Packed(TokenSet(name, "train", tok), context, rows, cfg.seed, bos_id=bos)
-        for name in mixture
+        name: Packed(TokenSet(name, "train", tok), context, rows, cfg.seed, bos_id=bos_id)
+        for name in weights
     }
-    data = (
-        Mixture(sources, list(mixture.values()), rows)
-        if len(sources) > 1
-        else next(iter(sources.values()))
-    )
-    sets = [TokenSet(name, "val", tok) for name in mixture]
-    held_out = [
-        Packed(documents, context, cfg.micro_batch, cfg.seed, bos_id=bos)
-        for documents in sets
-        if len(documents) and documents.lengths.max() > 1
-    ]
+    if len(sources) == 1:
+        return sources.popitem()[1]
+    return Mixture(sources, list(weights.values()), rows)
+
+
+def validation(cfg: Config, tok: Tokenizer, context: int):
+    """A function of the model: its loss on the held-out documents of all sources. None where
+    nothing is held out.
+    """
+    bos_id = tok.bos_id if cfg.bos else None
+    packed = []
+    for name in parse_mixture(cfg.data):
+        documents = TokenSet(name, "val", tok)
+        if len(documents) and documents.lengths.max() > 1:
+            packed.append(Packed(documents, context, cfg.micro_batch, cfg.seed, bos_id=bos_id))
+    if not packed:
+        return None
     byte_lengths = tok.byte_lengths()
 
-    def evaluate(model):
-        return validation_loss(
-            model, chain.from_iterable(part.in_order() for part in held_out), byte_lengths
-        )
+    def evaluate(model: Phi) -> dict[str, float]:
+        batches = chain.from_iterable(part.in_order() for part in packed)
+        return validation_loss(model, batches, byte_lengths)
 
-    steps = total_steps(cfg, data.steps_per_epoch)
-    world = join(cfg.device)
-    half, shards = computes_in(cfg, world.device) != "float32", world.size if cfg.shard else 1
-    at_once = min(cfg.micro_batch, -(-rows // world.size))
+    return evaluate
+
+
+def refuse_what_does_not_fit(shape: PhiConfig, setup: Setup, rows: int) -> None:
+    """A UserError, before any memory is taken, where training takes more than the device has."""
+    cfg = setup.cfg
+    rows_of_a_rank = -(-rows // setup.world.size)
     check_memory(
-        shape, cfg.optimizer, at_once, context, half, cfg.recompute, world.device, shards
-    )  # before it is used
-    torch.manual_seed(cfg.seed)
-    model = Phi(shape)
-    model.set_vocabulary(len(tok))
-    if cfg.dropout is not None:
-        model.set_dropout(cfg.dropout)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"pretrain: {parameters:,} parameters, {data.tokens:,} tokens in "
-        f"{len(data):,} rows of {context} ({data.padding:.1%} padding, {data.cut_documents:.1%} of the "
-        f"documents cut), {steps:,} steps of {rows} rows = "
-        f"{steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
-    )
-    if len(sources) > 1:
-        print(f"mixture: {data.epochs(steps)}")
-    evaluate = evaluate if held_out else None
-    if cfg.sample:
-        evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
-    return train(
-        model,
-        next_token_loss,
-        data.batch_at,
-        cfg,
-        evaluate,
-        cfg.resume,
-        steps=steps,
-        tok=tok,
-        data_id=data.data_id,
+        shape,
+        cfg.optimizer,
+        min(cfg.micro_batch, rows_of_a_rank),
+        shape.max_position_embeddings,
+        half=setup.dtype != "float32",
+        recompute=cfg.recompute,
+        device=setup.world.device,
+        shards=setup.ranks_of_model,
     )
 
 

@@ -14,12 +14,14 @@ oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0"]
 setup(
     name="nanophi",
     version="0.1.0",
-    description="Phi2-mini-Chinese rebuilt from scratch: raw Chinese text to a chat model in code one person can read",
+    description="Phi2-mini-Chinese rebuilt from scratch: "
+    "raw Chinese text to a chat model in code one person can read",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["nanophi", "nanophi.*"]),
+    package_data={"nanophi": ["py.typed"]},
     install_requires=[
         "torch>=2.9",
         "numpy>=2.0",
@@ -33,6 +35,6 @@ setup(
         "plot": plot,
         "zst": zst,
         "parquet": parquet,
-        "test": ["pytest>=8", "hypothesis>=6", "ruff", *oracles, *plot, *zst, *parquet],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", *oracles, *plot, *zst, *parquet],
     },
 )

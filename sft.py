@@ -2,8 +2,8 @@
 
     python sft.py --init-from out/pretrain --data sft.jsonl --out out/sft --epochs 3
 
-Rows: {"instruction", "input"?, "output"}, {"prompt", "response"}, {"messages": [...]} or {"conversations": [...]}. The
-loss is on the answers and their [EOS] alone.
+Rows: {"instruction", "input"?, "output"}, {"prompt", "response"}, {"messages": [...]} or
+{"conversations": [...]}. The loss is on the answers and their [EOS] alone.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanophi.cli import UserError, flag, run_command
-from nanophi.infer.modes import evaluating_aloud
+from nanophi.infer.samples import evaluating_aloud
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt, encode_chat
+from nanophi.tokenizer.template import TEMPLATES
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.loop import TrainConfig, context_of, total_steps, train
+from nanophi.train.config import TrainConfig, context_of, total_steps
+from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.packing import Packed
-from nanophi.train.rundir import claim
+from nanophi.train.setup import begin
 
 
 @dataclass(kw_only=True)
@@ -33,17 +35,82 @@ class Config(TrainConfig):
     batch_tokens: int = flag(
         16384, at_least=1, help="tokens of one optimizer step over all devices"
     )
+    template: str | None = flag(
+        None,
+        choices=TEMPLATES,
+        help="how turns become text (default: the tokenizer's; wenda is the original's)",
+    )
     sample: str | None = flag(
         None, help="a question to answer at each evaluation, so that one sees it learn"
     )
     val_data: str | None = flag(None, help="conversations to validate on")
 
 
+def main(cfg: Config) -> Phi:
+    # 1. The run: its device, dtype and ranks; --out is free.
+    setup = begin(cfg, starts_from=cfg.init_from)
+
+    # 2. The pretrained model and the template of its conversations.
+    model, tok = load_with_tokenizer(cfg.init_from)
+    if cfg.template is not None:
+        use_template(model, tok, cfg.template)
+    if cfg.dropout is not None:
+        model.set_dropout(cfg.dropout)
+    context = context_of(cfg, model)
+    rows = max(cfg.batch_tokens // context, 1)  # of a step
+
+    # 3. The data: whole conversations packed into rows, with the answers marked.
+    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos)
+    steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
+    evaluate = validation(cfg, tok, context)
+    if cfg.sample:
+        prompt = chat_prompt(cfg.sample, tok, cfg.bos)
+        evaluate = evaluating_aloud(evaluate, tok, prompt)
+
+    # 4. Training: the loss is that of pretraining, on the targets that the marks leave.
+    print(
+        f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs "
+        f"-> {cfg.out}"
+    )
+    return train(
+        model,
+        next_token_loss,
+        data.batch_at,
+        setup,
+        evaluate,
+        steps=steps,
+        tok=tok,
+        data_id=data.data_id,
+    )
+
+
+def use_template(model: Phi, tok: Tokenizer, name: str) -> None:
+    """Give model and tokenizer a chat template: its special tokens get ids, and its stop token ends
+    answers.
+    """
+    template = TEMPLATES[name]
+    tok.add_tokens(list(template.specials), special=True)
+    if len(tok) > model.cfg.vocab_size:
+        raise UserError(
+            f"--template {name} needs {len(tok):,} tokens, the model has {model.cfg.vocab_size:,}: "
+            "add its special tokens before pretraining"
+        )
+    model.set_vocabulary(len(tok))
+    model.cfg.eos_token_id = tok.special_id(template.stop)
+    tok.template = name
+
+
 def pack(
     paths: list[str], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool
 ) -> Packed:
-    """Files of conversations -> packed rows; one without an answer, or too long, is dropped and counted."""
-    samples, unanswered, too_long, no_room = [], 0, 0, 0
+    """Files of conversations -> packed rows. One without an answer, or too long, is dropped and
+    counted.
+    """
+    documents = []
+    masks = []
+    unanswered = 0
+    too_long = 0
+    no_room = 0
     for ids, mask in read_rows(paths, use=lambda row: encode_chat(messages_of(row), tok, bos)):
         if not any(mask):
             unanswered += 1
@@ -52,55 +119,33 @@ def pack(
         elif len(ids) - 1 > context:
             too_long += 1
         else:
-            samples.append((np.array(ids, dtype=np.int32), np.array(mask)))
-    learned = sum(int(mask.sum()) for _, mask in samples)
+            documents.append(np.array(ids, dtype=np.int32))
+            masks.append(np.array(mask))
+    learned = sum(int(mask.sum()) for mask in masks)
     print(
-        f"sft: {len(samples):,} conversations, {learned:,} tokens to learn; dropped {too_long:,} longer than {context} "
-        f"tokens, {no_room:,} whose question alone fills them, and {unanswered:,} without an answer"
+        f"sft: {len(documents):,} conversations, {learned:,} tokens to learn; dropped {too_long:,} "
+        f"longer than {context} tokens, {no_room:,} whose question alone fills them, and "
+        f"{unanswered:,} without an answer"
     )
-    if not samples:
+    if not documents:
         raise UserError(
-            f"of {too_long + no_room + unanswered:,} conversations in {', '.join(paths)} none has an answer and fits "
-            f"in a context of {context} tokens: raise --context or shorten them"
+            f"of {too_long + no_room + unanswered:,} conversations in {', '.join(paths)} none has "
+            f"an answer and fits in a context of {context} tokens: raise --context or shorten them"
         )
-    documents, masks = zip(*samples, strict=True)
     return Packed(documents, context, batch_rows, seed, masks)
 
 
-def main(cfg: Config) -> Phi:
-    claim(cfg)
-    model, tok = load_with_tokenizer(cfg.init_from)
-    context = context_of(cfg, model)
-    rows = max(cfg.batch_tokens // context, 1)
-    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos)
-    evaluate = None
-    if cfg.val_data:
-        validation = pack([cfg.val_data], tok, context, cfg.micro_batch, cfg.seed, cfg.bos)
-        byte_lengths = tok.byte_lengths()
+def validation(cfg: Config, tok: Tokenizer, context: int):
+    """A function of the model: its loss on the answers of --val-data. None without --val-data."""
+    if not cfg.val_data:
+        return None
+    data = pack([cfg.val_data], tok, context, cfg.micro_batch, cfg.seed, cfg.bos)
+    byte_lengths = tok.byte_lengths()
 
-        def evaluate(model):
-            return validation_loss(model, validation.in_order(), byte_lengths)
+    def evaluate(model: Phi) -> dict[str, float]:
+        return validation_loss(model, data.in_order(), byte_lengths)
 
-    if cfg.sample:
-        prompt = chat_prompt([{"role": "user", "content": cfg.sample}], tok, cfg.bos)
-        evaluate = evaluating_aloud(evaluate, tok, prompt)
-    if cfg.dropout is not None:
-        model.set_dropout(cfg.dropout)
-    steps = total_steps(cfg, data.steps_per_epoch)
-    print(
-        f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
-    )
-    return train(
-        model,
-        next_token_loss,
-        data.batch_at,
-        cfg,
-        evaluate,
-        cfg.resume,
-        steps=steps,
-        tok=tok,
-        data_id=data.data_id,
-    )
+    return evaluate
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Train a BPE tokenizer on clean text.
 
-python train_tokenizer.py --input clean.jsonl --out out/tokenizer --vocab-size 8192
+    python train_tokenizer.py --input clean.jsonl --out out/tokenizer --vocab-size 8192
 
-Byte level is lossless on any text. Char level makes full-width letters narrow, digits and punctuation tokens of their
-own, and of a character that the text lacks [UNK], or with --byte-fallback its bytes.
+Byte level is lossless on any text. Char level makes full-width letters narrow and digits and
+punctuation tokens of their own; a character that the text lacks becomes [UNK], or with
+--byte-fallback its bytes.
 """
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,14 +18,11 @@ from nanophi.cli import Progress, UserError, flag, peak_memory_gb, run_command
 from nanophi.text.corpus import Reading, Skipped
 from nanophi.text.schemas import text_of
 from nanophi.text.share import in_share
-from nanophi.text.stats import draw_lengths, report, write_vocabulary
 from nanophi.tokenizer.bpe import train_bpe
-from nanophi.tokenizer.pieces import train_sentencepiece
-
-# GB that n characters of Chinese take: BASE + FACTOR * n^POWER, measured from 1 to 100 million and a tenth added.
-BASE, FACTOR, POWER = 0.2, 1.55e-5, 0.62
-OWN_CHOICES = ("byte", "gpt2", 2, False)  # defaults of what --trainer sentencepiece decides itself
-REPORT_SHARE, REPORT_CHARACTERS = 0.05, 500_000  # of the training text, where no other is named
+from nanophi.tokenizer.elsewhere import train_sentencepiece
+from nanophi.tokenizer.report import draw_lengths, report, write_vocabulary
+from nanophi.tokenizer.splits import SPLITS
+from nanophi.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -38,8 +37,10 @@ class Config(Reading):
     trainer: Literal["bpe", "sentencepiece"] = flag(
         "bpe", help="sentencepiece: its BPE over characters"
     )
-    split: Literal["gpt2", "qwen2"] = flag(
-        "gpt2", help="byte level: how text becomes words; qwen2 has digits alone"
+    split: str = flag(
+        "gpt2",
+        choices=SPLITS,
+        help="byte level: how text becomes words; qwen2 has digits alone",
     )
     byte_fallback: bool = flag(
         False, help="char level: a character that the text lacks becomes its bytes, not [UNK]"
@@ -56,76 +57,132 @@ class Config(Reading):
     )
 
 
+def main(cfg: Config) -> dict[str, int]:
+    """Train and save; returns the numbers of tokens and of characters read."""
+    # 1. The flags fit together.
+    refuse_contradictions(cfg)
+
+    # 2. The text. What is held out is read first: a mistake there shows before the long work.
+    skipped = Skipped()
+    held_out = None
+    if cfg.held_out:
+        held_out = list(cfg.rows(skipped, text_of, cfg.held_out))
+    texts = TrainingText(cfg, skipped, share_that_fits(cfg))
+
+    # 3. Training.
+    started = time.monotonic()
+    tok = train(cfg, texts)
+    seconds = time.monotonic() - started
+
+    # 4. What is kept: tokenizer.json and its companions, and a table to read.
+    out = Path(cfg.out)
+    tok.save(out)
+    write_vocabulary(tok, out / "vocab.tsv")
+    say_what_was_learned(cfg, tok, texts, seconds)
+
+    # 5. How well it serves.
+    if cfg.report:
+        if held_out is None:
+            say_how_it_serves(tok, texts.sample, "of the training text", out)
+        else:
+            say_how_it_serves(tok, held_out, "held out", out)
+    return {"tokens": len(tok), "characters": texts.characters}
+
+
+def refuse_contradictions(cfg: Config) -> None:
+    if cfg.level == "char" and cfg.split != "gpt2":
+        raise UserError("--split is for --level byte: the char level has one split of its own")
+    defaults = {"level": "byte", "split": "gpt2", "min_frequency": 2, "byte_fallback": False}
+    given = any(getattr(cfg, name) != default for name, default in defaults.items())
+    if cfg.trainer == "sentencepiece" and given:
+        raise UserError(
+            "--trainer sentencepiece decides level, split, frequency and fallback itself: leave "
+            "out those flags"
+        )
+
+
+# GB that n characters of Chinese take: BASE + FACTOR * n^POWER. It was measured from 1 to 100
+# million characters, and a tenth was added.
+BASE = 0.2
+FACTOR = 1.55e-5
+POWER = 0.62
+
+
 def share_that_fits(cfg: Config) -> float:
-    """The share of the documents that --max-memory lets in; all texts are read once to know their size."""
+    """The share of the documents that --max-memory lets in; all texts are read once to know their
+    size.
+    """
     if cfg.max_memory is None:
         return 1.0
     characters = sum(map(len, cfg.rows(Skipped(), text_of)))
-    share = min(((cfg.max_memory - BASE) / FACTOR) ** (1 / POWER) / max(characters, 1), 1.0)
+    fits = ((cfg.max_memory - BASE) / FACTOR) ** (1 / POWER)
+    share = min(fits / max(characters, 1), 1.0)
     print(
-        f"tokenizer: {share:.1%} of the documents ({characters:,} characters) will fit in {cfg.max_memory} GB"
+        f"tokenizer: {share:.1%} of the documents ({characters:,} characters) will fit in "
+        f"{cfg.max_memory} GB"
     )
     return share
 
 
-def main(cfg: Config) -> dict:
-    if cfg.level == "char" and cfg.split != "gpt2":
-        raise UserError("--split is for --level byte: the char level has one split of its own")
-    if (
-        cfg.trainer == "sentencepiece"
-        and (cfg.level, cfg.split, cfg.min_frequency, cfg.byte_fallback) != OWN_CHOICES
-    ):
-        raise UserError(
-            "--trainer sentencepiece decides level, split, frequency and fallback itself: leave out those flags"
-        )
-    skipped = Skipped()
-    held_out = (
-        list(cfg.rows(skipped, text_of, cfg.held_out)) if cfg.held_out else None
-    )  # before long work
-    share = share_that_fits(cfg)
-    started, characters, sample = time.monotonic(), 0, []
+REPORT_SHARE = 0.05  # of the training text, where no other text is named
+REPORT_CHARACTERS = 500_000
 
-    def counted():
-        nonlocal characters
+
+class TrainingText:
+    """The texts to train on, read once; it counts their characters and keeps a sample for the
+    report.
+    """
+
+    def __init__(self, cfg: Config, skipped: Skipped, share: float):
+        self.cfg = cfg
+        self.skipped = skipped  # bad rows
+        self.share = share  # of the documents that are taken
+        self.characters = 0
+        self.sample: list[str] = []
+        self.sample_characters = 0
+
+    def __iter__(self) -> Iterator[str]:
         with Progress("documents", None) as bar:
-            for text in cfg.rows(skipped, text_of):
+            for text in self.cfg.rows(self.skipped, text_of):
                 bar.update()
-                if share < 1 and not in_share(f"sample {text}", share):  # by a hash of the text
+                if self.share < 1 and not in_share(f"sample {text}", self.share):
                     continue
-                characters += len(text)
-                if in_share(text, REPORT_SHARE) and sum(map(len, sample)) < REPORT_CHARACTERS:
-                    sample.append(text)
+                self.characters += len(text)
+                if in_share(text, REPORT_SHARE) and self.sample_characters < REPORT_CHARACTERS:
+                    self.sample.append(text)
+                    self.sample_characters += len(text)
                 yield text
 
+
+def train(cfg: Config, texts: TrainingText) -> Tokenizer:
     if cfg.trainer == "sentencepiece":
-        tok = train_sentencepiece(counted(), cfg.vocab_size, Path(cfg.out) / "sentencepiece.model")
-    else:
-        tok = train_bpe(
-            counted(), cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split
-        )
-    seconds = time.monotonic() - started
-    tok.save(cfg.out)
-    write_vocabulary(tok, Path(cfg.out) / "vocab.tsv")
+        return train_sentencepiece(texts, cfg.vocab_size, Path(cfg.out) / "sentencepiece.model")
+    return train_bpe(
+        texts, cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split
+    )
+
+
+def say_what_was_learned(cfg: Config, tok: Tokenizer, texts: TrainingText, seconds: float) -> None:
     if len(tok) < cfg.vocab_size:
-        print(
-            f"tokenizer: the text gave {len(tok):,} of {cfg.vocab_size:,} tokens: no other pair of tokens occurs "
-            f"{cfg.min_frequency} times"
-            if cfg.trainer == "bpe"
-            else f"tokenizer: the text gave {len(tok):,} of {cfg.vocab_size:,} tokens"
-        )
+        reason = ""
+        if cfg.trainer == "bpe":
+            reason = f": no other pair of tokens occurs {cfg.min_frequency} times"
+        print(f"tokenizer: the text gave {len(tok):,} of {cfg.vocab_size:,} tokens{reason}")
     print(
-        f"{skipped}tokenizer: read {characters:,} characters, skipped {skipped.count:,} bad rows, learned "
-        f"{len(tok.merge_list):,} merges, {len(tok):,} tokens, in {seconds:.1f} s, peak {peak_memory_gb():.2f} GB; "
+        f"{texts.skipped}tokenizer: read {texts.characters:,} characters, skipped "
+        f"{texts.skipped.count:,} bad rows, learned {len(tok.merge_list):,} merges, "
+        f"{len(tok):,} tokens, in {seconds:.1f} s, peak {peak_memory_gb():.2f} GB; "
         f"wrote {cfg.out}"
     )
-    if cfg.report:
-        read, whence = (
-            (sample, "of the training text") if held_out is None else (held_out, "held out")
-        )
-        print(f"\non {sum(map(len, read)):,} characters {whence}:\n{report(tok, read)}")
-        with contextlib.suppress(ImportError):  # matplotlib is an extra
-            draw_lengths(tok, Path(cfg.out) / "lengths.png")
-    return {"tokens": len(tok), "characters": characters}
+
+
+def say_how_it_serves(tok: Tokenizer, texts: list[str], origin: str, out: Path) -> None:
+    """Print the report on these texts, and draw the lengths of the tokens where matplotlib is
+    installed.
+    """
+    print(f"\non {sum(map(len, texts)):,} characters {origin}:\n{report(tok, texts)}")
+    with contextlib.suppress(ImportError):
+        draw_lengths(tok, out / "lengths.png")
 
 
 if __name__ == "__main__":

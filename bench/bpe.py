@@ -1,9 +1,10 @@
-"""Are merges and ids those of HF tokenizers? Trained on the same documents, then both encode others.
+"""Are merges and ids those of HF tokenizers? Both are trained on the same documents, then both
+encode others.
 
-python bench/bpe.py --input DIR --characters 1000000 --min-frequency 2 100
+    python bench/bpe.py --input DIR --characters 1000000 --min-frequency 2 100
 
-A seeded shuffle of the documents; lines of those after the first N characters are encoded by both. Speed and memory
-are in bpe_training.py and encoding.py.
+The documents are shuffled by a seed. Training takes the first N characters; the lines of the
+documents behind them are encoded. Speed and memory are in bpe_training.py and encoding.py.
 """
 
 import json
@@ -11,13 +12,17 @@ from dataclasses import dataclass
 from itertools import islice
 
 from sample import shuffled, take
+from table import print_head, print_row
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from nanophi.cli import flag, run_command
 from nanophi.tokenizer.bpe import train_bpe
-from nanophi.tokenizer.levels import QWEN2_SPLIT
+from nanophi.tokenizer.splits import QWEN2_SPLIT
 from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS
+
+# Name -> arguments of train_bpe.
+KINDS = {"gpt2": {}, "qwen2": {"split": "qwen2"}, "char": {"level": "char"}}
 
 
 @dataclass(kw_only=True)
@@ -32,13 +37,62 @@ class Config:
     seed: int = flag(0, help="order of the documents")
 
 
+def main(cfg: Config) -> None:
+    documents = shuffled(cfg.input, cfg.seed)
+    texts = take(documents, cfg.characters)
+    lines = first_lines(documents, cfg.lines)
+    characters = sum(map(len, texts))
+    print(f"{characters:,} characters in {len(texts):,} documents; {len(lines):,} other lines\n")
+    print_head("split", "min. frequency", "merges", "as HF's", "ids of the other lines", "as HF's")
+    for kind in KINDS:
+        for min_frequency in cfg.min_frequency:
+            cells = compare(kind, texts, lines, cfg.vocab_size, min_frequency)
+            print_row(kind, str(min_frequency), *cells)
+
+
+def first_lines(documents: list[str], count: int) -> list[str]:
+    """The first lines of the documents, with their line breaks."""
+    lines = (line for text in documents for line in text.splitlines(keepends=True))
+    return list(islice(lines, count))
+
+
+def compare(
+    kind: str, texts: list[str], lines: list[str], vocab_size: int, min_frequency: int
+) -> list[str]:
+    """The cells of a row: merges, whether they are HF's, ids of `lines`, whether they are HF's."""
+    ours = train_bpe(texts, vocab_size, min_frequency, **KINDS[kind])
+    hf = hf_tokenizer(kind)
+    hf.train_from_iterator(texts, hf_trainer(kind, vocab_size, min_frequency))
+    hf.encode_special_tokens = True
+
+    our_model = ours.to_dict()["model"]
+    hf_model = json.loads(hf.to_str())["model"]
+    same_model = all(our_model[part] == hf_model[part] for part in ("merges", "vocab"))
+    our_ids = ours.encode_batch(lines)
+    hf_ids = [encoding.ids for encoding in hf.encode_batch(lines, add_special_tokens=False)]
+    return [
+        f"{len(hf_model['merges']):,}",
+        yes_or_no(same_model),
+        f"{sum(map(len, our_ids)):,}",
+        yes_or_no(our_ids == hf_ids),
+    ]
+
+
+def yes_or_no(same: bool) -> str:
+    return "yes" if same else "NO"
+
+
 def hf_tokenizer(kind: str) -> HFTokenizer:
+    """An untrained HF tokenizer that cuts text as ours does."""
     if kind == "char":
         hf = HFTokenizer(models.BPE(unk_token="[UNK]"))
         hf.normalizer = normalizers.NFKC()
-        alone = [pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
         hf.pre_tokenizer = pre_tokenizers.Sequence(
-            [*alone, pre_tokenizers.Metaspace(prepend_scheme="never")]
+            [
+                pre_tokenizers.Punctuation(),
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.Metaspace(prepend_scheme="never"),
+            ]
         )
         return hf
     hf = HFTokenizer(models.BPE())
@@ -51,42 +105,16 @@ def hf_tokenizer(kind: str) -> HFTokenizer:
     return hf
 
 
-def main(cfg: Config) -> None:
-    documents = shuffled(cfg.input, cfg.seed)
-    texts = take(documents, cfg.characters)
-    lines = list(
-        islice((line for text in documents for line in text.splitlines(keepends=True)), cfg.lines)
+def hf_trainer(kind: str, vocab_size: int, min_frequency: int) -> trainers.BpeTrainer:
+    """HF's trainer. On the byte level all 256 bytes are tokens, whether they occur or not."""
+    alphabet = [] if kind == "char" else pre_tokenizers.ByteLevel.alphabet()
+    return trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    print(
-        f"{sum(map(len, texts)):,} characters in {len(texts):,} documents; {len(lines):,} other lines\n"
-    )
-    print(
-        "| split | min. frequency | merges | as HF's | ids of the other lines | as HF's |\n|---|---|---|---|---|---|"
-    )
-    for kind, options in (("gpt2", {}), ("qwen2", {"split": "qwen2"}), ("char", {"level": "char"})):
-        for min_frequency in cfg.min_frequency:
-            ours, hf = (
-                train_bpe(texts, cfg.vocab_size, min_frequency, **options),
-                hf_tokenizer(kind),
-            )
-            alphabet = [] if kind == "char" else pre_tokenizers.ByteLevel.alphabet()
-            trainer = trainers.BpeTrainer(
-                vocab_size=cfg.vocab_size, min_frequency=min_frequency, special_tokens=SPECIAL_TOKENS,
-                initial_alphabet=alphabet, show_progress=False,
-            )  # fmt: skip
-            hf.train_from_iterator(texts, trainer)
-            theirs, model = json.loads(hf.to_str())["model"], ours.to_dict()["model"]
-            same = all(model[part] == theirs[part] for part in ("merges", "vocab"))
-            hf.encode_special_tokens = True
-            ids = ours.encode_batch(lines)
-            same_ids = ids == [
-                found.ids for found in hf.encode_batch(lines, add_special_tokens=False)
-            ]
-            print(
-                f"| {kind} | {min_frequency} | {len(theirs['merges']):,} | {'yes' if same else 'NO'} | "
-                f"{sum(map(len, ids)):,} | {'yes' if same_ids else 'NO'} |",
-                flush=True,
-            )
 
 
 if __name__ == "__main__":

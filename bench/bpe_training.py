@@ -1,11 +1,14 @@
 """BPE training beside the Rust trainers: time, peak memory, and whether the merges are HF's.
 
-    pip install rustbpe gigatoken bpeasy sentencepiece          (whatever is missing gets no row)
+    pip install rustbpe gigatoken bpeasy sentencepiece          (what is missing gets no row)
     python bench/bpe_training.py --input DIR --characters 10000000 --cores 1 --repeats 3
 
-A seeded shuffle of the documents, the same for all. Each run is a process of its own, pinned to --cores cores. Reading
-the documents is outside the clock, everything from the list of documents (gigatoken takes one buffer) to the merges is
-inside. Memory is the process's peak beyond what it held when the clock started. Medians over --repeats, taking turns.
+All contestants get the same documents, shuffled by a seed. Each run is a process of its own, pinned
+to --cores cores. The clock starts with the list of documents in memory (gigatoken takes one buffer)
+and ends with the merges. Memory is the peak of the process beyond what it held when the clock
+started. Times are medians over --repeats; the contestants take turns.
+
+Read in this order: the contestants, `work` (one run), `compete` (all runs), the table.
 """
 
 import hashlib
@@ -21,11 +24,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import cpu_has, cpu_name, memory_gb, run_pinned
+from table import print_head, print_row
+
 from nanophi.cli import flag, run_command
 from nanophi.text.corpus import read_texts
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]
+
+
+# ---- the contestants: texts -> merges as pairs of bytes; [] where they cannot be compared
 
 
 def nanophi(texts: list[str], vocab_size: int, min_frequency: int, level: str = "byte") -> list:
@@ -43,12 +52,16 @@ def huggingface(texts: list[str], vocab_size: int, min_frequency: int) -> list:
     hf = Tokenizer(models.BPE())
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     hf.train_from_iterator(iter(texts), trainer)
-    spell = ByteLevel().bytes_of
-    return [(spell(a), spell(b)) for a, b in json.loads(hf.to_str())["model"]["merges"]]
+    bytes_of = ByteLevel().bytes_of
+    merges = json.loads(hf.to_str())["model"]["merges"]
+    return [(bytes_of(a), bytes_of(b)) for a, b in merges]
 
 
 def rustbpe(texts: list[str], vocab_size: int, min_frequency: int) -> list:
@@ -56,13 +69,14 @@ def rustbpe(texts: list[str], vocab_size: int, min_frequency: int) -> list:
 
     tok = rustbpe.Tokenizer()
     tok.train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=GPT2)
-    return []  # its merges break ties otherwise
+    return []  # It breaks ties between equally frequent pairs in another way than HF.
 
 
 def gigatoken(texts: bytes, vocab_size: int, min_frequency: int) -> list:
     import gigatoken
 
-    return gigatoken.train_bpe(texts, vocab_size - len(SPECIALS), [], separator=b"\0")[1]
+    _, merges = gigatoken.train_bpe(texts, vocab_size - len(SPECIALS), [], separator=b"\0")
+    return merges
 
 
 def sentencepiece(texts: list[str], vocab_size: int, min_frequency: int) -> list:
@@ -70,11 +84,19 @@ def sentencepiece(texts: list[str], vocab_size: int, min_frequency: int) -> list
 
     with tempfile.TemporaryDirectory() as out:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_prefix=f"{out}/m", model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, max_sentence_length=10**9, num_threads=len(os.sched_getaffinity(0)),
-            minloglevel=2, character_coverage=0.9995,
-        )  # fmt: skip
+            sentence_iterator=iter(texts),
+            model_prefix=f"{out}/m",
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=10**9,
+            num_threads=len(os.sched_getaffinity(0)),
+            minloglevel=2,
+            character_coverage=0.9995,
+        )
     return []
 
 
@@ -88,6 +110,9 @@ def bpeasy(texts: list[str], vocab_size: int, min_frequency: int) -> list:
 CONTESTANTS = {
     f.__name__: f for f in (nanophi, huggingface, rustbpe, gigatoken, sentencepiece, bpeasy)
 }
+
+# What a contestant imports, where that is not its own name. `work` imports it before the clock.
+MODULES = {"nanophi": "nanophi.tokenizer.fast.merges", "huggingface": "tokenizers"}
 
 
 @dataclass(kw_only=True)
@@ -103,135 +128,160 @@ class Config:
     plot: str | None = flag(None, help="draw time and memory against size into this .png")
 
 
-def memory_gb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
+def main(cfg: Config) -> None:
+    documents = [text.replace("\0", "") for text in read_texts(cfg.input)]
+    random.Random(cfg.seed).shuffle(documents)
+    cores = sorted(os.sched_getaffinity(0))[: cfg.cores]
+    growth = {}
+    for characters in cfg.characters:
+        texts = first_characters(documents, characters)
+        print(
+            f"\n{sum(map(len, texts)):,} characters, {len(cores)} core(s) of {cpu_name()}, "
+            f"{'AVX-512' if cpu_has('avx512f') else 'no AVX-512'}; {cfg.repeats} run(s) each\n"
+        )
+        growth[characters] = compete(cfg, texts, cores)
+        print_table(growth[characters])
+    if cfg.plot:
+        draw(growth, cfg.plot)
+
+
+def first_characters(documents: list[str], characters: int) -> list[str]:
+    """The first documents that have `characters` together, the last one cut."""
+    texts = []
+    left = characters
+    for document in documents:
+        if left <= 0:
+            break
+        texts.append(document[:left])
+        left -= len(texts[-1])
+    return texts
+
+
+# ---- one run, in a process of its own
 
 
 def work(name: str, path: str, vocab_size: int, min_frequency: int) -> None:
-    """One contestant's run, in a process of its own."""
-    data = Path(path).read_bytes()
-    texts = data if name == "gigatoken" else data.decode().split("\0")
-    del data
-    importlib.import_module(
-        {"nanophi": "nanophi.tokenizer.fast.merges", "huggingface": "tokenizers"}.get(name, name)
-    )
-    before = memory_gb("VmRSS")
-    started, cpu = time.perf_counter(), time.process_time()
+    """Train once, and print the measurements as one line of JSON."""
+    texts = read_documents(name, path)
+    importlib.import_module(MODULES.get(name, name))
+    before_gb = memory_gb("VmRSS")
+    cpu_started = time.process_time()
+    started = time.perf_counter()
     merges = CONTESTANTS[name](texts, vocab_size, min_frequency)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    digest = (
-        hashlib.sha1(repr([tuple(map(bytes, pair)) for pair in merges]).encode()).hexdigest()
-        if merges
-        else ""
-    )
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "cpu": cpu,
-                "gb": memory_gb("VmHWM") - before,
-                "merges": len(merges),
-                "digest": digest,
-            }
-        )
-    )
+    measured = {
+        "seconds": time.perf_counter() - started,
+        "cpu": time.process_time() - cpu_started,
+        "gb": memory_gb("VmHWM") - before_gb,
+        "merges": len(merges),
+        "digest": digest(merges),
+    }
+    print(json.dumps(measured))
+
+
+def read_documents(name: str, path: str) -> list[str] | bytes:
+    """The documents of a file, which separates them by \\0; gigatoken takes the file as it is."""
+    data = Path(path).read_bytes()
+    return data if name == "gigatoken" else data.decode().split("\0")
+
+
+def digest(merges: list) -> str:
+    """The same string for the same merges; empty where there are none to compare."""
+    if not merges:
+        return ""
+    pairs = [tuple(map(bytes, pair)) for pair in merges]
+    return hashlib.sha1(repr(pairs).encode()).hexdigest()
+
+
+# ---- all runs
 
 
 def compete(cfg: Config, texts: list[str], cores: list[int]) -> dict[str, list[dict]]:
-    """Every contestant's runs on the same texts: {name: [what `work` printed, ...]}."""
-    environment = os.environ | {
-        "RAYON_NUM_THREADS": str(len(cores)),
-        "OMP_NUM_THREADS": str(len(cores)),
-    }
-    found: dict[str, list[dict]] = {}
+    """Contestant -> what `work` has printed in each of its runs on the same texts."""
+    results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents"
         path.write_bytes("\0".join(texts).encode())
         for _ in range(cfg.repeats):
             for name in cfg.only or CONTESTANTS:
                 arguments = [name, str(path), str(cfg.vocab_size), str(cfg.min_frequency)]
-                done = subprocess.run(
-                    [sys.executable, __file__, "--work", *arguments],
-                    env=environment, capture_output=True, text=True, check=False,
-                    preexec_fn=lambda: os.sched_setaffinity(0, cores),
-                )  # fmt: skip
-                if done.returncode == 0:
-                    found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-                    print(name, found[name][-1], file=sys.stderr)
-                else:
-                    print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-    return found
+                measured = run_once(arguments, cores)
+                if measured is not None:
+                    results.setdefault(name, []).append(measured)
+    return results
 
 
-def table(found: dict[str, list[dict]]) -> str:
-    """Medians of the times, maxima of the memory."""
-    seconds = {
-        name: statistics.median(row["seconds"] for row in rows) for name, rows in found.items()
-    }
-    gb = {name: max(row["gb"] for row in rows) for name, rows in found.items()}
-    reference = found.get("huggingface", [{}])[0].get("digest")
-    lines = [
-        "| trainer | seconds | x ours | peak GB | x ours | merges as HF's |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, rows in found.items():
-        digest = rows[0]["digest"]
-        same = "" if not digest or not reference else "yes" if digest == reference else "NO"
-        times, sizes = seconds[name] / seconds["nanophi"], gb[name] / gb["nanophi"]
-        lines.append(
-            f"| {name} | {seconds[name]:.1f} | {times:.1f} | {gb[name]:.2f} | {sizes:.1f} | {same} |"
+def run_once(arguments: list[str], cores: list[int]) -> dict | None:
+    """Run `work` in a process of its own. None where it fails: most often it is not installed."""
+    name = arguments[0]
+    done = run_pinned(
+        [sys.executable, __file__, "--work", *arguments],
+        cores,
+        threads=len(cores),
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode != 0:
+        print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    measured = json.loads(done.stdout.splitlines()[-1])
+    print(name, measured, file=sys.stderr)
+    return measured
+
+
+# ---- the table and the picture
+
+
+def print_table(results: dict[str, list[dict]]) -> None:
+    """A row for each contestant: the median of its times and the largest of its peaks."""
+    reference = results.get("huggingface", [{}])[0].get("digest")
+    our_seconds, our_gb = summary(results["nanophi"])
+    print_head("trainer", "seconds", "x ours", "peak GB", "x ours", "merges as HF's")
+    for name, runs in results.items():
+        seconds, gb = summary(runs)
+        print_row(
+            name,
+            f"{seconds:.1f}",
+            f"{seconds / our_seconds:.1f}",
+            f"{gb:.2f}",
+            f"{gb / our_gb:.1f}",
+            same_as(reference, runs[0]["digest"]),
         )
-    return "\n".join(lines)
+
+
+def summary(runs: list[dict]) -> tuple[float, float]:
+    """(median of the seconds, largest peak in GB)."""
+    return statistics.median(run["seconds"] for run in runs), max(run["gb"] for run in runs)
+
+
+def same_as(reference: str | None, merges: str) -> str:
+    """Whether two digests are equal: yes, NO, or empty where one of them is missing."""
+    if not merges or not reference:
+        return ""
+    return "yes" if merges == reference else "NO"
 
 
 def draw(growth: dict[int, dict[str, list[dict]]], path: str) -> None:
-    """CPU seconds (which other work disturbs less) and gigabytes against characters, both axes logarithmic."""
+    """Draw CPU seconds and gigabytes against characters, both axes logarithmic.
+
+    CPU seconds, because other work on the machine disturbs them less than those of the clock.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    names = list(dict.fromkeys(name for results in growth.values() for name in results))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, unit in zip(axes, ("cpu", "gb"), strict=True):
-        for name in {name: None for found in growth.values() for name in found}:
+    titles = {"cpu": "CPU seconds", "gb": "peak GB"}
+    for axis, (unit, title) in zip(axes, titles.items(), strict=True):
+        for name in names:
             sizes = [size for size in growth if name in growth[size]]
-            axis.loglog(
-                sizes,
-                [statistics.median(r[unit] for r in growth[n][name]) for n in sizes],
-                "o-",
-                label=name,
-            )
-        axis.set(xlabel="characters", title={"cpu": "CPU seconds", "gb": "peak GB"}[unit])
+            medians = [statistics.median(run[unit] for run in growth[n][name]) for n in sizes]
+            axis.loglog(sizes, medians, "o-", label=name)
+        axis.set(xlabel="characters", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def main(cfg: Config) -> None:
-    documents = [text.replace("\0", "") for text in read_texts(cfg.input)]
-    random.Random(cfg.seed).shuffle(documents)
-    cores = sorted(os.sched_getaffinity(0))[: cfg.cores]
-    cpu = Path("/proc/cpuinfo").read_text()
-    model = next(
-        (line.split(": ")[-1] for line in cpu.splitlines() if "model name" in line), "unknown CPU"
-    )
-    growth = {}
-    for characters in cfg.characters:
-        texts, left = [], characters
-        for document in documents:
-            if left <= 0:
-                break
-            texts.append(document[:left])
-            left -= len(texts[-1])
-        print(
-            f"\n{sum(map(len, texts)):,} characters, {len(cores)} core(s) of {model}, "
-            f"{'AVX-512' if 'avx512f' in cpu else 'no AVX-512'}; {cfg.repeats} run(s) each\n"
-        )
-        growth[characters] = compete(cfg, texts, cores)
-        print(table(growth[characters]), flush=True)
-    if cfg.plot:
-        draw(growth, cfg.plot)
 
 
 if __name__ == "__main__":

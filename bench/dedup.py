@@ -3,9 +3,12 @@
     pip install datasketch xxhash
     python bench/dedup.py --input DIR --documents 20000 --growth 10000 30000 60000
 
-Both sides get the same documents in memory and the same job, from text to candidate pairs: 5-grams of what nanophi
-counts as letters, 128 numbers, 16 bands of 8. datasketch has its bulk update and xxhash. Planted: copies of documents
-with characters replaced, dropped and moved. Each run is a process of its own on one core; memory is beyond the texts.
+Both sides get the same documents in memory and do the same job, from text to candidate pairs:
+5-grams of what nanophi counts as letters, 128 numbers, 16 bands of 8. datasketch uses its bulk
+update and xxhash. The planted duplicates are copies of documents with characters replaced, dropped
+and moved. Each run is a process of its own on one core; memory is what it takes beyond the texts.
+
+Read in this order: the sides, `work` (one run), the two tables.
 """
 
 import ctypes
@@ -18,18 +21,64 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from machine import memory_gb, run_pinned
+from table import print_head, print_row
 
 from nanophi.cli import flag, run_command
 from nanophi.parallel import batches
 from nanophi.text.corpus import read_texts
 from nanophi.text.dedup import candidate_pairs, find_clusters, jaccard, letters, shingle_set, sketch
 
-BANDS, ROWS, THRESHOLD = 16, 8, 0.8
-NO_LETTERS: dict[
-    int, None
-] = {}  # what str.translate drops for datasketch; filled before the clock starts
+BANDS = 16
+ROWS = 8  # of a band
+THRESHOLD = 0.8  # from this similarity on, two documents are near-duplicates
+
+# What str.translate drops for datasketch. It is filled before the clock starts.
+NO_LETTERS: dict[int, None] = {}
+
+Pairs = set[tuple[int, int]]  # places of two documents, the smaller one first
+
+
+# ---- the sides
+
+
+def nanophi(texts: list[str]) -> Pairs:
+    """Our candidate pairs."""
+    import numpy as np
+
+    keys = [sketch(batch, BANDS, ROWS)[1] for batch in batches(texts, 250_000)]
+    return set(map(tuple, candidate_pairs(np.concatenate(keys)).tolist()))
+
+
+def datasketch(texts: list[str]) -> Pairs:
+    """datasketch's candidate pairs."""
+    import xxhash
+    from datasketch import MinHash, MinHashLSH
+
+    lsh = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
+    pairs = set()
+    empty = MinHash(num_perm=BANDS * ROWS, hashfunc=xxhash.xxh32_intdigest)
+    for index, text in enumerate(texts):
+        kept = text.lower().translate(NO_LETTERS)
+        five_grams = {kept[i : i + 5] for i in range(max(len(kept) - 4, 1))}
+        signature = empty.copy()
+        signature.update_batch([gram.encode() for gram in five_grams])
+        pairs.update((earlier, index) for earlier in lsh.query(signature))
+        lsh.insert(index, signature)
+    return pairs
+
+
+def clusters(texts: list[str]) -> Pairs:
+    """Ours from text to clusters: the first document of each cluster with every other one."""
+    return {(group[0], other) for group in find_clusters(texts, THRESHOLD) for other in group[1:]}
+
+
+SIDES = {f.__name__: f for f in (nanophi, datasketch, clusters)}
 
 
 @dataclass(kw_only=True)
@@ -44,150 +93,181 @@ class Config:
     seed: int = flag(0, help="which documents, and what is changed in the copies")
 
 
-def nanophi(texts: list[str]) -> set[tuple[int, int]]:
-    import numpy as np
-
-    keys = np.concatenate([sketch(some, BANDS, ROWS)[1] for some in batches(texts, 250_000)])
-    return set(map(tuple, candidate_pairs(keys).tolist()))
-
-
-def datasketch(texts: list[str]) -> set[tuple[int, int]]:
-    import xxhash
-    from datasketch import MinHash, MinHashLSH
-
-    lsh, pairs = MinHashLSH(num_perm=128, params=(BANDS, ROWS)), set()
-    empty = MinHash(num_perm=128, hashfunc=xxhash.xxh32_intdigest)
-    for index, text in enumerate(texts):
-        kept = text.lower().translate(NO_LETTERS)
-        found = empty.copy()
-        found.update_batch(
-            [gram.encode() for gram in {kept[i : i + 5] for i in range(max(len(kept) - 4, 1))}]
-        )
-        pairs.update((earlier, index) for earlier in lsh.query(found))
-        lsh.insert(index, found)
-    return pairs
-
-
-def clusters(texts: list[str]) -> set[tuple[int, int]]:
-    return {(group[0], other) for group in find_clusters(texts, THRESHOLD) for other in group[1:]}
-
-
-SIDES = {f.__name__: f for f in (nanophi, datasketch, clusters)}
-
-
-def memory_gb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
-
-
-def work(name: str, path: str) -> None:
-    """One side's run, in a process of its own; the pairs go to path.out."""
-    texts = pickle.loads(Path(path).read_bytes())
-    find_clusters(["tables of letters, ready before the clock starts"])
-    NO_LETTERS.update(
-        {ord(char): None for char in set("".join(texts)) if not len(letters([char])[0])}
-    )
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # what loading took is given back, and its peak forgotten
-    before = memory_gb("VmRSS")
-    started = time.perf_counter()
-    pairs = SIDES[name](texts)
-    print(
-        json.dumps(
-            {"seconds": time.perf_counter() - started, "gb": max(memory_gb("VmHWM") - before, 0)}
-        )
-    )
-    Path(f"{path}.out").write_bytes(pickle.dumps(pairs))
-
-
-def timed(name: str, texts: list[str], folder: str) -> tuple[dict, set[tuple[int, int]]]:
-    path = Path(folder) / "texts"
-    path.write_bytes(pickle.dumps(texts))
-    core = max(os.sched_getaffinity(0))
-    done = subprocess.run(
-        [sys.executable, __file__, "--work", name, str(path)], check=True, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: os.sched_setaffinity(0, [core]),
-    )  # fmt: skip
-    return json.loads(done.stdout), pickle.loads(Path(f"{path}.out").read_bytes())
-
-
-def changed(text: str, rng: random.Random) -> str:
-    """A copy with up to 4 % of the characters replaced or dropped, now and then a part of it moved to the end."""
-    rate = rng.uniform(0, 0.04)
-    chars = [
-        c if rng.random() > rate else rng.choice(["", text[rng.randrange(len(text))]]) for c in text
-    ]
-    if rng.random() < 0.2:
-        at = rng.randrange(len(chars))
-        chars = chars[at:] + chars[:at]
-    return "".join(chars)
-
-
 def main(cfg: Config) -> None:
     rng = random.Random(cfg.seed)
     everything = list(read_texts(cfg.input))
     rng.shuffle(everything)
-    texts = everything[: cfg.documents]
-    originals = rng.sample(range(len(texts)), cfg.planted)
-    texts = texts + [changed(texts[i], rng) for i in originals]
-    sets = {i: shingle_set(texts[i]) for i in [*originals, *range(cfg.documents, len(texts))]}
-    true = {
-        (i, cfg.documents + k): jaccard(sets[i], sets[cfg.documents + k])
-        for k, i in enumerate(originals)
-    }
-    print(
-        f"\n{len(texts):,} documents, {sum(map(len, texts)):,} characters, one core, medians of {cfg.repeats}\n"
-    )
-    print(
-        "| side | seconds | MB more | candidates | recall at 0.80 | at 0.85 | of true pairs of the other |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    texts, planted = with_changed_copies(everything[: cfg.documents], cfg.planted, rng)
     with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            {name: timed(name, texts, folder) for name in ("nanophi", "datasketch")}
-            for _ in range(cfg.repeats)
-        ]
-        found = {name: runs[0][name][1] for name in runs[0]}
-        for name, other in (("nanophi", "datasketch"), ("datasketch", "nanophi")):
-            seconds = statistics.median(one[name][0]["seconds"] for one in runs)
-            gb = max(one[name][0]["gb"] for one in runs)
-            recalls = []
-            for limit in (THRESHOLD, THRESHOLD + 0.05):
-                similar = [pair for pair, value in true.items() if value >= limit]
-                recalls.append(f"{sum(pair in found[name] for pair in similar) / len(similar):.4f}")
-            real = [pair for pair in found[other] if similarity(texts, sets, pair) >= THRESHOLD]
-            share = sum(pair in found[name] for pair in real) / len(real)
-            cells = [
-                f"{seconds:.1f}",
-                f"{1000 * gb:.0f}",
-                f"{len(found[name]):,}",
-                *recalls,
-                f"{share:.4f}",
-            ]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        print(
-            "\n| documents | characters | seconds, text to clusters | MB more | dropped | by way of others |"
+        print_comparison(texts, planted, cfg.repeats, folder)
+        print_growth(everything, cfg.growth, folder)
+
+
+def with_changed_copies(
+    texts: list[str], count: int, rng: random.Random
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """(the texts with changed copies of some of them behind, each original with its copy)."""
+    originals = rng.sample(range(len(texts)), count)
+    copies = [changed(texts[i], rng) for i in originals]
+    planted = [(original, len(texts) + k) for k, original in enumerate(originals)]
+    return texts + copies, planted
+
+
+def changed(text: str, rng: random.Random) -> str:
+    """A copy with up to 4 % of the characters replaced or dropped. In one of five copies a part is
+    moved to the end.
+    """
+    rate = rng.uniform(0, 0.04)
+    chars = []
+    for char in text:
+        if rng.random() > rate:
+            chars.append(char)
+        else:
+            chars.append(rng.choice(["", text[rng.randrange(len(text))]]))
+    if rng.random() < 0.2:
+        middle = rng.randrange(len(chars))
+        chars = chars[middle:] + chars[:middle]
+    return "".join(chars)
+
+
+# ---- one run, in a process of its own
+
+
+def work(name: str, path: str) -> None:
+    """Run a side once: print the measurements as JSON, and write the pairs to `path`.out."""
+    texts = pickle.loads(Path(path).read_bytes())
+    fill_tables(texts)
+    forget_memory()
+    before_gb = memory_gb("VmRSS")
+    started = time.perf_counter()
+    pairs = SIDES[name](texts)
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "gb": max(memory_gb("VmHWM") - before_gb, 0)}))
+    Path(f"{path}.out").write_bytes(pickle.dumps(pairs))
+
+
+def fill_tables(texts: list[str]) -> None:
+    """Build what both sides build once, before the clock starts."""
+    find_clusters(["this fills the tables of letters"])
+    for char in set("".join(texts)):
+        codes, _ = letters([char])
+        if not len(codes):
+            NO_LETTERS[ord(char)] = None
+
+
+def forget_memory() -> None:
+    """Give the memory that loading took back to the system, and forget its peak."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_once(name: str, texts: list[str], folder: str) -> tuple[dict, Pairs]:
+    """(what `work` measured, the pairs)."""
+    path = Path(folder) / "texts"
+    path.write_bytes(pickle.dumps(texts))
+    core = max(os.sched_getaffinity(0))
+    done = run_pinned(
+        [sys.executable, __file__, "--work", name, str(path)],
+        [core],
+        threads=1,
+        stderr=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout), pickle.loads(Path(f"{path}.out").read_bytes())
+
+
+# ---- the first table: both sides
+
+
+def print_comparison(
+    texts: list[str], planted: list[tuple[int, int]], repeats: int, folder: str
+) -> None:
+    """A row for each side: time, memory, candidates, recall of planted and of true pairs."""
+    similarity = similarity_of_pairs(texts)
+    true = {pair: similarity(pair) for pair in planted}
+    print(
+        f"\n{len(texts):,} documents, {sum(map(len, texts)):,} characters, one core, "
+        f"medians of {repeats}\n"
+    )
+    print_head(
+        "side",
+        "seconds",
+        "MB more",
+        "candidates",
+        "recall at 0.80",
+        "at 0.85",
+        "of true pairs of the other",
+    )
+    runs = []
+    for _ in range(repeats):
+        runs.append({name: run_once(name, texts, folder) for name in ("nanophi", "datasketch")})
+    candidates = {name: pairs for name, (_, pairs) in runs[0].items()}
+
+    for name, other in (("nanophi", "datasketch"), ("datasketch", "nanophi")):
+        measured = [run[name][0] for run in runs]
+        seconds = statistics.median(one["seconds"] for one in measured)
+        gb = max(one["gb"] for one in measured)
+        recalls = []
+        for limit in (THRESHOLD, THRESHOLD + 0.05):
+            similar = [pair for pair, value in true.items() if value >= limit]
+            recalls.append(f"{share_in(candidates[name], similar):.4f}")
+        true_of_other = [pair for pair in candidates[other] if similarity(pair) >= THRESHOLD]
+        print_row(
+            name,
+            f"{seconds:.1f}",
+            f"{1000 * gb:.0f}",
+            f"{len(candidates[name]):,}",
+            *recalls,
+            f"{share_in(candidates[name], true_of_other):.4f}",
         )
-        print("|---|---|---|---|---|---|")
-        for size in cfg.growth:
-            some = everything[: size or len(everything)]
-            measured, pairs = timed("clusters", some, folder)
-            sets = {}
-            low = sum(similarity(some, sets, pair) < THRESHOLD for pair in pairs)
-            print(
-                f"| {len(some):,} | {sum(map(len, some)):,} | {measured['seconds']:.1f} | {1000 * measured['gb']:.0f} "
-                f"| {len(pairs):,} | {low:,} |",
-                flush=True,
-            )
 
 
-def similarity(texts: list[str], sets: dict, pair: tuple[int, int]) -> float:
-    for i in pair:
-        if i not in sets:
-            sets[i] = shingle_set(texts[i])
-    return jaccard(sets[pair[0]], sets[pair[1]])
+def share_in(candidates: Pairs, pairs: list[tuple[int, int]]) -> float:
+    """The share of `pairs` that are among the candidates."""
+    return sum(pair in candidates for pair in pairs) / len(pairs)
+
+
+def similarity_of_pairs(texts: list[str]) -> Callable[[tuple[int, int]], float]:
+    """A function: two places in `texts` -> the exact Jaccard similarity of these texts."""
+
+    @cache  # Each text is cut into 5-grams once.
+    def five_grams(place: int):
+        return shingle_set(texts[place])
+
+    def similarity(pair: tuple[int, int]) -> float:
+        return jaccard(five_grams(pair[0]), five_grams(pair[1]))
+
+    return similarity
+
+
+# ---- the second table: how ours grows
+
+
+def print_growth(everything: list[str], sizes: list[int], folder: str) -> None:
+    """A row for each number of documents, from text to clusters."""
+    print()
+    print_head(
+        "documents",
+        "characters",
+        "seconds, text to clusters",
+        "MB more",
+        "dropped",
+        "by way of others",
+    )
+    for size in sizes:
+        texts = everything[: size or len(everything)]
+        measured, pairs = run_once("clusters", texts, folder)
+        similarity = similarity_of_pairs(texts)
+        # These do not resemble the first document of their cluster; documents between them do.
+        by_way_of_others = sum(similarity(pair) < THRESHOLD for pair in pairs)
+        print_row(
+            f"{len(texts):,}",
+            f"{sum(map(len, texts)):,}",
+            f"{measured['seconds']:.1f}",
+            f"{1000 * measured['gb']:.0f}",
+            f"{len(pairs):,}",
+            f"{by_way_of_others:,}",
+        )
 
 
 if __name__ == "__main__":

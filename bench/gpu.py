@@ -1,11 +1,14 @@
 """Training speed on one GPU: presets, context lengths and attention backends, eager and compiled.
 
-    PYTHONPATH=. python bench/gpu.py --presets phi2-chinese-0.2b phi2-chinese-0.35b-fast --contexts 512 2048
+    PYTHONPATH=. python bench/gpu.py --presets phi2-chinese-0.2b --contexts 512 2048
 
-Needs torch alone (2.10 or newer), no network and no flash-attn. bf16 compute over fp32 weights, fused AdamW, rows of
-random documents of 50 to 600 tokens, packed, padding not counted; forward, loss, backward, clipping, step. MFU: 6 FLOPs
-a matrix parameter and 12 L D T a token (train/preflight.py), T the row also where documents are isolated and so less is
-computed, over the maker's dense bf16 peak.
+It needs torch alone (2.10 or newer), no network and no flash-attn. Compute is bf16 over fp32
+weights, the optimizer is fused AdamW. Rows are packed from random documents of 50 to 600 tokens,
+and padding is not counted. A step is forward, loss, backward, clipping and update.
+
+MFU is the share of the maker's dense bf16 peak: 6 FLOPs per matrix parameter and token, and
+12 L D T per token for attention (train/preflight.py). T is the row, also where documents are
+isolated and less is computed.
 """
 
 import datetime
@@ -13,20 +16,24 @@ import gc
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Literal
 
 import numpy as np
 import torch
+from table import print_head, print_row
 
 from nanophi.cli import UserError, flag, run_command
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
+from nanophi.model.speed import speed_up
 from nanophi.train.distributed import World
-from nanophi.train.loop import accumulate
 from nanophi.train.losses import next_token_loss
 from nanophi.train.optim import build_optimizers
-from nanophi.train.packing import Packed
+from nanophi.train.packing import Batch, Packed
 from nanophi.train.preflight import flops_per_token, peak_flops
+from nanophi.train.step import training_step
 
 
 @dataclass(kw_only=True)
@@ -40,69 +47,75 @@ class Config:
     device: Literal["cuda", "cpu"] = flag("cuda", help="cpu to try the bench itself")
 
 
-def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool) -> list[str]:
-    """Tokens a second, MFU and peak memory, as cells of the table."""
-    torch.manual_seed(0)
-    shape = PhiConfig.preset(preset, max_position_embeddings=context)
-    model = Phi(shape, backend).to(cfg.device).train()
-    if compiled:
-        model.compile_blocks()
-    rng = np.random.default_rng(0)
-    documents = [
-        rng.integers(7, shape.vocab_size, n) for n in rng.integers(50, 600, cfg.tokens // 200)
-    ]
-    rows = max(cfg.tokens // context, 1)
-    batch = Packed(documents, context, rows, 0).batch_at(0)
-    optimizers, world = build_optimizers(model, "adamw", 1e-4, 0.1), World(0, 1, cfg.device)
-    loss_fn = torch.autocast(cfg.device, torch.bfloat16, cache_enabled=False)(next_token_loss)
-    times = []
-    for _ in range(cfg.steps):
-        started = time.perf_counter()
-        accumulate(model, loss_fn, batch, rows, world)
-        world.clip(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        if cfg.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    speed = batch.real_tokens / statistics.median(times[3:])
-    peak = peak_flops(cfg.device)
-    share = f"{speed * flops_per_token(shape, context) / peak:.1%}" if peak else ""
-    memory = torch.cuda.max_memory_allocated() / 1e9 if cfg.device == "cuda" else 0
-    return [f"{speed:,.0f}", share, f"{memory:.1f}"]
-
-
 def main(cfg: Config) -> None:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device; --device cpu tries the bench itself")
-    name = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
+    device_name = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     print(
-        f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {datetime.date.today()}\n"
+        f"{device_name}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"{datetime.date.today()}\n"
     )
-    print("| preset | context | attention | | tokens/s | MFU | peak GB |")
-    print("|---|---|---|---|---|---|---|")
-    for preset in cfg.presets:
-        for context in cfg.contexts:
-            for backend in cfg.backends or ["varlen", "sdpa", "causal"]:
-                for compiled in (False, True) if cfg.compile else (False,):
-                    torch._dynamo.reset()  # or the graphs of the rows before would count against this one's limit
-                    gc.collect()  # compiled blocks are in cycles
-                    if cfg.device == "cuda":
-                        torch.cuda.empty_cache()
-                        torch.cuda.reset_peak_memory_stats()
-                    try:
-                        cells = measure(cfg, preset, context, backend, compiled)
-                    except Exception as error:  # one row that does not run must not cost the others
-                        cells = [
-                            f"{type(error).__name__}: {' '.join(str(error).split())[:60]}",
-                            "",
-                            "",
-                        ]
-                    how = "compiled" if compiled else "eager"
-                    print(
-                        f"| {preset} | {context} | {backend} | {how} | {' | '.join(cells)} |",
-                        flush=True,
-                    )
+    print_head("preset", "context", "attention", "", "tokens/s", "MFU", "peak GB")
+    backends = cfg.backends or ["varlen", "sdpa", "causal"]
+    stances = (False, True) if cfg.compile else (False,)
+    for preset, context, backend, compiled in product(cfg.presets, cfg.contexts, backends, stances):
+        forget_the_row_before(cfg.device)
+        try:
+            cells = measure(cfg, preset, context, backend, compiled)
+        except Exception as error:  # A row that does not run must not cost the others.
+            message = " ".join(str(error).split())
+            cells = [f"{type(error).__name__}: {message[:60]}", "", ""]
+        print_row(preset, str(context), backend, "compiled" if compiled else "eager", *cells)
+
+
+def forget_the_row_before(device: str) -> None:
+    """Free the graphs and the memory of the row before, and reset its peak."""
+    torch._dynamo.reset()  # Otherwise its graphs count against the limit of this row.
+    gc.collect()  # Compiled blocks are in reference cycles.
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(cfg: Config, preset: str, context: int, backend: str, compiled: bool) -> list[str]:
+    """The cells of a row: tokens a second, MFU and peak memory in GB."""
+    torch.manual_seed(0)
+    shape = PhiConfig.preset(preset, max_position_embeddings=context)
+    model = Phi(shape, backend).to(cfg.device).train()
+    speed_up(model, compile=compiled)
+    batch = random_batch(shape, context, cfg.tokens)
+
+    tokens_per_s = batch.real_tokens / median_step_seconds(model, batch, cfg)
+    peak = peak_flops(cfg.device)
+    mfu = f"{tokens_per_s * flops_per_token(shape, context) / peak:.1%}" if peak else ""
+    memory_gb = 0.0
+    if cfg.device == "cuda":
+        memory_gb = torch.cuda.max_memory_allocated() / 1e9
+    return [f"{tokens_per_s:,.0f}", mfu, f"{memory_gb:.1f}"]
+
+
+def random_batch(shape: PhiConfig, context: int, tokens: int) -> Batch:
+    """Rows of `context` tokens, `tokens` together, packed from random documents."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(50, 600, tokens // 200)
+    documents = [rng.integers(7, shape.vocab_size, length) for length in lengths]
+    rows = max(tokens // context, 1)
+    return Packed(documents, context, rows, 0).batch_at(0)
+
+
+def median_step_seconds(model: Phi, batch: Batch, cfg: Config) -> float:
+    """Median of the steps behind the first three, the whole batch at once."""
+    optimizers = build_optimizers(model, "adamw", 1e-4, 0.1)
+    world = World(0, 1, cfg.device)
+    autocast = partial(torch.autocast, cfg.device, torch.bfloat16, cache_enabled=False)
+    times = []
+    for _ in range(cfg.steps):
+        started = time.perf_counter()
+        training_step(model, optimizers, next_token_loss, batch, len(batch), world, 1.0, autocast)
+        if cfg.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[3:])
 
 
 if __name__ == "__main__":

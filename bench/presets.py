@@ -14,11 +14,12 @@ import torch
 from nanophi.cli import flag, run_command
 from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
+from nanophi.model.speed import speed_up
 from nanophi.train.distributed import World
-from nanophi.train.loop import accumulate
 from nanophi.train.losses import next_token_loss
 from nanophi.train.optim import build_optimizers
 from nanophi.train.packing import Packed
+from nanophi.train.step import training_step
 
 PEAK_FLOPS, UTILIZATION = 989e12, 0.4  # an H100's dense bf16; what a well-fed small model reaches
 TOKENS = 1e9  # of the run whose time is computed
@@ -43,15 +44,14 @@ def training_bytes(model: Phi) -> int:
 def tokens_per_s(name: str, rows: int, steps: int) -> float:
     """Training speed on this machine: forward, backward and optimizer on random tokens."""
     model = Phi(PhiConfig.preset(name)).train()
+    speed_up(model)
     ids = torch.randint(7, model.cfg.vocab_size, (rows, 513)).numpy()
     batch = Packed(list(ids), 512, rows, 0).batch_at(0)
     optimizers = build_optimizers(model, "muon", 1e-3, 0.1)
     times = []
     for _ in range(steps):
         started = time.perf_counter()
-        accumulate(model, next_token_loss, batch, rows, World(0, 1, "cpu"))
-        for optimizer in optimizers:
-            optimizer.step()
+        training_step(model, optimizers, next_token_loss, batch, rows, World(0, 1, "cpu"))
         times.append(time.perf_counter() - started)
     return rows * 512 / sorted(times[1:])[len(times[1:]) // 2]
 

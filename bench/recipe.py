@@ -46,29 +46,26 @@ def shape(tok: Tokenizer) -> dict:
 def nanophi(
     documents: list[np.ndarray], tok: Tokenizer, rows: int, steps: int
 ) -> tuple[list[float], list[int]]:
-    import torch
 
     from nanophi.model.config import PhiConfig
     from nanophi.model.phi import Phi
+    from nanophi.model.speed import speed_up
     from nanophi.train.distributed import World
-    from nanophi.train.loop import accumulate
     from nanophi.train.losses import next_token_loss
     from nanophi.train.optim import build_optimizers
     from nanophi.train.packing import Packed
+    from nanophi.train.step import training_step
 
     model = Phi(PhiConfig(**shape(tok))).train()
-    data, optimizers = (
-        Packed(documents, CONTEXT, rows, SEED),
-        build_optimizers(model, "muon", 2e-3, 0.1),
-    )
+    speed_up(model)
+    data = Packed(documents, CONTEXT, rows, SEED)
+    optimizers = build_optimizers(model, "muon", 2e-3, 0.1)
+    world = World(0, 1, "cpu")
     times, useful = [], []
     for step in range(steps):
         started = time.perf_counter()
         batch = data.batch_at(step)
-        accumulate(model, next_token_loss, batch, rows, World(0, 1, "cpu"))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        training_step(model, optimizers, next_token_loss, batch, rows, world, clip=1.0)
         times.append(time.perf_counter() - started)
         useful.append(batch.real_tokens)
     return times, useful

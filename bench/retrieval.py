@@ -44,7 +44,7 @@ def main(cfg: Config) -> dict:
 
     best = max((i / 100 for i in range(100)), key=told_apart)
     recall = {"recall@1": first / n, "recall@5": fifth / n}
-    print(f"{len(passages):,} passages, {len(index.chunks):,} chunks, {n:,} questions")
+    print(f"{len(passages):,} passages, {len(index.passages):,} chunks, {n:,} questions")
     print(f"recall@1 {recall['recall@1']:.3f}  recall@5 {recall['recall@5']:.3f}")
     print(
         f"median best score {sorted(present)[n // 2]:.3f}, without the passage {sorted(absent)[n // 2]:.3f}"

@@ -1,4 +1,6 @@
-"""The documents of a bench: the same seeded shuffle for every contestant, and so many characters of them."""
+"""The documents of a bench: one seeded shuffle for every contestant, and as many characters of them
+as it needs.
+"""
 
 import random
 
@@ -13,7 +15,13 @@ def shuffled(inputs: list[str], seed: int) -> list[str]:
 
 
 def take(documents: list[str], characters: int) -> list[str]:
-    """Remove documents from the end until they have `characters` together, the last one cut."""
+    """Remove documents from the end of the list until they have `characters` together. The last one
+    is cut, and its rest is lost.
+
+    >>> documents = ["abc", "de", "fgh"]
+    >>> take(documents, 4), documents
+    (['fgh', 'd'], ['abc'])
+    """
     taken = []
     while characters > 0 and documents:
         taken.append(documents.pop()[:characters])

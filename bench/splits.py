@@ -16,9 +16,8 @@ from sample import shuffled, take
 
 from nanophi.cli import flag, peak_memory_gb, run_command
 from nanophi.tokenizer.bpe import train_bpe
-from nanophi.tokenizer.levels import QWEN2_SPLIT, SPLITS
-from nanophi.tokenizer.pieces import train_sentencepiece
-from nanophi.tokenizer.splits import BREAK
+from nanophi.tokenizer.elsewhere import train_sentencepiece
+from nanophi.tokenizer.splits import BREAK, QWEN2_SPLIT, SPLITS, Split
 
 OTHERS = {
     "digits by three": QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"),
@@ -38,7 +37,7 @@ class Config:
 
 
 def by_regex(pattern: str):
-    """A `starts` function as in text/splits.py from a regular expression."""
+    """A `starts` function as in tokenizer/splits.py from a regular expression."""
     import regex
 
     compiled = regex.compile(pattern)
@@ -60,7 +59,7 @@ def measure(cfg: Config) -> None:
     texts, held_out = take(documents, cfg.characters), take(documents, cfg.held_out)
     documents.clear()
     for name, pattern in OTHERS.items():
-        SPLITS[name] = pattern, by_regex(pattern)
+        SPLITS[name] = Split(pattern, by_regex(pattern))
     started = time.perf_counter()
     if cfg.kind == "sentencepiece":
         tok = train_sentencepiece(texts, cfg.vocab_size)

@@ -46,10 +46,12 @@ def build(side: str, shape: str):
     if side == "nanophi":
         from nanophi.model.config import PhiConfig
         from nanophi.model.phi import Phi
+        from nanophi.model.speed import speed_up
         from nanophi.train.losses import next_token_loss
         from nanophi.train.packing import Packed
 
         model = Phi(PhiConfig(**settings))
+        speed_up(model)
 
         def step(ids):
             batch = Packed(list(ids.numpy()), time_, rows, 0).batch_at(0)

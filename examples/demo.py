@@ -1,15 +1,22 @@
-"""The whole path on the embedded text: clean -> tokenizer -> pretrain -> SFT -> DPO -> answers, in a few minutes.
+"""The whole path on the small texts of data/demo, in a few minutes on a CPU.
 
     make demo                       or, where nanophi is installed:   python examples/demo.py
 
-It calls the scripts' `main(cfg)` as a person would call the scripts; everything lands in out/demo. The text is small,
-so what the model knows is what it was taught: trained questions are answered as taught, others fluently and wrongly.
+    text ─> tokenizer ─> token ids ─> pretraining ─> SFT ─> preference pairs ─> DPO ─> answers
+
+`main` is the recipe, and the functions below it are its steps in the same order. Each step calls
+the `main` of a script with the flags a person would give it, and leaves its result in out/demo.
+
+The text is small, so the model knows what it was taught and nothing else: it answers trained
+questions as it was taught, and other questions fluently and wrongly.
 """
 
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +33,7 @@ from examples.picture import write_chat
 from nanophi import generate, load
 from nanophi.cli import flag, peak_memory_gb, run_command
 from nanophi.infer import pairs
-from nanophi.infer.modes import side_by_side
+from nanophi.infer.columns import side_by_side
 from nanophi.infer.pairs import similarity
 from nanophi.text import clean, shards
 from nanophi.text.corpus import read_rows
@@ -34,7 +41,15 @@ from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.train.plot import draw, read_metrics
 
+TEXTS = ("documents", "sft", "rephrased", "dpo")  # files of data/demo that are trained on
 ALIKE = 0.9  # an answer counts as taught from this similarity on
+
+# Flags that all trainings have in common.
+TRAINING = {
+    "save_every": 10_000,  # more than the steps of any stage: each is saved once, at its end
+    "keep": 0,
+    "overwrite": True,  # so that the demo can run again
+}
 
 
 @dataclass(kw_only=True)
@@ -49,220 +64,385 @@ class Config:
     dpo_epochs: float = flag(2, help="passes over the preference pairs")
 
 
-class Stages:
-    """Runs stages one after the other and keeps their time, peak memory and key figure for the table."""
+def main(cfg: Config) -> dict:
+    print_environment()
+    stages = Stages()
 
-    def __init__(self):
-        self.rows: list[tuple[str, float, float, str]] = []
+    # 1. clean text
+    with stages.stage("clean") as row:
+        row.key_figure = clean_texts(cfg)
 
-    def run(self, name: str, work, key_figure):
-        print(f"\n== {name}", flush=True)
-        reset_peak_memory()
-        started = time.monotonic()
-        result = work()
-        self.rows.append((name, time.monotonic() - started, peak_memory_gb(), key_figure(result)))
-        return result
+    # 2. a tokenizer, trained on that text
+    with stages.stage("tokenizer") as row:
+        row.key_figure = make_tokenizer(cfg)
 
-    def table(self) -> str:
-        lines = [f"{'stage':12} {'seconds':>8} {'peak GB':>8}   key figure"]
-        lines += [
-            f"{name:12} {seconds:8.1f} {gb:8.2f}   {figure}"
-            for name, seconds, gb, figure in self.rows
-        ]
-        total, peak = sum(row[1] for row in self.rows), max(row[2] for row in self.rows)
-        return "\n".join([*lines, f"{'all':12} {total:8.1f} {peak:8.2f}"])
+    # 3. the documents as token ids
+    with stages.stage("shards") as row:
+        row.key_figure = write_token_ids(cfg)
+
+    # 4. pretraining: the model learns to go on with a document
+    with stages.stage("pretrain") as row:
+        row.key_figure = pretrain_model(cfg)
+
+    # 5. supervised fine-tuning (SFT): it learns to answer questions
+    with stages.stage("sft") as row:
+        row.key_figure = fine_tune(cfg)
+
+    # 6. preference pairs: a half-taught model writes the answers to reject
+    with stages.stage("pairs") as row:
+        row.key_figure = make_pairs(cfg)
+
+    # 7. DPO: it learns to prefer the good answers
+    with stages.stage("dpo") as row:
+        row.key_figure = prefer(cfg)
+
+    # 8. answers to all trained questions, before and after DPO
+    with stages.stage("answers") as row:
+        trained = answer_trained_questions(cfg)
+        row.key_figure = as_taught_figure(trained)
+
+    # 9. what has come of it
+    print_answers(cfg, trained["dpo"])
+    rephrased = print_rephrased(cfg)
+    print_differences(trained["sft"], trained["dpo"])
+    print(stages.table())
+    draw_pictures(cfg, rephrased)
+    print_summary(cfg, trained, rephrased)
+    return {"trained": trained, "rephrased": rephrased}
 
 
-def reset_peak_memory() -> None:
-    """Start the kernel's high-water mark anew, where it lets us (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+# ---- where things are
+
+
+def text_file(cfg: Config, name: str) -> str:
+    """The cleaned file of a name, such as out/demo/text/sft.jsonl."""
+    return str(Path(cfg.out) / "text" / f"{name}.jsonl")
+
+
+def folder(cfg: Config, name: str) -> str:
+    """The directory of a stage, such as out/demo/pretrain."""
+    return str(Path(cfg.out) / name)
+
+
+# ---- 1. clean text
+
+
+def clean_texts(cfg: Config) -> str:
+    """Clean the four files of TEXTS. Documents that repeat another one are dropped."""
+    counts = {}
+    for name in TEXTS:
+        settings = clean.Config(
+            input=[str(Path(cfg.data) / f"{name}.jsonl")],
+            out=text_file(cfg, name),
+            dedup=name == "documents",
+        )
+        counts[name] = clean.main(settings)
+    documents = counts["documents"]
+    return (
+        f"{documents['read']} documents, {documents['repeated']} repeated, "
+        f"{documents['written']} kept"
+    )
+
+
+# ---- 2. a tokenizer
+
+
+def make_tokenizer(cfg: Config) -> str:
+    """Train a byte-level BPE tokenizer on all texts, the questions and answers too."""
+    settings = train_tokenizer.Config(
+        input=[text_file(cfg, name) for name in TEXTS],
+        out=folder(cfg, "tokenizer"),
+        vocab_size=cfg.vocab_size,
+    )
+    report = train_tokenizer.main(settings)
+    return f"{report['tokens']:,} tokens"
+
+
+# ---- 3. token ids
+
+
+def write_token_ids(cfg: Config) -> str:
+    """Write the documents as token ids; 4 % of them are held out for validation."""
+    settings = shards.Config(
+        input=[text_file(cfg, "documents")],
+        tokenizer=folder(cfg, "tokenizer"),
+        out=folder(cfg, "tokens"),
+        val_fraction=0.04,
+    )
+    report = shards.main(settings)
+    characters_each = report["characters"] / report["tokens"]
+    return f"{report['tokens']:,} tokens, {characters_each:.2f} characters each"
+
+
+# ---- 4. pretraining
+
+
+def pretrain_model(cfg: Config) -> str:
+    """Train a model of the preset "demo" (2.6 million parameters) on the documents."""
+    settings = pretrain.Config(
+        data=folder(cfg, "tokens"),
+        tokenizer=folder(cfg, "tokenizer"),
+        out=folder(cfg, "pretrain"),
+        preset="demo",
+        lr=6e-3,
+        warmup=10,
+        epochs=cfg.pretrain_epochs,
+        batch_tokens=2048,
+        eval_every=50,
+        **TRAINING,
+    )
+    pretrain.main(settings)
+    last = read_metrics(settings.out)[-1]
+    return f"validation {last['val_bits_per_byte']:.2f} bits per byte"
+
+
+# ---- 5. SFT
+
+
+def fine_tune(cfg: Config) -> str:
+    """Train the pretrained model on questions and answers.
+
+    `keep_at` also keeps the model of a quarter of the steps, in out/demo/sft-early.
+    """
+    settings = sft.Config(
+        init_from=folder(cfg, "pretrain"),
+        data=[text_file(cfg, "sft"), text_file(cfg, "rephrased")],
+        out=folder(cfg, "sft"),
+        lr=5e-3,
+        warmup=10,
+        epochs=cfg.sft_epochs,
+        batch_tokens=2048,
+        keep_at=0.25,
+        **TRAINING,
+    )
+    sft.main(settings)
+    last = read_metrics(settings.out)[-1]
+    return f"loss {last['loss']:.3f}"
+
+
+# ---- 6. preference pairs
+
+
+def make_pairs(cfg: Config) -> str:
+    """Let the early SFT model answer: its answer is the rejected one, the taught one the chosen."""
+    settings = pairs.Config(
+        model=folder(cfg, "sft-early"),
+        data=[text_file(cfg, "sft")],
+        out=text_file(cfg, "pairs"),
+        batch=64,
+    )
+    report = pairs.main(settings)
+    return f"{report['pairs']} of {report['prompts']} kept"
+
+
+# ---- 7. DPO
+
+
+def prefer(cfg: Config) -> str:
+    """Train the SFT model on preference pairs: those of data/demo and those of stage 6."""
+    settings = dpo.Config(
+        init_from=folder(cfg, "sft"),
+        data=[text_file(cfg, "dpo"), text_file(cfg, "pairs")],
+        out=folder(cfg, "dpo"),
+        lr=2e-4,
+        warmup=3,
+        epochs=cfg.dpo_epochs,
+        batch_pairs=16,
+        val_fraction=0.15,
+        eval_every=4,
+        **TRAINING,
+    )
+    dpo.main(settings)
+    last = read_metrics(settings.out)[-1]
+    return f"held-out margin {last['val_margin']:.2f}, accuracy {last['val_accuracy']:.0%}"
+
+
+# ---- 8. answers
 
 
 @dataclass
 class Answer:
-    """What a checkpoint says to one question, and what it was taught to say."""
+    """What a model answers to one question, and what it was taught to answer."""
 
     question: str
     taught: str
-    said: str
-    ended: bool
+    text: str
+    ended: bool  # with [EOS], before the limit of tokens
 
     @property
     def as_taught(self) -> bool:
-        return similarity(self.said, self.taught) >= ALIKE
+        return similarity(self.text, self.taught) >= ALIKE
 
     def __str__(self) -> str:
-        return (
-            f"提问：{self.question}\n回答：{self.said}{' [EOS]' if self.ended else ' (no end)'}\n"
-        )
+        end = " [EOS]" if self.ended else " (no end)"
+        return f"提问：{self.question}\n回答：{self.text}{end}\n"
+
+
+def answer_trained_questions(cfg: Config) -> dict[str, list[Answer]]:
+    """The name of a model, sft or dpo -> its answers to all questions it was trained on."""
+    rows = list(read_rows([text_file(cfg, "sft"), text_file(cfg, "rephrased")]))
+    return {name: ask(folder(cfg, name), rows) for name in ("sft", "dpo")}
 
 
 def ask(directory: str, rows: list[dict], batch: int = 64) -> list[Answer]:
-    """Greedy answers of a checkpoint to every question of the rows, later turns with the turns before them."""
+    """Answers of the model in `directory` to every question of the rows, always the likeliest token
+    (greedy), `batch` questions at a time.
+    """
     model, tok = load(directory)
-    found: list[Answer] = []
-    asked = [
-        (turns[:i], turns[i]["content"])
-        for turns in map(messages_of, rows)
-        for i in range(1, len(turns), 2)
-    ]
-    for first in range(0, len(asked), batch):
-        part = asked[first : first + batch]
-        answered = generate(
-            model, [chat_prompt(turns, tok) for turns, _ in part], max_new_tokens=200
-        )
-        for (turns, taught), ids in zip(part, answered, strict=True):
+    questions = questions_of(rows)
+    answers = []
+    for start in range(0, len(questions), batch):
+        part = questions[start : start + batch]
+        prompts = [chat_prompt(turns, tok) for turns, _ in part]
+        generated = generate(model, prompts, max_new_tokens=200)
+        for (turns, taught), ids in zip(part, generated, strict=True):
             ended = ids[-1] == tok.eos_id
-            said = tok.decode(ids[:-1] if ended else ids)
-            found.append(Answer(turns[-1]["content"], taught, said, ended))
-    return found
+            text = tok.decode(ids[:-1] if ended else ids)
+            answers.append(Answer(turns[-1]["content"], taught, text, ended))
+    return answers
 
 
-def main(cfg: Config) -> dict:
-    out, data, stages = Path(cfg.out), Path(cfg.data), Stages()
+def questions_of(rows: list[dict]) -> list[tuple[list[dict], str]]:
+    """(the conversation up to a question, the taught answer) for every question of the rows.
+
+    A conversation of two questions gives two: the second one follows the first and its answer.
+    """
+    questions = []
+    for row in rows:
+        turns = messages_of(row)
+        for i in range(1, len(turns), 2):  # the assistant speaks every second turn
+            questions.append((turns[:i], turns[i]["content"]))
+    return questions
+
+
+def count_as_taught(answers: list[Answer]) -> int:
+    return sum(answer.as_taught for answer in answers)
+
+
+def as_taught_figure(trained: dict[str, list[Answer]]) -> str:
+    """The key figure of the stage, such as "as taught: sft 190, dpo 191 of 194"."""
+    counts = [f"{name} {count_as_taught(answers)}" for name, answers in trained.items()]
+    return f"as taught: {', '.join(counts)} of {len(trained['dpo'])}"
+
+
+# ---- 9. what has come of it
+
+
+def print_answers(cfg: Config, answers: list[Answer]) -> None:
+    """Print the first six answers to trained questions."""
+    print(f"\n== What {folder(cfg, 'dpo')} answers (greedy)\n")
+    for answer in answers[:6]:
+        print(answer)
+
+
+def print_rephrased(cfg: Config) -> list[Answer]:
+    """Ask the trained questions in other words, which the model has never seen; print and return
+    the answers.
+    """
+    held_out = list(read_rows([Path(cfg.data) / "heldout.jsonl"]))
+    rows = [{"instruction": row["question"], "output": row["output"]} for row in held_out]
+    answers = ask(folder(cfg, "dpo"), rows)
+    print(f"== The {len(answers)} questions in other words, which it was never taught\n")
+    for row, answer in zip(held_out, answers, strict=True):
+        print(f"{answer}（taught as：{row['rephrases']}）\n")
+    return answers
+
+
+def print_differences(before: list[Answer], after: list[Answer]) -> None:
+    """Print the first three answers that DPO has changed, beside each other."""
+    print("== SFT and DPO side by side, where they differ\n")
+    both = list(zip(before, after, strict=True))
+    changed = [(old, new) for old, new in both if old.text != new.text]
+    for old, new in changed[:3]:
+        columns = side_by_side(["SFT", "DPO"], [old.text, new.text], 80)
+        print(f"提问：{old.question}\n{columns}\n")
+
+
+def draw_pictures(cfg: Config, rephrased: list[Answer]) -> None:
+    """Draw the losses of the three trainings, and five answers as a chat."""
+    losses = Path(cfg.out) / "loss.png"
+    panels = {"pretraining": "pretrain", "SFT": "sft", "DPO": "dpo"}
+    draw({title: [folder(cfg, name)] for title, name in panels.items()}, losses)
+    chat = Path(cfg.out) / "answers.svg"
+    write_chat(chat, [(answer.question, answer.text) for answer in rephrased[:5]])
+    print(f"\nloss curves: {losses}; answers to questions in other words: {chat}")
+
+
+def print_summary(cfg: Config, trained: dict[str, list[Answer]], rephrased: list[Answer]) -> None:
+    """Print how many answers are as taught and end properly, and how to chat with the model."""
+    for name, answers in trained.items():
+        print(
+            f"{folder(cfg, name)} answers {count_as_taught(answers)} of {len(answers)} "
+            f"trained questions as taught (>= {ALIKE})"
+        )
+    model = folder(cfg, "dpo")
+    print(
+        f"{model} answers {count_as_taught(rephrased)} of {len(rephrased)} questions in other "
+        "words with what it was taught"
+    )
+    all_answers = trained["dpo"] + rephrased
+    ended = sum(answer.ended for answer in all_answers)
+    print(f"{ended} of {len(all_answers)} answers end with [EOS]")
+    python = os.path.relpath(sys.executable)
+    print(f"\nChat with it:  {python} generate.py --model {model} --chat")
+
+
+# ---- the table of stages
+
+
+def print_environment() -> None:
+    """Print what the times in the table depend on."""
+    device = "CUDA" if torch.cuda.is_available() else "CPU"
     print(
         f"environment: Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads of {platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}"
-    )
-    text = {
-        name: str(out / "text" / f"{name}.jsonl")
-        for name in ("documents", "sft", "rephrased", "dpo")
-    }
-    place = {
-        name: str(out / name)
-        for name in ("tokenizer", "tokens", "pretrain", "sft-early", "sft", "dpo")
-    }
-    made_pairs = str(out / "text" / "pairs.jsonl")
-    common = {"save_every": 10_000, "keep": 0, "overwrite": True, "warmup": 10}
-
-    def clean_all():
-        for name, path in text.items():
-            config = clean.Config(
-                input=[str(data / f"{name}.jsonl")], out=path, dedup=name == "documents"
-            )
-            counts[name] = clean.main(config)
-        return counts["documents"]
-
-    counts: dict[str, dict] = {}
-    stages.run(
-        "clean",
-        clean_all,
-        lambda c: f"{c['read']} documents, {c['repeated']} repeated, {c['written']} kept",
-    )
-    stages.run(
-        "tokenizer",
-        lambda: train_tokenizer.main(
-            train_tokenizer.Config(
-                input=list(text.values()), out=place["tokenizer"], vocab_size=cfg.vocab_size
-            )
-        ),
-        lambda r: f"{r['tokens']:,} tokens",
-    )
-    stages.run(
-        "shards",
-        lambda: shards.main(
-            shards.Config(
-                input=[text["documents"]],
-                tokenizer=place["tokenizer"],
-                out=place["tokens"],
-                val_fraction=0.04,
-            )
-        ),
-        lambda r: f"{r['tokens']:,} tokens, {r['characters'] / r['tokens']:.2f} characters each",
-    )
-    stages.run(
-        "pretrain",
-        lambda: pretrain.main(
-            pretrain.Config(
-                data=place["tokens"], tokenizer=place["tokenizer"], out=place["pretrain"], preset="demo", lr=6e-3,
-                epochs=cfg.pretrain_epochs, eval_every=50, batch_tokens=2048, **common,
-            )
-        ),
-        lambda _: "validation {val_bits_per_byte:.2f} bits per byte".format(**read_metrics(place["pretrain"])[-1]),
-    )  # fmt: skip
-    stages.run(
-        "sft",
-        lambda: sft.main(
-            sft.Config(
-                init_from=place["pretrain"], data=[text["sft"], text["rephrased"]], out=place["sft"],
-                epochs=cfg.sft_epochs, lr=5e-3, batch_tokens=2048, keep_at=0.25, **common,
-            )
-        ),
-        lambda _: "loss {loss:.3f}".format(**read_metrics(place["sft"])[-1]),
-    )  # fmt: skip
-    stages.run(
-        "pairs",
-        lambda: pairs.main(
-            pairs.Config(model=place["sft-early"], data=[text["sft"]], out=made_pairs, batch=64)
-        ),
-        lambda r: f"{r['pairs']} of {r['prompts']} kept",
-    )
-    stages.run(
-        "dpo",
-        lambda: dpo.main(
-            dpo.Config(
-                init_from=place["sft"], data=[text["dpo"], made_pairs], out=place["dpo"], epochs=cfg.dpo_epochs,
-                lr=2e-4, batch_pairs=16, val_fraction=0.15, eval_every=4, **common | {"warmup": 3},
-            )
-        ),
-        lambda _: (
-            "held-out margin {val_margin:.2f}, accuracy {val_accuracy:.0%}".format(**read_metrics(place["dpo"])[-1])
-        ),
-    )  # fmt: skip
-    rows = list(read_rows([text["sft"], text["rephrased"]]))
-    found = stages.run(
-        "answers",
-        lambda: {name: ask(place[name], rows) for name in ("sft", "dpo")},
-        lambda f: (
-            "as taught: "
-            + ", ".join(f"{name} {sum(a.as_taught for a in f[name])}" for name in f)
-            + f" of {len(f['dpo'])}"
-        ),
-    )
-    picture = out / "loss.png"
-    draw(
-        {"pretraining": [place["pretrain"]], "SFT": [place["sft"]], "DPO": [place["dpo"]]}, picture
+        f"{torch.get_num_threads()} threads of {platform.machine()}, {device}"
     )
 
-    print(f"\n== What {place['dpo']} answers (greedy)\n")
-    for answer in found["dpo"][:6]:
-        print(answer)
-    held_out = list(read_rows([data / "heldout.jsonl"]))
-    rephrased = ask(
-        place["dpo"],
-        [{"instruction": row["question"], "output": row["output"]} for row in held_out],
-    )
-    print(f"== The {len(rephrased)} questions in other words, which it was never taught\n")
-    for row, answer in zip(held_out, rephrased, strict=True):
-        print(f"{answer}（taught as：{row['rephrases']}）\n")
-    print("== SFT and DPO side by side, where they differ\n")
-    both = zip(found["sft"], found["dpo"], strict=True)
-    for before, after in [pair for pair in both if pair[0].said != pair[1].said][:3]:
-        print(
-            f"提问：{before.question}\n{side_by_side(['SFT', 'DPO'], [before.said, after.said], 80)}\n"
-        )
-    print(stages.table())
-    answers_picture = out / "answers.svg"
-    write_chat(answers_picture, [(a.question, a.said) for a in rephrased[:5]])
-    print(f"\nloss curves: {picture}; answers to questions in other words: {answers_picture}")
-    for name, answers in found.items():
-        taught = sum(answer.as_taught for answer in answers)
-        print(
-            f"{place[name]} answers {taught} of {len(answers)} trained questions as taught (>= {ALIKE})"
-        )
-    kept = sum(answer.as_taught for answer in rephrased)
-    print(
-        f"{place['dpo']} answers {kept} of {len(rephrased)} questions in other words with what it was taught"
-    )
-    everything = found["dpo"] + rephrased
-    print(f"{sum(a.ended for a in everything)} of {len(everything)} answers end with [EOS]")
-    print(
-        f"\nChat with it:  {os.path.relpath(sys.executable)} generate.py --model {place['dpo']} --chat"
-    )
-    return {"found": found, "rephrased": rephrased}
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    key_figure: str = ""
+    seconds: float = 0.0
+    peak_gb: float = 0.0  # highest resident memory
+
+
+class Stages:
+    """Measures the stages, one after the other, and keeps a row of the table for each."""
+
+    def __init__(self):
+        self.rows: list[Row] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Row]:
+        """Measure the time and the peak memory of the `with` block, which sets the key figure."""
+        print(f"\n== {name}", flush=True)
+        reset_peak_memory()
+        started = time.monotonic()
+        row = Row(name)
+        yield row
+        row.seconds = time.monotonic() - started
+        row.peak_gb = peak_memory_gb()
+        self.rows.append(row)
+
+    def table(self) -> str:
+        lines = [f"{'stage':12} {'seconds':>8} {'peak GB':>8}   key figure"]
+        for row in self.rows:
+            lines.append(f"{row.name:12} {row.seconds:8.1f} {row.peak_gb:8.2f}   {row.key_figure}")
+        total = sum(row.seconds for row in self.rows)
+        peak = max(row.peak_gb for row in self.rows)
+        lines.append(f"{'all':12} {total:8.1f} {peak:8.2f}")
+        return "\n".join(lines)
+
+
+def reset_peak_memory() -> None:
+    """Let the kernel forget the peak so far, where it can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
 
 
 if __name__ == "__main__":

@@ -1,44 +1,69 @@
-"""Questions and answers as a picture: an SVG of speech bubbles, drawn in the reader's own Chinese font."""
+"""Questions and answers as a picture: an SVG of speech bubbles.
+
+SVG is text, so the viewer draws the Chinese characters in a font of its own.
+
+    ┌────────────────────────────────┐
+    │              ( 感冒了怎么办？ ) │   a question, at the right edge
+    │ ( 多喝水，早点休息。 )          │   its answer, at the left edge
+    └────────────────────────────────┘
+"""
 
 from html import escape
 from pathlib import Path
 
 from nanophi.files import write_text
-from nanophi.infer.modes import display_width, wrap
+from nanophi.infer.columns import display_width, wrap
 
-WIDTH, MARGIN, SIZE, LINE = 820, 24, 16, 26  # pixels: picture, border, font, distance of lines
+# All in pixels.
+WIDTH = 820  # of the picture
+MARGIN = 24  # between bubbles and the edge of the picture
+SIZE = 16  # of the font; also the space around the text of a bubble, at its left and right
+LINE = 26  # from one line of text to the next
+GAP = 12  # between two bubbles
+TURN_GAP = 8  # more of it, behind an answer
+
 COLUMNS = 68  # of a bubble at most; a Chinese character takes two, each of SIZE / 2 pixels
-STYLE = {"question": ("#1f6feb", "#ffffff"), "answer": ("#eef1f4", "#1f2328")}  # background, text
+COLOURS = {"question": ("#1f6feb", "#ffffff"), "answer": ("#eef1f4", "#1f2328")}  # back, text
+FONTS = "'PingFang SC','Microsoft YaHei','Noto Sans CJK SC','Noto Sans SC',sans-serif"
 
 
 def bubble(kind: str, text: str, top: int) -> tuple[str, int]:
-    """One bubble, questions at the right edge and answers at the left; returns its SVG and its height."""
+    """One bubble whose upper edge is at `top`: its SVG and its height.
+
+    kind: "question" or "answer"
+    """
     lines = wrap(text, COLUMNS)
-    background, colour = STYLE[kind]
+    background, colour = COLOURS[kind]
     width = max(map(display_width, lines)) * SIZE // 2 + 2 * SIZE
     height = len(lines) * LINE + SIZE
     left = WIDTH - MARGIN - width if kind == "question" else MARGIN
-    rows = [
-        f'<text x="{left + SIZE}" y="{top + SIZE // 2 + LINE * (i + 1) - 8}" fill="{colour}">{escape(line)}</text>'
-        for i, line in enumerate(lines)
+    parts = [
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" rx="12" '
+        f'fill="{background}"/>'
     ]
-    box = f'<rect x="{left}" y="{top}" width="{width}" height="{height}" rx="12" fill="{background}"/>'
-    return "\n".join([box, *rows]), height
+    x = left + SIZE
+    first_baseline = top + SIZE // 2 + LINE - 8
+    for i, line in enumerate(lines):
+        y = first_baseline + LINE * i
+        parts.append(f'<text x="{x}" y="{y}" fill="{colour}">{escape(line)}</text>')
+    return "\n".join(parts), height
 
 
 def write_chat(path: str | Path, turns: list[tuple[str, str]]) -> None:
-    """(question, answer) pairs -> an SVG file."""
-    parts, top = [], MARGIN
+    """Write (question, answer) pairs as an SVG file."""
+    bubbles = []
+    top = MARGIN
     for question, answer in turns:
         for kind, text in (("question", question), ("answer", answer)):
             drawn, height = bubble(kind, text, top)
-            parts.append(drawn)
-            top += height + 12
-        top += 8
-    fonts = "'PingFang SC','Microsoft YaHei','Noto Sans CJK SC','Noto Sans SC',sans-serif"
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" font-family="{fonts}"'
-    )
-    body = "\n".join(parts)
-    white = f'<rect width="{WIDTH}" height="{top}" fill="#ffffff"/>'
-    write_text(path, f'{head} font-size="{SIZE}">\n{white}\n{body}\n</svg>\n')
+            bubbles.append(drawn)
+            top += height + GAP
+        top += TURN_GAP
+    picture = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" '
+        f'font-family="{FONTS}" font-size="{SIZE}">',
+        f'<rect width="{WIDTH}" height="{top}" fill="#ffffff"/>',
+        *bubbles,
+        "</svg>",
+    ]
+    write_text(path, "\n".join(picture) + "\n")

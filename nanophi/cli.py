@@ -1,6 +1,7 @@
-"""The command line, once for every script: flags from a dataclass, users' mistakes as one line, progress with an ETA.
+"""The command line, once for every script: flags from a dataclass, users' mistakes as one line,
+progress with an ETA.
 
-Standard library only, and below all rooms, so that each of them may use it:
+It needs the standard library only and stands below all rooms, so that each of them may use it:
 
     @dataclass
     class Config:
@@ -8,7 +9,7 @@ Standard library only, and below all rooms, so that each of them may use it:
         steps: int = flag(1000, help="optimizer steps")
 
     if __name__ == "__main__":
-        run_command(Config, main)          # parses, calls main(cfg); a UserError ends in one line and exit code 2
+        run_command(Config, main)      # parses the flags and calls main(cfg)
 """
 
 import argparse
@@ -20,95 +21,163 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the person at the keyboard. The message says what is wrong, where, and how to fix it."""
-
-
-def flag(default=dataclasses.MISSING, **metadata):
-    """A dataclass field that becomes `--name`; without a default the flag is required.
-
-    help: what it does; const: the value where the flag stands alone; positional: a list without a flag's name;
-    at_least, above, at_most: the range of a number.
+    """A mistake of the person at the keyboard. The message says what is wrong, where, and how to
+    fix it.
     """
+
+
+# ---- flags
+
+
+def flag(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A dataclass field that becomes the flag `--name`; a flag without a default is required.
+
+    help: what the flag does
+    choices: the values it may take; a table (dict) gives its keys, so that a new row is a new
+    choice at_least, above, at_most: the range of a number const: the value where the flag stands
+    alone, as in `--resume` positional: the values are given without the flag's name table: the
+    field is a dict, and each row of this table is a flag of its own. A row has the attributes kind,
+        default, help, at_least, above and at_most. The dict holds the rows whose value differs from
+        the default
+    """
+    if "table" in metadata:
+        return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line instead of the whole usage, with the flag that was probably meant."""
-        known = [flag for action in self._actions for flag in action.option_strings]
-        unknown = (
-            [word for word in message.split() if word.startswith("--")]
-            if "unrecognized" in message
-            else []
-        )
-        meant = [close for word in unknown for close in difflib.get_close_matches(word, known, n=1)]
-        hint = f"did you mean {', '.join(meant)}? " if meant else ""
+    def error(self, message: str) -> typing.NoReturn:
+        """Print one line instead of the whole usage, with the flag that was probably meant."""
+        known = [name for action in self._actions for name in action.option_strings]
+        hint = ""
+        if "unrecognized" in message:
+            unknown = [word for word in message.split() if word.startswith("--")]
+            similar = [difflib.get_close_matches(word, known, n=1) for word in unknown]
+            meant = [name for names in similar for name in names]
+            if meant:
+                hint = f"did you mean {', '.join(meant)}? "
         self.exit(2, f"error: {message}; {hint}--help explains every flag\n")
 
 
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
-    """An argument parser with one flag per field of the dataclass `cls`; abbreviations are errors."""
+    """An argument parser with the flags of the dataclass `cls`, its own before inherited ones.
+    Abbreviated flags are errors.
+    """
     parser = _Parser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    hints = typing.get_type_hints(cls)
-    for field in sorted(
-        dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__
-    ):  # own first
-        kind, options = hints[field.name], {"dest": field.name}
-        if isinstance(
-            kind, types.UnionType
-        ):  # `int | None`: the flag takes an int, its absence says None
-            kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
-        default = field.default
-        options["required"] = default is dataclasses.MISSING
-        options["default"] = None if default is dataclasses.MISSING else default
-        shown = "" if default in (dataclasses.MISSING, None) else f" (default: {default})"
-        options["help"] = (field.metadata.get("help", "") + shown).replace("%", "%%")
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-        elif typing.get_origin(kind) is list:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+    types_of_fields = typing.get_type_hints(cls)
+    own = cls.__annotations__
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own):
+        if "table" in field.metadata:
+            for name, row in field.metadata["table"].items():
+                _add_row(parser, field.name, name, row)
         else:
-            options |= {
-                "type": _in_range(kind, field.metadata),
-                "metavar": "N" if kind in (int, float) else "X",
-            }
-            if "const" in field.metadata:  # the flag may stand alone
-                options |= {"nargs": "?", "const": field.metadata["const"]}
-        if field.metadata.get("positional"):
-            parser.add_argument(
-                field.name, nargs="+", help=options["help"], metavar=field.name.upper()
-            )
-        else:
-            parser.add_argument("--" + field.name.replace("_", "-"), **options)
+            _add_flag(parser, field, types_of_fields[field.name])
     return parser
 
 
-def _in_range(kind: type, metadata: Mapping):
-    """`kind`, or a function that also refuses what is out of range (nan always is)."""
-    at_least, above, at_most = (metadata.get(name) for name in ("at_least", "above", "at_most"))
-    limits = [
-        f"{words} {limit}"
-        for words, limit in (("at least", at_least), ("above", above), ("at most", at_most))
-        if limit is not None
-    ]
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
+    """Add the flag of one dataclass field, whose type is `kind`."""
+    metadata = field.metadata
+    if isinstance(
+        kind, types.UnionType
+    ):  # `int | None`: the flag takes an int, its absence means None
+        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
+    options: dict[str, Any] = {
+        "dest": field.name,
+        "required": required,
+        "default": default,
+        "help": _help(metadata.get("help", ""), default),
+    }
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif "choices" in metadata:
+        options["choices"] = tuple(metadata["choices"])
+    elif typing.get_origin(kind) is typing.Literal:
+        options["choices"] = typing.get_args(kind)
+    elif typing.get_origin(kind) is list:
+        options["nargs"] = "+"
+        options["type"] = typing.get_args(kind)[0]
+        options["metavar"] = "X"
+    else:
+        options["type"] = _in_range(kind, metadata)
+        options["metavar"] = "N" if kind in (int, float) else "X"
+    if "const" in metadata:
+        options["nargs"] = "?"
+        options["const"] = metadata["const"]
+    if metadata.get("positional"):
+        name = field.name
+        parser.add_argument(name, nargs="+", help=options["help"], metavar=name.upper())
+    else:
+        parser.add_argument(_flag_name(field.name), **options)
+
+
+def _add_row(parser: argparse.ArgumentParser, field: str, name: str, row: Any) -> None:
+    """Add the flag of one row of a table; `_collect` finds its value under "field.name"."""
+    limits = {limit: getattr(row, limit) for limit in ("at_least", "above", "at_most")}
+    parser.add_argument(
+        _flag_name(name),
+        dest=f"{field}.{name}",
+        type=_in_range(row.kind, limits),
+        default=row.default,
+        help=_help(row.help, row.default),
+        metavar="N" if row.kind in (int, float) else "X",
+    )
+
+
+def _collect(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Put the values of a table's flags into the dict of their field."""
+    for field in dataclasses.fields(cls):
+        if "table" not in field.metadata:
+            continue
+        given = {}
+        for name, row in field.metadata["table"].items():
+            value = values.pop(f"{field.name}.{name}")
+            if value != row.default:
+                given[name] = value
+        values[field.name] = given
+    return values
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help(text: str, default: Any) -> str:
+    """The help text with the default; argparse reads % as a placeholder, so it is doubled."""
+    shown = "" if default is None else f" (default: {default})"
+    return (text + shown).replace("%", "%%")
+
+
+def _in_range(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
+    """`kind`, or a function that also refuses numbers outside of the range (nan always is)."""
+    at_least = metadata.get("at_least")
+    above = metadata.get("above")
+    at_most = metadata.get("at_most")
+    named = (("at least", at_least), ("above", above), ("at most", at_most))
+    limits = [f"{words} {limit}" for words, limit in named if limit is not None]
     if not limits:
         return kind
 
-    def number(text: str):
+    def number(text: str) -> Any:
         value = kind(text)
-        right = (at_least is None or value >= at_least) and (above is None or value > above)
-        if not (right and (at_most is None or value <= at_most)):
+        inside = (
+            (at_least is None or value >= at_least)
+            and (above is None or value > above)
+            and (at_most is None or value <= at_most)
+        )
+        if not inside:
             raise argparse.ArgumentTypeError(
                 f"{text} is out of range: it must be {' and '.join(limits)}"
             )
@@ -118,25 +187,37 @@ def _in_range(kind: type, metadata: Mapping):
     return number
 
 
-def run_command(cls: type, main, argv: list[str] | None = None) -> None:
-    """Parse the flags of `cls`, call `main(cfg)`, and end with an exit code that scripts can chain on.
+def row_named(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    """The row of a table, or a UserError that lists the rows there are.
 
-    0 success; 2 a user's mistake (one line on stderr; NANOPHI_TRACEBACK=1 shows where); 130 / 143 interrupted; 141 the
-    reader of standard output has gone away.
+    >>> row_named({"adamw": 1, "muon": 2}, "adam", "optimizer")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    nanophi.cli.UserError: no optimizer is called 'adam'; there are adamw, muon
+    """
+    if name not in table:
+        raise UserError(f"no {kind} is called {name!r}; there are {', '.join(table)}")
+    return table[name]
+
+
+# ---- running a command
+
+
+def run_command(cls: type, main: Callable[[Any], Any], argv: list[str] | None = None) -> None:
+    """Parse the flags of `cls`, call `main(cfg)`, and end with an exit code that scripts can chain
+    on.
+
+    0    success
+    2    a user's mistake: one line on standard error; NANOPHI_TRACEBACK=1 shows where it was raised
+    130  interrupted by Ctrl-C; training ends with 143 after SIGTERM
+    141  the reader of standard output has gone away
     """
     description = sys.modules[main.__module__].__doc__ or ""
-    cfg = cls(**vars(parser_for(cls, description).parse_args(argv)))
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # of several ranks under torchrun the first one speaks; all may fail aloud
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # lines reach a log file in the order of those on stderr
+    values = vars(parser_for(cls, description).parse_args(argv))
+    cfg = cls(**_collect(cls, values))
+    _prepare_output()
     try:
         main(cfg)
-        sys.stdout.flush()  # a reader that has gone away is noticed here, not in the interpreter's shutdown
+        sys.stdout.flush()  # a reader that has gone away is noticed here, not when Python ends
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -146,27 +227,51 @@ def run_command(cls: type, main, argv: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("NANOPHI_TRACEBACK"):
             raise
-        text = (
-            f"{error.strerror}: {error.filename}"
-            if isinstance(error, OSError) and error.filename
-            else str(error)
-        )
+        text = str(error)
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.strerror}: {error.filename}"
         print("error:", " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _prepare_output() -> None:
+    """Under torchrun only rank 0 prints; errors of all ranks are printed."""
+    if not is_first_rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # In a log file, lines then come in the same order as those of standard error.
+        sys.stdout.reconfigure(line_buffering=True)
+
+
+# ---- time, memory, progress
+
+
 def duration(seconds: float) -> str:
-    """7 -> '7s', 738 -> '12.3m', 9000 -> '2.5h'."""
+    """Seconds as people say them.
+
+    >>> duration(7), duration(738), duration(9000)
+    ('7s', '12.3m', '2.5h')
+    """
     if seconds < 60:
         return f"{seconds:.0f}s"
-    return f"{seconds / 60:.1f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f}m"
+    return f"{seconds / 3600:.1f}h"
 
 
 def peak_memory_gb() -> float:
-    """Highest resident memory of this process: since its start or, on Linux, since the mark was reset."""
+    """Highest resident memory of this process: since its start or, on Linux, since the mark was
+    reset.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+        peak_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        return peak_kb * 1024 / 1e9
     except OSError:
         import resource
 
@@ -175,49 +280,56 @@ def peak_memory_gb() -> float:
 
 
 class Progress:
-    """Progress of a long job on stderr: a tqdm bar on a terminal, else a plain line every `every_s` seconds.
+    """Progress of a long job on standard error: a tqdm bar on a terminal, otherwise a plain line
+    every `every_s` seconds.
 
-    `with Progress("merges", 8000) as bar: bar.update(1, "count 17")`
+        with Progress("merges", 8000) as bar:
+            bar.update(1, "count 17")
+
+    total: how many items there are, None where nobody knows; done: how many are done already. Only
+    rank 0 shows it.
     """
 
     def __init__(self, what: str, total: int | None, done: int = 0, every_s: float = 15.0):
-        self.what, self.total, self.first, self.done, self.every_s = (
-            what,
-            total,
-            done,
-            done,
-            every_s,
-        )
-        self.started = self.shown = time.monotonic()
-        self.bar = None
-        self.silent = os.environ.get("RANK", "0") != "0"  # another rank's business, see `run`
-        if sys.stderr.isatty() and not self.silent:
-            try:
-                from tqdm import tqdm
-            except (
-                ImportError
-            ):  # training runs where only torch, numpy and safetensors are installed
-                return
-            shape = (
-                "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining}{postfix}" if total else None
-            )  # fits 80 columns
-            self.bar = tqdm(
-                total=total,
-                initial=done,
-                desc=what,
-                dynamic_ncols=True,
-                leave=False,
-                bar_format=shape,
-            )
+        self.what = what
+        self.total = total
+        self.first = done
+        self.done = done
+        self.every_s = every_s
+        self.started = time.monotonic()
+        self.shown = self.started  # when the last plain line was printed
+        self.silent = not is_first_rank()
+        self.bar = None if self.silent else self._terminal_bar()
 
-    def __enter__(self):
+    def _terminal_bar(self) -> Any:
+        """tqdm's bar, 80 columns wide at most; None without a terminal or without tqdm."""
+        if not sys.stderr.isatty():
+            return None
+        try:
+            from tqdm import tqdm
+        except ImportError:  # training needs only torch, numpy and safetensors
+            return None
+        shape = None
+        if self.total:
+            shape = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining}{postfix}"
+        return tqdm(
+            total=self.total,
+            initial=self.done,
+            desc=self.what,
+            dynamic_ncols=True,
+            leave=False,
+            bar_format=shape,
+        )
+
+    def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
     def update(self, n: int = 1, text: str = "") -> None:
+        """Count n more items, and show `text` behind the numbers."""
         self.done += n
         if self.bar is not None:
             if text:
@@ -225,15 +337,15 @@ class Progress:
             self.bar.update(n)
             return
         now = time.monotonic()
-        if now - self.shown >= self.every_s and not self.silent:
-            self.shown = now
-            line = f"{self.what} {self.done:,}"
-            if self.total is not None:
-                left_s = (
-                    (now - self.started) / max(self.done - self.first, 1) * (self.total - self.done)
-                )
-                line += f"/{self.total:,}  eta {duration(left_s)}"
-            print(f"{line}  {text}".rstrip(), file=sys.stderr, flush=True)
+        if self.silent or now - self.shown < self.every_s:
+            return
+        self.shown = now
+        line = f"{self.what} {self.done:,}"
+        if self.total is not None:
+            seconds_each = (now - self.started) / max(self.done - self.first, 1)
+            left_s = seconds_each * (self.total - self.done)
+            line += f"/{self.total:,}  eta {duration(left_s)}"
+        print(f"{line}  {text}".rstrip(), file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
         """Print a line that stays, without tearing the bar."""

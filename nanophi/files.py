@@ -1,4 +1,10 @@
-"""Files that are never seen half-written: each is written beside its name, synced, then renamed over it."""
+"""Files that are never seen half-written.
+
+Each is written under a temporary name in the same directory, synced to the disk, and then renamed:
+
+    loss.png.tmp ── written ── synced ── renamed ──> loss.png
+    loss.png        the old file, or none, until the rename
+"""
 
 import contextlib
 import json
@@ -10,10 +16,15 @@ from nanophi.cli import UserError
 
 @contextlib.contextmanager
 def replacing(path: str | Path):
-    """Yield a temporary path in the same directory; on success it becomes `path`, on any error it is removed.
+    """Yield a temporary path in the same directory. On success that file becomes `path`; on any
+    error it is removed.
 
-    A process killed at any moment leaves either the old file or the new one (POSIX rename is atomic), plus at
-    worst a `*.tmp` file that the next writer of the same name overwrites.
+        with replacing("out/model.bin") as beside:
+            beside.write_bytes(data)
+
+    A process may be killed at any moment: the old file or the new one is left, because a rename is
+    atomic under POSIX. At worst a `*.tmp` file is left too, which the next writer of the same name
+    overwrites.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,26 +32,33 @@ def replacing(path: str | Path):
     try:
         yield beside
         with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # otherwise a power cut may keep the rename and lose the data
         os.replace(beside, path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C
         beside.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8 without touching its newlines."""
+    """Write `text` as UTF-8. Newlines stay as they are, on Windows too."""
     with replacing(path) as beside:
         beside.write_bytes(text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write `value` as readable JSON, Chinese as Chinese."""
+    """Write `value` as indented JSON. Chinese stays Chinese: "你", not "\\u4f60"."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def utf8(text: str) -> bytes:
-    """The bytes of a text. JSON may spell half of a surrogate pair ("\\ud83d"), which is no character: a UserError."""
+    """The UTF-8 bytes of a text.
+
+    >>> utf8("你")
+    b'\\xe4\\xbd\\xa0'
+
+    JSON may spell half of a surrogate pair ("\\ud83d"). That is no character, and UTF-8 has no
+    bytes for it, so it is a UserError.
+    """
     try:
         return text.encode()
     except UnicodeEncodeError as error:

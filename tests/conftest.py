@@ -1,4 +1,6 @@
-"""Shared by all tests: hermetic (no network, nothing outside tmp_path), tiny models, throw-away tokenizers."""
+"""Shared by all tests: hermetic (no network, nothing outside tmp_path), tiny models, throw-away
+tokenizers.
+"""
 
 import json
 import os
@@ -47,7 +49,9 @@ def tiny_config(**changes) -> PhiConfig:
 
 
 def tiny_model(seed: int = 0, spread: float = 0.1, **changes) -> Phi:
-    """Random everywhere, biases and norms too, so that no parameter's effect is hidden by a zero or a one."""
+    """Random everywhere, biases and norms too, so that no parameter's effect is hidden by a zero or
+    a one.
+    """
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = Phi(tiny_config(**changes))

@@ -1,4 +1,6 @@
-"""What people do wrong, through the real commands: one line that says what, where and how to fix, and nothing lost."""
+"""What people do wrong, through the real commands: one line that says what, where and how to fix,
+and nothing lost.
+"""
 
 import hashlib
 import json
@@ -254,7 +256,7 @@ CASES = [
     ("generate --model {house}/sft --prompt 问 --top-k 5", "give --temperature too"),
     (
         "generate --model {house}/sft --prompt 问 --temperature 1 --top-p 2",
-        "top_p 2.0 is out of range",
+        "argument --top-p: 2 is out of range: it must be above 0 and at most 1",
     ),
     ("generate --model {house}/sft --prompt 问 --chat", "say what to do"),
     ("generate --model {house}/sft --prompt 问 --device gpu", "--device gpu cannot be used here"),

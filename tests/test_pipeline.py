@@ -65,9 +65,8 @@ def test_checkpoint_directories_are_complete(house):
 
 
 def test_sampling_and_raw_prompts(house):
-    assert answer(house / "sft", temperature=1.0, seed=1) == answer(
-        house / "sft", temperature=1.0, seed=1
-    )
+    how = {"sampling": {"temperature": 1.0}, "seed": 1}
+    assert answer(house / "sft", **how) == answer(house / "sft", **how)
     stdout = io.StringIO()
     with redirect_stdout(stdout):
         generate.main(
@@ -99,7 +98,8 @@ def test_chat_at_the_terminal(house):
     assert done.stdout.count(ANSWER) == 2
 
 
-# The calls of the original's README, in its order and with its arguments; {encode} is what version 5 renamed.
+# The calls of the original's README, in its order and with its arguments; {encode} is what version
+# 5 renamed.
 ORIGINAL_USE = """
 import sys
 import torch
@@ -135,7 +135,8 @@ def checkpoints(house):
 def test_the_originals_snippet_says_what_generate_says(house):
     for directory in checkpoints(house):
         said = original_use(sys.executable, "", directory)
-        assert said == f"##提问:\n{QUESTION}\n##回答:\n" + answer(directory, no_repeat_ngram_size=4)
+        answered = answer(directory, sampling={"no_repeat_ngram_size": 4})
+        assert said == f"##提问:\n{QUESTION}\n##回答:\n" + answered
 
 
 @pytest.mark.slow
@@ -144,7 +145,8 @@ def test_the_originals_snippet_under_transformers_457(house):
         pytest.skip("needs transformers 4.57 in .venv-457, which `make test-slow` installs")
     for directory in checkpoints(house):
         said = original_use(str(TRANSFORMERS_457), ".encode_plus", directory)
-        assert said == f"##提问:\n{QUESTION}\n##回答:\n" + answer(directory, no_repeat_ngram_size=4)
+        answered = answer(directory, sampling={"no_repeat_ngram_size": 4})
+        assert said == f"##提问:\n{QUESTION}\n##回答:\n" + answered
 
 
 def test_mistakes_leave_what_is_there(house):
@@ -211,7 +213,9 @@ def test_bos_is_put_before_conversations_and_pairs(house):
 
 
 def test_dpo_in_bf16_starts_at_ln_2_too(house):
-    """The reference was once computed in fp32 beside a bf16 policy: the rewards were not zero at the start."""
+    """The reference was once computed in fp32 beside a bf16 policy: the rewards were not zero at
+    the start.
+    """
     out = house / "dpo-bf16"
     common = {"steps": 2, "batch_pairs": 3, "device": "cpu", "dtype": "bfloat16", "context": 128}
     dpo.main(

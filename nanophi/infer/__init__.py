@@ -1,1 +1,8 @@
-"""Weights -> text. Imports text and model."""
+"""Weights -> text: sampling, generation, chat, retrieval, evaluation."""
+
+from typing import TYPE_CHECKING
+
+from nanophi.lazy import on_first_use
+
+if not TYPE_CHECKING:  # `nanophi.train.losses` works without an import of its own
+    __getattr__ = on_first_use(__name__)

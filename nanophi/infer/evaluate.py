@@ -3,8 +3,13 @@
     python -m nanophi.infer.evaluate --model out/pretrain --data held-out.jsonl
     python -m nanophi.infer.evaluate --model out/sft --choices ceval/ --shots 3
 
-Bits per byte compare models of different tokenizers and mean something at every size. Multiple choice (C-Eval, CMMLU)
-does not below some billion parameters: chance is 25 %, and the original scored 23 to 28 %.
+Bits per byte compare models of different tokenizers, and mean something at every size. A model that
+gives every byte the same probability needs 8 bits per byte; a text costs fewer, the better the
+model predicts it. Multiple choice (C-Eval, CMMLU) means nothing below some billion parameters:
+chance is 25 %, and the original project's models scored 23 to 28 %.
+
+Reading order: 1. bits per byte (`windows`, `score_text`), 2. multiple choice (`as_text`,
+`option_logprobs`), 3. the command.
 """
 
 import csv
@@ -22,103 +27,122 @@ from nanophi.text.corpus import expand, read_texts
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.losses import head_cross_entropy
 
-OPTIONS = ("A", "B", "C", "D")
+# ---- 1. bits per byte
 
 
 @dataclass
 class Score:
-    """What a text cost: nats over the tokens predicted, and the bytes and characters they spell."""
+    """What a text costs, and how long it is.
 
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    characters: int = 0
+    >>> score = Score(nats=3 * math.log(2), tokens=1, bytes=3, characters=1)  # 好, with p = 1/8
+    >>> total = score + score
+    >>> total.tokens, round(total.bits_per_byte, 3)
+    (2, 1.0)
+    """
+
+    nats: float = 0.0  # sum of -ln p over the tokens predicted; 1 nat = 1 / ln 2 bits
+    tokens: int = 0  # predicted
+    bytes: int = 0  # that the predicted tokens spell
+    characters: int = 0  # that the predicted tokens spell
 
     def __add__(self, other: "Score") -> "Score":
         return Score(
-            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+            nats=self.nats + other.nats,
+            tokens=self.tokens + other.tokens,
+            bytes=self.bytes + other.bytes,
+            characters=self.characters + other.characters,
         )
 
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
     def __str__(self) -> str:
-        bits = self.nats / math.log(2)
+        bits_per_character = self.nats / math.log(2) / max(self.characters, 1)
         perplexity = math.exp(self.nats / max(self.tokens, 1))
         return (
-            f"{bits / max(self.bytes, 1):8.3f} {bits / max(self.characters, 1):9.3f} {perplexity:11.2f} "
+            f"{self.bits_per_byte:8.3f} {bits_per_character:9.3f} {perplexity:11.2f} "
             f"{self.tokens:10,} {self.bytes:11,}"
         )
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a document of `length` tokens into (start, first target, stop): every token but the first is a target once,
-    with at least context - stride tokens before it where the document has them."""
-    done = 1
-    while done < length:
-        start = 0 if done == 1 else max(0, done - (context - stride))
+    """Cut a document of `length` tokens into windows (start, first target, stop).
+
+    Every token but the first is a target once. Before a target there are at least
+    context - stride tokens, where the document has them. With 10 tokens, context 4 and stride 2
+    (i: input, T: input and target, t: target only):
+
+        token       0 1 2 3 4 5 6 7 8 9
+        (0, 1, 5)   i T T T t
+        (3, 5, 8)         i i T T t
+        (6, 8, 10)              i i T t
+
+    >>> list(windows(10, context=4, stride=2))
+    [(0, 1, 5), (3, 5, 8), (6, 8, 10)]
+    """
+    first = 1  # the first target of the window
+    while first < length:
+        start = 0 if first == 1 else max(0, first - (context - stride))
         stop = min(start + context + 1, length)
-        yield start, done, stop
-        done = stop
+        yield start, first, stop
+        first = stop
 
 
 @torch.inference_mode()
 def score_text(model: Phi, tok: Tokenizer, text: str, stride: int) -> Score:
-    """Score one document, [EOS] at its end included (it costs bits and spells nothing)."""
-    ids = torch.tensor([*tok.encode(text), tok.eos_id], device=model.lm_head.weight.device)
+    """Score one document with its [EOS], which costs bits and spells nothing."""
+    ids = torch.tensor([*tok.encode(text), tok.eos_id], device=model.device)
+    head = model.lm_head
     score = Score(tokens=len(ids) - 1)
     for start, first, stop in windows(len(ids), model.cfg.max_position_embeddings, stride):
-        hidden = model.hidden(ids[None, start : stop - 1])[0, first - 1 - start :]
-        score.nats += head_cross_entropy(
-            hidden, model.lm_head.weight, model.lm_head.bias, ids[first:stop]
-        ).item()
+        hidden = model.hidden(ids[None, start : stop - 1])[0]  # (inputs, D)
+        # The input at place i predicts the token at place i + 1.
+        hidden = hidden[first - 1 - start :]
+        score.nats += head_cross_entropy(hidden, head.weight, head.bias, ids[first:stop]).item()
     spelled = tok.decode_bytes(ids[1:-1].tolist())
-    score.bytes, score.characters = len(spelled), len(spelled.decode("utf-8", "ignore"))
+    score.bytes = len(spelled)
+    score.characters = len(spelled.decode("utf-8", "ignore"))
     return score
+
+
+# ---- 2. multiple choice
+
+OPTIONS = ("A", "B", "C", "D")
+COLUMNS = {"question", "answer", *OPTIONS}  # that a CSV file must have
 
 
 @dataclass
 class Subject:
-    """One CSV of questions; `examples` are shown before each, `left_out`: the question itself is among them."""
+    """One CSV file of questions, such as law_val.csv."""
 
     name: str
     questions: list[dict]
-    examples: list[dict] = field(default_factory=list)
-    left_out: bool = False
+    examples: list[dict] = field(default_factory=list)  # solved questions that are shown before
+    left_out: bool = False  # the examples are the questions themselves, without the one asked
 
 
 def read_subjects(directory: str | Path) -> list[Subject]:
-    """A C-Eval or CMMLU folder: questions from val/ (or test/) with examples from dev/; where only dev/ exists, its
-    questions with each other as examples, the one asked left out."""
+    """Read a C-Eval or CMMLU folder.
+
+    Questions are those of val/, otherwise of test/, with the examples of dev/. Where there is only
+    dev/, its questions are asked, with each other as examples.
+    """
     root = Path(directory)
     folders = {name: root / name for name in ("val", "test", "dev") if (root / name).is_dir()}
     if not folders:
         raise UserError(
             f"{root} holds no val/, test/ or dev/ folder of CSV files (id,question,A,B,C,D,answer)"
         )
-
-    def table(path: Path) -> list[dict]:
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = [
-                    {
-                        key.lower() if len(key) > 1 else key: value
-                        for key, value in row.items()
-                        if key is not None
-                    }
-                    for row in csv.DictReader(file)
-                ]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} is no CSV file in UTF-8: {error}") from None
-        if rows and not {"question", "answer", *OPTIONS} <= rows[0].keys():
-            raise UserError(
-                f"{path}: the columns {', '.join(rows[0])} lack some of question, A, B, C, D, answer"
-            )
-        return [row for row in rows if row["answer"] in OPTIONS]
-
-    asked = next(iter(folders))
-    dev = {name_of(path): table(path) for path in sorted(folders.get("dev", root).glob("*.csv"))}
+    examples = {}
+    for path in sorted(folders.get("dev", root).glob("*.csv")):
+        examples[name_of(path)] = read_questions(path)
+    asked = next(iter(folders))  # the name of the first folder there is
     subjects = []
     for path in sorted(folders[asked].glob("*.csv")):
         name = name_of(path)
-        subjects.append(Subject(name, table(path), dev.get(name, []), left_out=asked == "dev"))
+        subject = Subject(name, read_questions(path), examples.get(name, []), asked == "dev")
+        subjects.append(subject)
     if not any(subject.questions for subject in subjects):
         raise UserError(
             f"{folders[asked]} holds no CSV file with a question whose answer is A, B, C or D"
@@ -126,61 +150,133 @@ def read_subjects(directory: str | Path) -> list[Subject]:
     return subjects
 
 
+def read_questions(path: Path) -> list[dict]:
+    """The rows of a CSV file whose answer is A, B, C or D.
+
+    CMMLU writes Question and Answer where C-Eval writes question and answer: column names of more
+    than one letter are put into lower case.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for cells in csv.DictReader(file):
+                row = {}
+                for name, value in cells.items():
+                    if name is not None:  # None: the cells beyond the last column
+                        row[name.lower() if len(name) > 1 else name] = value
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV file in UTF-8: {error}") from None
+    if rows and not rows[0].keys() >= COLUMNS:
+        raise UserError(
+            f"{path}: the columns {', '.join(rows[0])} lack some of question, A, B, C, D, answer"
+        )
+    return [row for row in rows if row["answer"] in OPTIONS]
+
+
 def name_of(path: Path) -> str:
-    """law_dev.csv -> law."""
+    """The subject of a file.
+
+    >>> name_of(Path("dev/law_dev.csv"))
+    'law'
+    """
     return path.stem.removesuffix("_dev").removesuffix("_val").removesuffix("_test")
 
 
 def as_text(row: dict, with_answer: bool) -> str:
+    """A question as the model reads it; an example has its answer too.
+
+    >>> row = {"question": "一加一是", "A": "一", "B": "二", "C": "三", "D": "四", "answer": "B"}
+    >>> print(as_text(row, with_answer=True).strip())
+    一加一是
+    A. 一
+    B. 二
+    C. 三
+    D. 四
+    答案：B
+    """
     options = "\n".join(f"{option}. {row[option]}" for option in OPTIONS)
-    return f"{row['question']}\n{options}\n答案：" + (f"{row['answer']}\n\n" if with_answer else "")
+    text = f"{row['question']}\n{options}\n答案："
+    if with_answer:
+        text += f"{row['answer']}\n\n"
+    return text
 
 
 @torch.inference_mode()
 def option_logprobs(
     model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict]
 ) -> tuple[torch.Tensor, int]:
-    """log p of A, B, C, D as the next token after 答案：, (4,), and how many examples fitted into the context."""
-    ids, shown = tok.encode(as_text(row, False))[-model.cfg.max_position_embeddings :], 0
+    """log p of A, B, C and D as the token after 答案：, (4,), and how many examples were shown.
+
+    The model writes no answer; only the probabilities of the four letters are compared. With 0.20
+    for A, 0.31 for B, 0.25 for C and 0.04 for D the choice is B, even if another token, such as 我,
+    is likelier still.
+
+        example 2 with its answer    ┐ as many as fit into the context; the first example
+        example 1 with its answer    ┘ stands next to the question
+        question ... 答案：           ─> the next token
+    """
+    context = model.cfg.max_position_embeddings
+    ids = tok.encode(as_text(row, with_answer=False))[-context:]
+    shown = 0
     for example in examples:
-        before = tok.encode(as_text(example, True))
-        if len(before) + len(ids) > model.cfg.max_position_embeddings:
+        before = tok.encode(as_text(example, with_answer=True))
+        if len(before) + len(ids) > context:
             break
-        ids, shown = before + ids, shown + 1
-    hidden = model.hidden(torch.tensor([ids], device=model.lm_head.weight.device))[0, -1]
-    return model.lm_head(hidden).float().log_softmax(-1)[
-        [tok.encode(option)[0] for option in OPTIONS]
-    ], shown
+        ids = before + ids
+        shown += 1
+    hidden = model.hidden(torch.tensor([ids], device=model.device))[0, -1]  # (D,)
+    logprobs = model.lm_head(hidden).float().log_softmax(-1)  # (V,)
+    return logprobs[[tok.encode(option)[0] for option in OPTIONS]], shown
 
 
 def multiple_choice(model: Phi, tok: Tokenizer, directory: str, shots: int) -> dict:
-    """Accuracy over all questions of a folder, printed by subject."""
+    """Accuracy over all questions of a folder, printed by subject.
+
+    shots: examples before each question. The standard error of a share p of n right answers is
+    sqrt(p (1 - p) / n): with 1,346 questions and 25 % right it is 1.2 %.
+    """
     subjects = read_subjects(directory)
-    right, total, shown_sum = 0, 0, 0
+    total = sum(len(subject.questions) for subject in subjects)
+    right = 0
+    shown_total = 0
     print(f"{'subject':44} {'questions':>9} {'right':>6}")
-    with Progress("questions", sum(len(subject.questions) for subject in subjects)) as bar:
+    with Progress("questions", total) as bar:
         for subject in subjects:
-            hits = 0
-            for row in subject.questions:
-                others = [
-                    example for example in subject.examples if example is not row and example != row
-                ]
-                logprobs, shown = option_logprobs(model, tok, row, others[:shots])
-                hits += OPTIONS[int(logprobs.argmax())] == row["answer"]
-                shown_sum += shown
-                bar.update()
-            right, total = right + hits, total + len(subject.questions)
-            bar.say(f"{subject.name:44} {len(subject.questions):9} {hits:6}")
-    share = right / max(total, 1)
-    error = math.sqrt(share * (1 - share) / max(total, 1))
-    way = "leave one out" if subjects and subjects[0].left_out else "examples from dev"
+            right_here, shown = ask_subject(model, tok, subject, shots, bar)
+            right += right_here
+            shown_total += shown
+            bar.say(f"{subject.name:44} {len(subject.questions):9} {right_here:6}")
+    share = right / total
+    error = math.sqrt(share * (1 - share) / total)
+    way = "leave one out" if subjects[0].left_out else "examples from dev"
     print(
         f"choices: {right} of {total} right = {share:.1%}, standard error {error:.1%}, chance 25.0%"
     )
     print(
-        f"examples: {shots} asked for ({way}), {shown_sum / max(total, 1):.1f} fitted into the context on average"
+        f"examples: {shots} asked for ({way}), "
+        f"{shown_total / total:.1f} fitted into the context on average"
     )
     return {"accuracy": share, "standard_error": error, "questions": total}
+
+
+def ask_subject(
+    model: Phi, tok: Tokenizer, subject: Subject, shots: int, bar: Progress
+) -> tuple[int, int]:
+    """Ask all questions of a subject: how many are right, and how many examples were shown."""
+    right = 0
+    shown_total = 0
+    for row in subject.questions:
+        others = [example for example in subject.examples if example != row]
+        logprobs, shown = option_logprobs(model, tok, row, others[:shots])
+        choice = OPTIONS[int(logprobs.argmax())]
+        right += choice == row["answer"]
+        shown_total += shown
+        bar.update()
+    return right, shown_total
+
+
+# ---- 3. the command
 
 
 @dataclass(kw_only=True)
@@ -207,38 +303,45 @@ def main(cfg: Config) -> dict:
     if cfg.data is None and cfg.choices is None:
         raise UserError("say what to evaluate: --data FILES or --choices FOLDER")
     model, tok = load_with_tokenizer(cfg.model, cfg.device)
-    context, results = model.cfg.max_position_embeddings, {}
+    results: dict[str, float] = {}
     if cfg.data is not None:
-        stride, total = cfg.stride or context // 2, Score()
-        if stride > context:
-            raise UserError(
-                f"--stride {stride} exceeds the context of {context}: tokens would be skipped"
-            )
-        print(
-            f"{'bits/byte':>8} {'bits/char':>9} {'perplexity':>11} {'tokens':>9} {'bytes':>11}   file"
-        )
-        for path in expand(cfg.data):
-            score = Score()
-            with Progress(path.name, None) as bar:
-                for number, text in enumerate(read_texts([path])):
-                    if cfg.documents is not None and number >= cfg.documents:
-                        break
-                    score += score_text(model, tok, text, stride)
-                    bar.update()
-            if not score.tokens:
-                raise UserError(f"{path} holds no text to score")
-            total += score
-            print(f"{score}   {path}")
-        print(
-            f"{total}   all; context {context}, stride {stride}; a document's first token is not predicted"
-        )
-        results = {
-            "bits_per_byte": total.nats / math.log(2) / max(total.bytes, 1),
-            "tokens": total.tokens,
-        }
+        results |= score_files(model, tok, cfg.data, cfg.stride, cfg.documents)
     if cfg.choices is not None:
         results |= multiple_choice(model, tok, cfg.choices, cfg.shots)
     return results
+
+
+def score_files(
+    model: Phi, tok: Tokenizer, data: list[str], stride: int | None, documents: int | None
+) -> dict:
+    """Score the texts of files, printed by file; at most `documents` texts of each file."""
+    context = model.cfg.max_position_embeddings
+    stride = stride or context // 2
+    if stride > context:
+        raise UserError(
+            f"--stride {stride} exceeds the context of {context}: tokens would be skipped"
+        )
+    print(
+        f"{'bits/byte':>8} {'bits/char':>9} {'perplexity':>11} {'tokens':>9} {'bytes':>11}   file"
+    )
+    total = Score()
+    for path in expand(data):
+        score = Score()
+        with Progress(path.name, None) as bar:
+            for number, text in enumerate(read_texts([path])):
+                if number == documents:
+                    break
+                score += score_text(model, tok, text, stride)
+                bar.update()
+        if not score.tokens:
+            raise UserError(f"{path} holds no text to score")
+        total += score
+        print(f"{score}   {path}")
+    print(
+        f"{total}   all; context {context}, stride {stride}; "
+        "a document's first token is not predicted"
+    )
+    return {"bits_per_byte": total.bits_per_byte, "tokens": total.tokens}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""Preference pairs as the original made them: the rejected answer is what an early checkpoint says.
+"""Preference pairs as the original project made them: an early checkpoint writes what is rejected.
 
-    python sft.py ... --out out/sft --keep-at 0.5                     leaves the half-taught model in out/sft-early
+    python sft.py ... --out out/sft --keep-at 0.5     leaves the half-taught model in out/sft-early
     python -m nanophi.infer.pairs --model out/sft-early --data sft.jsonl --out pairs.jsonl
 
-A pair teaches nothing where both answers are nearly the same: it is dropped from a similarity of 0.9 on.
+    sft.jsonl ─ questions_of ─> (prompt, chosen)
+                                 prompt ─ early model ─> rejected
+                                (prompt, chosen, rejected) ─ fault ─> a row, or dropped and counted
+
+A pair teaches nothing where both answers are nearly the same: it is dropped where they are more
+similar than 0.9.
 """
 
 from collections import Counter
@@ -20,23 +25,47 @@ from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.tokenizer.tokenizer import Tokenizer
 
+# ---- which pairs teach something
+
 
 def similarity(a: str, b: str) -> float:
-    """0 (nothing in common) to 1 (equal): twice the matched characters over all characters of both."""
+    """0 (nothing in common) to 1 (equal): twice the matched characters over all characters of both.
+
+    Three characters match, of four and four: 2 * 3 / (4 + 4).
+
+    >>> similarity("甲乙丙丁", "甲乙丙戊")
+    0.75
+
+    `autojunk` is off: with it, difflib ignores a character that is common in a long answer, such
+    as 的, and two long answers that are nearly equal would count as different.
+    """
     return SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def fault(chosen: str, rejected: str, threshold: float) -> str | None:
-    """Why a pair is of no use: "empty", "equal" or "similar"; None where it is."""
+    """Why a pair is useless: "empty", "equal" or "similar"; None where it is useful.
+
+    >>> fault("多喝水，早点休息。", "多喝水，早点睡觉。", threshold=0.7)
+    'similar'
+    """
     if not chosen.strip() or not rejected.strip():
         return "empty"
     if chosen == rejected:
         return "equal"
-    return "similar" if similarity(chosen, rejected) > threshold else None
+    if similarity(chosen, rejected) > threshold:
+        return "similar"
+    return None
+
+
+# ---- questions -> answers -> pairs
 
 
 def questions_of(row: dict) -> tuple[str, str]:
-    """(prompt, chosen) of a conversation's first turn, or of a row that has them already."""
+    """(prompt, chosen) of a conversation's first turn, or of a row that has these two fields.
+
+    >>> questions_of({"instruction": "你是谁？", "output": "小助手。"})
+    ('你是谁？', '小助手。')
+    """
     if "prompt" in row and "chosen" in row:
         return row["prompt"], row["chosen"]
     messages = [message for message in messages_of(row) if message["role"] != "system"]
@@ -48,14 +77,13 @@ def questions_of(row: dict) -> tuple[str, str]:
 def answer_all(
     model: Phi, tok: Tokenizer, prompts: list[str], batch: int, max_new_tokens: int
 ) -> Iterator[str]:
-    """Greedy answers, `batch` prompts at a time, in order."""
+    """Greedy answers in the order of the prompts, `batch` prompts at a time."""
     with Progress("answers", len(prompts)) as bar:
         for first in range(0, len(prompts), batch):
             ids = [chat_prompt(prompt, tok) for prompt in prompts[first : first + batch]]
             for answer in generate(model, ids, max_new_tokens=max_new_tokens):
-                known = [
-                    i for i in answer if i in tok.id_to_bytes
-                ]  # a model may have more rows than there are tokens
+                # A model may have more rows than there are tokens; such an id spells nothing.
+                known = [token for token in answer if token in tok.id_to_bytes]
                 yield tok.decode(known, skip_special_tokens=True).strip()
                 bar.update()
 
@@ -63,14 +91,19 @@ def answer_all(
 def make_pairs(
     questions: Iterable[tuple[str, str]], answers: Iterable[str], threshold: float
 ) -> tuple[list[dict], Counter]:
-    """(prompt, chosen) and rejected answers -> preference rows, and how many were dropped for which fault."""
-    rows, dropped = [], Counter()
+    """(prompt, chosen) and rejected answers -> preference rows, and how many had which fault."""
+    rows = []
+    dropped: Counter[str] = Counter()
     for (prompt, chosen), rejected in zip(questions, answers, strict=True):
-        if reason := fault(chosen, rejected, threshold):
-            dropped[reason] += 1
-        else:
+        reason = fault(chosen, rejected, threshold)
+        if reason is None:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        else:
+            dropped[reason] += 1
     return rows, dropped
+
+
+# ---- the command
 
 
 @dataclass(kw_only=True)
@@ -88,22 +121,32 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Answer every prompt and write the pairs; returns the counts it prints."""
+    # 1. questions that the model can read
     questions = list(read_rows(cfg.data, use=questions_of))
     if not questions:
         raise UserError(f"no conversation in {', '.join(cfg.data)}")
     model, tok = load_with_tokenizer(cfg.model, cfg.device)
-    answers = answer_all(
-        model, tok, [prompt for prompt, _ in questions], cfg.batch, cfg.max_new_tokens
-    )
-    rows, dropped = make_pairs(questions, answers, cfg.similar)
+    context = model.cfg.max_position_embeddings
+    fitting = [pair for pair in questions if len(chat_prompt(pair[0], tok)) <= context]
+
+    # 2. rejected answers
+    prompts = [prompt for prompt, _ in fitting]
+    answers = answer_all(model, tok, prompts, cfg.batch, cfg.max_new_tokens)
+
+    # 3. pairs
+    rows, dropped = make_pairs(fitting, answers, cfg.similar)
     reasons = ", ".join(f"{dropped[reason]:,} {reason}" for reason in ("similar", "equal", "empty"))
+    if len(fitting) < len(questions):
+        dropped["long"] = len(questions) - len(fitting)
+        reasons += f", {dropped['long']:,} longer than the context of {context} tokens"
     if not rows:
         raise UserError(
             f"no pair is left ({reasons}): take an earlier checkpoint, sft.py --keep-at 0.125 say"
         )
     write_rows(cfg.out, rows)
     print(
-        f"pairs: {len(questions):,} answers of {cfg.model}; dropped {reasons}; wrote {len(rows):,} pairs to {cfg.out}"
+        f"pairs: {len(questions):,} answers of {cfg.model}; dropped {reasons}; "
+        f"wrote {len(rows):,} pairs to {cfg.out}"
     )
     return {"prompts": len(questions), "pairs": len(rows)} | dropped
 

@@ -1,46 +1,57 @@
-"""What happens to logits before a token is chosen: one function each, in the order `choose` applies them.
+"""What happens to the logits before a token is chosen: one function for each filter.
 
-The order and the semantics are those of transformers' generate, so that the same settings give the same tokens.
+The table FILTERS lists the filters in the order in which `choose` applies them:
 
-    B rows, V vocabulary; logits (B, V) fp32; history: for each row, the ids of its prompt and answer so far
+    logits (B, V)
+      -> repetition_penalty      ids that occurred already become less likely
+      -> no_repeat_ngram_size    ids that would repeat a run of ids are forbidden
+      -> greedy: argmax          (temperature 0; what follows applies to sampling only)
+      -> temperature             logits / temperature
+      -> top_k                   only the k likeliest ids stay
+      -> top_p                   only the likeliest ids stay that together reach p
+      -> softmax, then one random id per row
+
+Order and meaning are those of transformers' generate, so that the same settings give the same
+tokens. A new filter is one function and one row; `generate`, `stream` and the flags of generate.py
+all read the table. For example:
+
+    def keep_min_p(logits, history, p):
+        probabilities = logits.softmax(-1)
+        highest = probabilities.max(-1, keepdim=True).values
+        return logits.masked_fill(probabilities < p * highest, NEVER)
+
+    FILTERS["min_p"] = Filter(keep_min_p, float, None, "drop tokens below this share of the best")
+    nanophi.generate(model, ids, temperature=0.8, min_p=0.1)
+
+    B rows, V vocabulary; logits (B, V) fp32; history: for each row, the ids of its prompt and of
+    its answer so far
 """
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from nanophi.cli import UserError
+from nanophi.cli import UserError, row_named
 
-NEVER = float("-inf")
+NEVER = float("-inf")  # the logit of a forbidden id: its probability is exactly 0
 
+History = list[list[int]]
 
-@dataclass
-class Sampling:
-    """How the next token is chosen; names and meanings are transformers'."""
-
-    temperature: float = 0.0  # 0: greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-
-    def __post_init__(self):
-        for name, right, expected in (
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or above"),
-        ):
-            if not right:
-                raise UserError(
-                    f"{name} {getattr(self, name)} is out of range: it must be {expected}"
-                )
+# ---- the filters: (logits, history, value) -> logits
 
 
-def penalize_repetition(logits: Tensor, history: list[list[int]], penalty: float) -> Tensor:
-    """Make every id that already occurred less likely (Keskar et al. 2019): positive logits / penalty, others x it."""
+def penalize_repetition(logits: Tensor, history: History, penalty: float) -> Tensor:
+    """Make every id that already occurred less likely (Keskar et al. 2019).
+
+    A positive logit is divided by the penalty and a negative one multiplied, so that both fall:
+
+    >>> penalize_repetition(torch.tensor([[4.0, -1.0, 3.0]]), [[0, 1]], penalty=2.0)
+    tensor([[ 2., -2.,  3.]])
+    """
     logits = logits.clone()
     for row, ids in zip(logits, history, strict=True):
         seen = torch.tensor(sorted(set(ids)), device=row.device)
@@ -49,50 +60,200 @@ def penalize_repetition(logits: Tensor, history: list[list[int]], penalty: float
     return logits
 
 
-def forbid_repeated_ngrams(logits: Tensor, history: list[list[int]], size: int) -> Tensor:
-    """Forbid every id that would complete an n-gram of `size` ids a second time."""
+def forbid_repeated_ngrams(logits: Tensor, history: History, size: int) -> Tensor:
+    """Forbid every id that would complete an n-gram of `size` ids a second time.
+
+    Let size be 3 and the ids 1 2 3 1 2. The next id completes the n-gram that begins with 1 2.
+    After 1 2 there was a 3 before, so 3 is forbidden:
+
+    >>> forbid_repeated_ngrams(torch.zeros(1, 5), [[1, 2, 3, 1, 2]], size=3)
+    tensor([[0., 0., 0., -inf, 0.]])
+    """
     logits = logits.clone()
     for row, ids in zip(logits, history, strict=True):
-        prefix = ids[len(ids) - size + 1 :]
-        if len(prefix) < size - 1 or len(ids) < size:
+        if len(ids) < size:
             continue
-        windows = range(len(ids) - size + 1)
-        banned = [ids[i + size - 1] for i in windows if ids[i : i + size - 1] == prefix]
+        prefix = ids[len(ids) - size + 1 :]  # the last size - 1 ids
+        starts = range(len(ids) - size + 1)
+        banned = [ids[i + size - 1] for i in starts if ids[i : i + size - 1] == prefix]
         row[banned] = NEVER
     return logits
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Forbid all but the k largest; ties with the k-th stay."""
-    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+def apply_temperature(logits: Tensor, history: History, temperature: float) -> Tensor:
+    """Divide by the temperature: below 1 the likely ids gain, above 1 the unlikely ones."""
+    return logits / temperature
+
+
+def keep_top_k(logits: Tensor, history: History, k: int) -> Tensor:
+    """Forbid all but the k largest logits. Logits equal to the k-th largest stay too.
+
+    >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0, 2.0]]), [[]], k=2)
+    tensor([[-inf, 3., 2., 2.]])
+    """
+    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]  # (B, 1)
     return logits.masked_fill(logits < smallest, NEVER)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely ids whose probability reaches p (nucleus; Holtzman et al. 2020)."""
+def keep_top_p(logits: Tensor, history: History, p: float) -> Tensor:
+    """Keep the smallest set of likeliest ids whose probabilities together reach p.
+
+    This is nucleus sampling (Holtzman et al. 2020). Let p be 0.7:
+
+        id                        0     1     2     3
+        probability            0.15  0.50  0.05  0.30
+        sorted, ascending      0.05  0.15  0.30  0.50      ids 2 0 3 1
+        cumulative sum         0.05  0.20  0.50  1.00
+        at most 1 - p = 0.30    yes   yes    no    no      ids 2 and 0 are forbidden
+
+    The ids that stay, 1 and 3, reach 0.80; id 1 alone would reach only 0.50.
+
+    >>> logits = torch.tensor([[0.15, 0.50, 0.05, 0.30]]).log()
+    >>> keep_top_p(logits, [[]], p=0.7).exp()
+    tensor([[0.0000, 0.5000, 0.0000, 0.3000]])
+    """
     ascending, order = logits.sort()
     outside = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    outside[..., -1] = False  # the likeliest stays whatever p is
+    outside[..., -1] = False  # the likeliest id stays, however small p is
     return logits.masked_fill(outside.scatter(-1, order, outside), NEVER)
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One row of FILTERS: a function, and what the command line says about its value."""
+
+    apply: Callable[[Tensor, History, Any], Tensor]  # (logits, history, value) -> logits
+    kind: type  # of the value: int or float
+    default: Any  # the neutral value: the filter is skipped
+    help: str
+    at_least: float | None = None  # the range of the value; None: no limit on this side
+    above: float | None = None
+    at_most: float | None = None
+    greedy: bool = False  # whether the filter applies to greedy decoding too
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value outside of the range with a UserError; nan is outside of every range."""
+        ranges: list[tuple[str, Callable[[Any, Any], bool], Any]] = [
+            ("at least", operator.ge, self.at_least),
+            ("above", operator.gt, self.above),
+            ("at most", operator.le, self.at_most),
+        ]
+        limits = [limit for limit in ranges if limit[2] is not None]
+        if not all(compare(value, bound) for _, compare, bound in limits):
+            expected = " and ".join(f"{words} {bound}" for words, _, bound in limits)
+            raise UserError(f"{name} {value} is out of range: it must be {expected}")
+
+
+FILTERS: dict[str, Filter] = {
+    "repetition_penalty": Filter(
+        penalize_repetition,
+        kind=float,
+        default=1.0,
+        help="above 1: tokens already seen become less likely",
+        above=0,
+        greedy=True,
+    ),
+    "no_repeat_ngram_size": Filter(
+        forbid_repeated_ngrams,
+        kind=int,
+        default=0,
+        help="never repeat a run of this many tokens",
+        at_least=0,
+        greedy=True,
+    ),
+    "temperature": Filter(
+        apply_temperature,
+        kind=float,
+        default=0.0,
+        help="0 is greedy; higher is more varied",
+        at_least=0,
+    ),
+    "top_k": Filter(
+        keep_top_k,
+        kind=int,
+        default=None,
+        help="sample from the k likeliest tokens",
+        at_least=1,
+    ),
+    "top_p": Filter(
+        keep_top_p,
+        kind=float,
+        default=None,
+        help="sample from the likeliest tokens that together reach this probability",
+        above=0,
+        at_most=1,
+    ),
+}
+
+
+class Keywords(TypedDict, total=False):
+    """The names and types of FILTERS once more, for editors and type checkers only.
+
+    The code reads FILTERS; a filter that is added there works without an entry here.
+    """
+
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+
+# ---- choosing
+
+
+class Sampling:
+    """The filters that a caller chose, and their values.
+
+    chosen: name -> value, in the order of FILTERS, without neutral values
+    greedy: whether the likeliest id is taken; a temperature above 0 samples instead
+
+    >>> Sampling(top_k=5, temperature=0.8, repetition_penalty=1.0)
+    Sampling(temperature=0.8, top_k=5)
+    >>> Sampling(temprature=0.8)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    nanophi.cli.UserError: no sampling filter is called 'temprature'; there are repetition_...
+    """
+
+    def __init__(self, **values: Unpack[Keywords]):
+        for name, value in values.items():
+            row = row_named(FILTERS, name, "sampling filter")
+            if value != row.default:
+                row.check(name, value)
+        self.chosen: dict[str, Any] = {}
+        for name, row in FILTERS.items():
+            value = values.get(name, row.default)
+            if value != row.default:
+                self.chosen[name] = value
+        self.greedy = "temperature" not in self.chosen
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self.chosen.items())
+        return f"Sampling({values})"
 
 
 def choose(
     logits: Tensor,
-    history: list[list[int]],
+    history: History,
     how: Sampling,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Logits (B, V) -> one id per row."""
+    """Logits (B, V) of any dtype -> one id per row. generator: of the random numbers.
+
+    >>> logits = torch.tensor([[1.0, 5.0, 4.0]])
+    >>> choose(logits, [[1]], Sampling())
+    [1]
+    >>> choose(logits, [[1]], Sampling(repetition_penalty=2.0))
+    [2]
+    """
     logits = logits.float()
-    if how.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, history, how.repetition_penalty)
-    if how.no_repeat_ngram_size > 0:
-        logits = forbid_repeated_ngrams(logits, history, how.no_repeat_ngram_size)
-    if how.temperature == 0.0:
+    for name, value in how.chosen.items():
+        row = FILTERS[name]
+        if row.greedy or not how.greedy:
+            logits = row.apply(logits, history, value)
+    if how.greedy:
         return logits.argmax(-1).tolist()
-    logits = logits / how.temperature
-    if how.top_k:
-        logits = keep_top_k(logits, how.top_k)
-    if how.top_p is not None and how.top_p < 1.0:
-        logits = keep_top_p(logits, how.top_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()

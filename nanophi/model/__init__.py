@@ -1,1 +1,8 @@
-"""Token ids -> logits. Imports text.tokenizer alone, in checkpoint.py."""
+"""Token ids -> logits. Imports the tokenizer in checkpoint.py alone: a checkpoint carries it."""
+
+from typing import TYPE_CHECKING
+
+from nanophi.lazy import on_first_use
+
+if not TYPE_CHECKING:  # `nanophi.train.losses` works without an import of its own
+    __getattr__ = on_first_use(__name__)

@@ -1,10 +1,12 @@
-"""The checkpoint directory: one self-contained folder that nanophi, transformers and other engines load as it is.
+"""The checkpoint directory: one self-contained folder that nanophi, transformers and other engines
+load as it is.
 
     config.json  generation_config.json  model.safetensors                      the model
-    tokenizer.json  tokenizer_config.json  special_tokens_map.json              the tokenizer, chat template inside
+    tokenizer.json  tokenizer_config.json  special_tokens_map.json              the tokenizer, chat
+    template inside
 
-The training loop adds run.json, metrics.jsonl and train_state.pt; deleting the last ships the model. Every file is
-written beside its name and renamed.
+Training adds run.json, metrics.jsonl and train_state.pt; who deletes the last can ship the rest.
+Every file is written beside its name and renamed.
 """
 
 import json
@@ -13,10 +15,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nanophi.cli import UserError
 from nanophi.files import replacing, write_json
-from nanophi.model.config import PhiConfig
+from nanophi.model.config import PHI, PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 
@@ -24,40 +27,100 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # transformers splits large models
 
 
-def save(
-    directory: str | Path, model: Phi, tok: Tokenizer | None = None, weights: dict | None = None
-) -> None:
-    """Write a model, and the tokenizer where given, as AutoModelForCausalLM and AutoTokenizer read them.
+# ---- save
 
-    weights: in place of the model's own state_dict(), which may be sharded."""
+
+def save(
+    directory: str | Path,
+    model: Phi,
+    tok: Tokenizer | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a model, and the tokenizer where given, as AutoModelForCausalLM and AutoTokenizer read
+    them.
+
+    weights: in place of the model's own state_dict(), whose tensors may be distributed over ranks.
+    """
+    check_architecture(model)
     directory = Path(directory)
     cfg = model.cfg
-    write_json(directory / "config.json", cfg.to_dict())
-    # Without eos_token_id here, transformers' generate would never stop.
+    write_json(directory / "config.json", cfg.to_dict(model.architecture))
     ids = {
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_id,
+        "eos_token_id": cfg.eos_token_id,  # without it, transformers' generate would never stop
         "pad_token_id": cfg.pad_token_id,
     }
     write_json(directory / "generation_config.json", ids)
     if tok is not None:
         tok.save(directory)
-    weights = model.state_dict() if weights is None else weights
+    if weights is None:
+        weights = model.state_dict()
     state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
     with replacing(directory / WEIGHTS) as beside:
         try:
-            save_file(
-                state, beside, metadata={"format": "pt"}
-            )  # one key: several come in a different order each time
-        except SafetensorError as error:  # a full disk, for one
+            # One key of metadata alone: several come in a different order each time.
+            save_file(state, beside, metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
             raise UserError(f"cannot write {directory / WEIGHTS}: {error}") from None
-    (directory / WEIGHTS_INDEX).unlink(
-        missing_ok=True
-    )  # of a split model that stood here: it would be read first
+    # The index of a split model that stood here would be read first.
+    (directory / WEIGHTS_INDEX).unlink(missing_ok=True)
+
+
+PROBE = PhiConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=8,
+)
+# What transformers' PhiForCausalLM answers to `_probe`; a test asks it again.
+PROBE_LOGITS = (-2.45099, -3.47921, -2.95954, -1.13256, 1.18427, 2.96234, 3.41823, 2.35848)
+
+
+def check_architecture(model: Phi) -> None:
+    """Refuse a network that calls itself PhiForCausalLM and computes something else.
+
+    Somebody who changes a block (SwiGLU, RMSNorm, ALiBi) learns here, and not from another engine's
+    nonsense, that the network needs a name of its own. A tiny network of the same class, with fixed
+    weights, answers a fixed input.
+    """
+    if model.architecture != PHI:
+        return
+    expected = torch.tensor(PROBE_LOGITS)
+    try:
+        logits = _probe(type(model))
+        same = logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-4)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(
+            f"this network does not compute what {PHI} computes, so config.json may not say so: "
+            "other engines would load its weights and answer nonsense. Give it a name of its own, "
+            "such as `architecture = 'MyPhi'`, in the class Phi of nanophi/model/phi.py"
+        )
+
+
+@torch.no_grad()
+def _probe(network: type[Phi]) -> Tensor:
+    """The logits (V,) of the last of five tokens, by a tiny network whose weights are sines."""
+    with torch.device("meta"):  # takes no random numbers, which a resumed run would miss
+        model = network(PROBE, attention="manual")
+    model = model.to_empty(device="cpu").float().eval()
+    for number, (_, p) in enumerate(sorted(model.named_parameters())):
+        p.copy_((torch.arange(p.numel()) * 0.7 + number).sin().view(p.shape))
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.autocast("cpu", enabled=False):
+        return model(ids)[0, -1]
+
+
+# ---- load
 
 
 def pick_device(name: str) -> str:
-    """ "auto" -> "cuda" where there is one, else "cpu"; another name is tried, and refused where there is no such."""
+    """ "auto" -> "cuda" where there is one, otherwise "cpu". Another name is tried: a UserError
+    where it does not work.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -68,40 +131,34 @@ def pick_device(name: str) -> str:
 
 
 def load(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer | None]:
-    """Read any PhiForCausalLM directory with safetensors -> (model in fp32 and eval mode, tokenizer or None).
+    """Read any PhiForCausalLM directory with safetensors -> (model in fp32 and eval mode, tokenizer
+    or None).
 
-    device: as `pick_device` takes it, "auto" among others.
+    device: as `pick_device` takes it, for example "auto".
     """
     directory = Path(directory)
-    if not (directory / "config.json").exists():
-        raise UserError(
-            f"no model in {directory}: config.json is missing; pretrain.py, sft.py and dpo.py write one"
-        )
-    try:
-        cfg = PhiConfig.from_dict(
-            json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        )
-    except json.JSONDecodeError as error:
-        raise UserError(f"{directory / 'config.json'} is no JSON: {error}") from None
-    with torch.device(
-        "meta"
-    ):  # shapes only: the weights come from the file, there is nothing to initialise
+    cfg = _read_config(directory)
+    with torch.device("meta"):  # shapes alone: the weights come from the file
         model = Phi(cfg)
     weights = _read_weights(directory)
-    if faults := _differences(model.state_dict(), weights):
-        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
-        raise UserError(f"{directory / WEIGHTS} does not fit its config.json: {shown}")
+    _check_weights(model.state_dict(), weights, directory / WEIGHTS)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    tok = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
-    return model.to(pick_device(device)).requires_grad_().eval(), tok
+    tok = None
+    if (directory / "tokenizer.json").exists():
+        tok = Tokenizer.load(directory)
+    model.to(pick_device(device))
+    return model.requires_grad_().eval(), tok
 
 
 def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer]:
-    """`load`, for those who cannot go on without a tokenizer."""
+    """`load`, for callers that need the tokenizer too: a UserError where there is none or where it
+    does not fit.
+    """
     model, tok = load(directory, device)
     if tok is None:
         raise UserError(
-            f"{directory} holds no tokenizer.json; the tokenizer travels inside a checkpoint directory"
+            f"{directory} holds no tokenizer.json; the tokenizer travels inside a checkpoint "
+            "directory"
         )
     if len(tok) > model.cfg.vocab_size:
         raise UserError(
@@ -111,40 +168,56 @@ def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi
     return model, tok
 
 
-def _differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
-    """What is missing, misshapen or too many in a state dict, by name."""
-    shapes = [
-        {name: list(tensor.shape) for name, tensor in state.items()} for state in (expected, found)
-    ]
-    want, have = shapes
-    return [
-        *(f"{name} is missing" for name in want if name not in have),
-        *(
-            f"{name} has the shape {have[name]}, not {want[name]}"
-            for name in want
-            if have.get(name, want[name]) != want[name]
-        ),
-        *(f"{name} is not of this model" for name in have if name not in want),
-    ]
+def _read_config(directory: Path) -> PhiConfig:
+    path = directory / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"no model in {directory}: config.json is missing; pretrain.py, sft.py and dpo.py "
+            "write one"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    return PhiConfig.from_dict(config, Phi.architecture)
 
 
-def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    index = directory / WEIGHTS_INDEX
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, or of the files that an index names."""
     names = [WEIGHTS]
+    index = directory / WEIGHTS_INDEX
     if index.exists():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    state: dict[str, torch.Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name in names:
         if not (directory / name).exists():
-            pickled = [path.name for path in directory.glob("*.bin")] + [
-                path.name for path in directory.glob("*.pt")
-            ]
-            aside = f" ({', '.join(pickled)} may run code when loaded)" if pickled else ""
+            pickled = [*directory.glob("*.bin"), *directory.glob("*.pt")]
+            warning = ""
+            if pickled:
+                listed = ", ".join(path.name for path in pickled)
+                warning = f" ({listed} may run code when loaded)"
             raise UserError(
-                f"{directory / name} is missing; only safetensors weights are read{aside}"
+                f"{directory / name} is missing; only safetensors weights are read{warning}"
             )
         try:
-            state |= load_file(directory / name)
+            weights |= load_file(directory / name)
         except SafetensorError as error:
             raise UserError(f"{directory / name} is damaged: {error}") from None
-    return state
+    return weights
+
+
+def _check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights of which one is missing, has another shape, or is not of this model; name the
+    first six.
+    """
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    for name, tensor in expected.items():
+        if name in found and found[name].shape != tensor.shape:
+            shapes = f"{list(found[name].shape)}, not {list(tensor.shape)}"
+            faults.append(f"{name} has the shape {shapes}")
+    faults += [f"{name} is not of this model" for name in found if name not in expected]
+    if faults:
+        shown = "; ".join(faults[:6])
+        if len(faults) > 6:
+            shown += f"; and {len(faults) - 6} more"
+        raise UserError(f"{path} does not fit its config.json: {shown}")

@@ -1,8 +1,13 @@
-"""What shape a Phi model has: HF's field names, the presets, and config.json as every engine reads it."""
+"""What shape a Phi model has: HF's field names, the presets, and config.json as every engine reads
+it.
+"""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from nanophi.cli import UserError
+
+PHI = "PhiForCausalLM"  # the architecture that transformers and other engines know
 
 
 @dataclass
@@ -23,7 +28,8 @@ class PhiConfig:
     max_position_embeddings: int = 512
     """longest context trained on, in tokens"""
     partial_rotary_factor: float = 0.5
-    """share of each head's dimensions that is rotated; Phi's library default 0.5, microsoft/phi-2 0.4"""
+    """share of each head's dimensions that is rotated: 0.5 in transformers, 0.4 in microsoft/phi-2
+    """
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
     qk_layernorm: bool = False
@@ -42,17 +48,19 @@ class PhiConfig:
             self.num_key_value_heads = self.num_attention_heads
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"{self.num_attention_heads} heads"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.key_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.rotary_dim % 2 or self.rotary_dim == 0:
             raise UserError(
-                f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim} rotates "
-                f"{self.rotary_dim} dimensions; rotation works on pairs: choose a factor that gives an even number"
+                f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim} "
+                f"rotates {self.rotary_dim} dimensions; rotation works on pairs: choose a factor "
+                "that gives an even number"
             )
 
     @property
@@ -63,17 +71,30 @@ class PhiConfig:
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values: num_key_value_heads, or H where that is not given."""
+        return self.num_key_value_heads or self.num_attention_heads
+
     @classmethod
-    def preset(cls, name: str, **overrides) -> "PhiConfig":
+    def preset(cls, name: str, **overrides: Any) -> "PhiConfig":
         """A named shape, single fields overridden: `PhiConfig.preset("demo", vocab_size=2048)`."""
         if name not in PRESETS:
             raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | overrides)
 
     @classmethod
-    def from_dict(cls, config: dict) -> "PhiConfig":
-        """Read an HF config.json of model_type "phi", as transformers 4 and 5 write it."""
-        if config.get("model_type") != "phi":
+    def from_dict(cls, config: dict, architecture: str = PHI) -> "PhiConfig":
+        """Read a config.json: that of HF's model_type "phi", as transformers 4 and 5 write it, or
+        that of a changed network, whose name is `architecture`.
+        """
+        names = config.get("architectures") or []
+        if architecture != PHI and architecture not in names:
+            raise UserError(
+                f"config.json is that of {', '.join(names) or 'a model without a name'}; "
+                f"this network is a {architecture}"
+            )
+        if architecture == PHI and config.get("model_type") != "phi":
             raise UserError(
                 f"config.json has model_type {config.get('model_type')!r}; only 'phi' can be loaded"
             )
@@ -88,18 +109,24 @@ class PhiConfig:
         fields = {
             name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None
         }
-        fields |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                fields[name] = rope[name]
         return cls(**fields)
 
-    def to_dict(self) -> dict:
+    def to_dict(self, architecture: str = PHI) -> dict:
         """config.json for transformers 4.57 and 5.x, vLLM and llama.cpp.
 
-        RoPE is said in both forms (5.x reads rope_parameters, 4.x the top-level keys), and the MLP's width also as
-        `n_inner`, because some engines ignore intermediate_size and assume 4 x hidden_size.
+        RoPE is written in both forms (5.x reads rope_parameters, 4.x the top-level keys), and the
+        width of the MLP also as `n_inner`, because some engines ignore intermediate_size and assume
+        4 x hidden_size.
+
+        A network of another name than PhiForCausalLM gets a model_type that no other engine knows,
+        so that none loads its weights as Phi's.
         """
         return asdict(self) | {
-            "architectures": ["PhiForCausalLM"],
-            "model_type": "phi",
+            "architectures": [architecture],
+            "model_type": "phi" if architecture == PHI else f"nanophi-{architecture}",
             "hidden_act": "gelu_new",
             "tie_word_embeddings": False,
             "use_cache": True,
@@ -113,9 +140,11 @@ class PhiConfig:
         }
 
 
-def _shape(hidden, heads, layers, mlp, vocab, context=512, **more) -> dict:
+def _shape(
+    width: int, heads: int, layers: int, mlp: int, vocab: int, context: int = 512, **more: Any
+) -> dict:
     return {
-        "hidden_size": hidden,
+        "hidden_size": width,
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
         "intermediate_size": mlp,
@@ -125,16 +154,31 @@ def _shape(hidden, heads, layers, mlp, vocab, context=512, **more) -> dict:
 
 
 PRESETS = {
-    # name: width, heads, layers, MLP, vocabulary                        parameters
-    "demo": _shape(192, 6, 4, 768, 2048),  #                               2.6 M  one CPU, minutes
-    "phi2-chinese-0.2b": _shape(768, 12, 16, 4096, 35840),  #            193.7 M  as released
-    "phi2-chinese-0.35b": _shape(
-        960, 16, 24, 4096, 32768
-    ),  #           340.4 M  as on the original's main branch
-    # The recommended one: head_dim 64 suits every fast kernel (60 does not) and MLP = 4 x width every engine.
-    "phi2-chinese-0.35b-fast": _shape(960, 15, 24, 3840, 32768),  #      328.6 M
-    "phi-1.5": _shape(2048, 32, 24, 8192, 51200, 2048),  #              1418.3 M
+    # 2.6 M parameters: one CPU, minutes
+    "demo": _shape(192, heads=6, layers=4, mlp=768, vocab=2048),
+    # 193.7 M, as released
+    "phi2-chinese-0.2b": _shape(768, heads=12, layers=16, mlp=4096, vocab=35840),
+    # 340.4 M, as on the original's main branch
+    "phi2-chinese-0.35b": _shape(960, heads=16, layers=24, mlp=4096, vocab=32768),
+    # 328.6 M, the recommended one: its head_dim 64 suits every fast kernel (60 does not), and its
+    # MLP of 4 x width every engine
+    "phi2-chinese-0.35b-fast": _shape(960, heads=15, layers=24, mlp=3840, vocab=32768),
+    # 1418.3 M
+    "phi-1.5": _shape(2048, heads=32, layers=24, mlp=8192, vocab=51200, context=2048),
+    # 2779.7 M
     "phi-2": _shape(
-        2560, 32, 32, 10240, 51200, 2048, partial_rotary_factor=0.4, resid_pdrop=0.1
-    ),  # 2779.7 M
+        2560,
+        heads=32,
+        layers=32,
+        mlp=10240,
+        vocab=51200,
+        context=2048,
+        partial_rotary_factor=0.4,
+        resid_pdrop=0.1,
+    ),
 }
+
+
+def presets() -> dict[str, PhiConfig]:
+    """Every preset by its name."""
+    return {name: PhiConfig.preset(name) for name in PRESETS}

@@ -1,98 +1,136 @@
-"""Phi, by hand: the network and nothing else, in the order one needs to read it.
+"""Phi, by hand: the network and nothing else, in the order in which one reads it.
 
-Parallel blocks as in GPT-J and Phi-1.5 / Phi-2: attention and MLP read the same normalised input and add up.
+Blocks are parallel, as in GPT-J and Phi-1.5 / Phi-2: attention and MLP read the same normalised
+input, and both results are added to the residual stream.
 
         x ─┬─ LayerNorm ─┬─ attention ─┐
            │             └─ MLP ───────┤
            └───────────────────────────┴─ + ─> x
 
-Parameter names are those of transformers' PhiForCausalLM, so `state_dict()` of either loads into the other. The same
-weights give the same logits (tests/model/test_phi.py); what differs is that packed documents are isolated and that
-the KV cache is preallocated.
+The parameters have the names of transformers' PhiForCausalLM, so that the `state_dict()` of either
+loads into the other, and the same weights give the same logits (tests/model/test_phi.py). Two
+things differ: the documents of a packed batch do not see each other, and the KV cache is
+preallocated.
 
-Initialisation: every Linear and Embedding weight Normal(0, initializer_range), every bias 0, LayerNorm 1 and 0; no
-scaling with depth. The first loss is therefore close to ln(vocab_size).
+Initialisation: every Linear and Embedding weight Normal(0, initializer_range), every bias 0,
+LayerNorm 1 and 0, without scaling by depth. The first loss is therefore close to ln(vocab_size).
 
-    B batch, T time, D width, H heads, K head_dim, R rotated dims, F width of the MLP, V vocabulary
+How attention is computed is planned in attention.py. What makes training faster without changing a
+result is put on from outside, by speed.py.
+
+    B batch, T time, S keys, D width, H heads, K head_dim, R rotated dims, F width of the MLP, V
+    vocabulary, L layers
 """
 
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from nanophi.model.attention import (
-    BACKENDS,
-    attend,
-    choose_backend,
-    document_positions,
-    flash_kernel,
-    preferred_kernels,
-    same_document,
-)
+from nanophi.cli import UserError, row_named
+from nanophi.model.attention import AttentionPlan, plan
+from nanophi.model.backends import BACKENDS
 from nanophi.model.config import PhiConfig
-from nanophi.model.linear import Linear
 
-MASKED_BIAS = -1e4  # lm_head.bias of ids that no tokenizer uses: a probability of exactly 0 in every dtype, and finite
+# lm_head.bias of ids that no tokenizer uses: it is finite, and the probability is exactly 0 in
+# every dtype.
+MASKED_BIAS = -1e4
+
+
+# ---- positions: rotary embedding
 
 
 def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle position * theta^(-2i/R). positions (B or 1, T) -> two (B or 1, T, 1, R/2), fp32.
+    """cos and sin of the angles position * theta^(-2i/R), i = 0 ... R/2 - 1 (Su et al. 2021,
+    RoFormer, eq. 15).
 
-    Su et al. 2021 (RoFormer), eq. 15. Computed in fp32 each time: a buffer would be rounded by `model.bfloat16()`.
+    positions (B or 1, T) -> two tensors (B or 1, T, 1, R/2) in fp32. They are computed in each
+    forward pass: a buffer would be rounded by `model.bfloat16()`.
     """
-    frequencies = 1 / theta ** (
-        torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
-    )  # (R/2,)
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
+    frequencies = 1 / theta**exponents  # (R/2,)
     angles = positions[:, :, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of every head, paired (i, i + R/2); the rest passes through. x (B, T, H, K)."""
+    """Rotate the first R dimensions of every head; the rest passes through. x (B, T, H, K) -> (B,
+    T, H, K).
+
+    Dimensions i and i + R/2 are the coordinates of a point that turns by the angle of its position:
+
+    >>> quarter_turn = torch.tensor(torch.pi / 2).view(1, 1, 1, 1)
+    >>> x = torch.tensor([1.0, 0.0, 5.0]).view(1, 1, 1, 3)  # R = 2 and one dimension that passes
+    >>> rotate(x, quarter_turn.cos(), quarter_turn.sin()).flatten().round().abs()
+    tensor([0., 1., 5.])
+    """
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-class KVCache:
-    """Keys and values of every layer, preallocated; what makes decoding cost one token at a time.
+# ---- memory of a generation
 
-    Prompts of unequal length are left-padded: `left_pad` (B,) says by how much, padded keys are seen by nobody but
-    themselves, and positions start at each prompt's first real token.
+
+class KVCache:
+    """Keys and values of every layer, preallocated: with them, decoding costs one token at a time.
+
+    Prompts of unequal length are padded on the left, and `left_pad` (B,) holds the number of padded
+    places. Positions start at the first real token. A padded key is visible to no query but the one
+    at its own place; without that exception the softmax of a padded query would have nothing to sum
+    over.
+
+        left_pad [2, 0]      row 0   _ _ 感 冒        positions 0 0 0 1
+                             row 1   你 是 谁 ？                 0 1 2 3
     """
 
     def __init__(
-        self, cfg: PhiConfig, batch: int, max_len: int, like: Tensor, left_pad: Tensor | None = None
+        self,
+        cfg: PhiConfig,
+        batch: int,
+        max_len: int,
+        like: Tensor,
+        left_pad: Tensor | None = None,
     ):
-        shape = (cfg.num_hidden_layers, 2, batch, cfg.num_key_value_heads, max_len, cfg.head_dim)
+        """Room for max_len tokens in each of `batch` rows, in the dtype and on the device of
+        `like`.
+        """
+        shape = (cfg.num_hidden_layers, 2, batch, cfg.key_heads, max_len, cfg.head_dim)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = (
-            0  # tokens held by every layer; advanced by Phi.hidden once all layers have written
-        )
+        self.length = 0  # tokens that all layers hold; Phi.hidden advances it after the last layer
         self.left_pad = left_pad
 
+    def __repr__(self) -> str:
+        batch, _, max_len = self.store.shape[2:5]
+        return f"KVCache({self.length} of {max_len} tokens, {batch} rows)"
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, Hkv, T, K) of one layer; return all of that layer's: two (B, Hkv, S, K)."""
+        """Append k and v (B, key heads, T, K) of one layer; return all that it holds.
+
+        They are two tensors (B, key heads, S, K).
+        """
         end = self.length + k.shape[2]
-        assert end <= self.store.shape[4], (
-            f"KV cache holds {self.store.shape[4]} tokens, {end} needed"
-        )
-        for which, new in enumerate((k, v)):
-            self.store[layer, which, :, :, self.length : end] = new
-        return tuple(self.store[layer, :, :, :, :end])
+        room = self.store.shape[4]
+        assert end <= room, f"the KV cache holds {room} tokens, {end} are needed"
+        self.store[layer, 0, :, :, self.length : end] = k
+        self.store[layer, 1, :, :, self.length : end] = v
+        keys, values = self.store[layer, :, :, :, :end]
+        return keys, values
 
     def positions(self, time: int) -> Tensor:
         """Positions of the next `time` tokens: (B or 1, T)."""
         index = torch.arange(self.length, self.length + time, device=self.store.device)[None]
-        return index if self.left_pad is None else (index - self.left_pad[:, None]).clamp(min=0)
+        if self.left_pad is None:
+            return index
+        return (index - self.left_pad[:, None]).clamp(min=0)
 
     def visible(self, time: int) -> Tensor | None:
-        """Which key each of the next `time` queries sees: bool (B or 1, 1, T, S), or None for plain causal."""
+        """The keys that each of the next `time` queries sees: bool (B or 1, 1, T, S), or None for
+        plain causal.
+        """
         if self.left_pad is None and self.length == 0:
             return None
         keys = torch.arange(self.length + time, device=self.store.device)
@@ -100,60 +138,68 @@ class KVCache:
         causal = keys <= queries  # (T, S)
         if self.left_pad is None:
             return causal[None, None]
-        real = (
-            keys >= self.left_pad[:, None, None]
-        )  # (B, 1, S); a padded query sees itself, to keep softmax finite
-        return ((causal & real) | (keys == queries))[:, None]
+        real = keys >= self.left_pad[:, None, None]  # (B, 1, S)
+        itself = keys == queries
+        return ((causal & real) | itself)[:, None]
+
+
+# ---- the network
 
 
 class Attention(nn.Module):
+    """Queries, keys and values of each head, rotated; what they attend to; one projection back to
+    D.
+    """
+
     def __init__(self, cfg: PhiConfig):
         super().__init__()
         self.cfg = cfg
-        kv_dim = cfg.num_key_value_heads * cfg.head_dim
-        self.q_proj = Linear(cfg.hidden_size, cfg.hidden_size)
-        self.k_proj = Linear(cfg.hidden_size, kv_dim)
-        self.v_proj = Linear(cfg.hidden_size, kv_dim)
-        self.dense = Linear(cfg.hidden_size, cfg.hidden_size)
+        kv_dim = cfg.key_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_dim)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_dim)
+        self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
         if cfg.qk_layernorm:
             self.q_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
             self.k_layernorm = nn.LayerNorm(cfg.head_dim, eps=cfg.layer_norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None, **mask
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layer: int,
+        cache: KVCache | None,
+        how: AttentionPlan,
     ) -> Tensor:
-        split = (*x.shape[:2], -1, self.cfg.head_dim)
-        q, k, v = (
-            proj(x).view(split) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, T, H, K)
+        heads = (*x.shape[:2], -1, self.cfg.head_dim)
+        q = self.q_proj(x).view(heads)  # (B, T, H, K)
+        k = self.k_proj(x).view(heads)
+        v = self.v_proj(x).view(heads)
         if self.cfg.qk_layernorm:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # in memory a token's heads stay together
+            q = self.q_layernorm(q)
+            k = self.k_layernorm(k)
+        q = rotate(q, *rotary)
+        k = rotate(k, *rotary)
+
+        # (B, H, T, K) as a view: in memory the heads of a token stay together.
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        out = attend(q, k, v, dropout=self.cfg.attention_dropout if self.training else 0.0, **mask)
+        out = how.attend(q, k, v)
         return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
     def __init__(self, cfg: PhiConfig):
         super().__init__()
-        self.fc1 = Linear(cfg.hidden_size, cfg.intermediate_size)
-        self.fc2 = nn.Linear(
-            cfg.intermediate_size, cfg.hidden_size
-        )  # torch's: a checkpoint stops before its product
+        self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)  # (B, T, F), the largest tensor of a block
-        if (
-            torch.is_grad_enabled()
-        ):  # backward computes the cheap gelu again, or it would be kept too
-            return checkpoint(self._second_half, x, use_reentrant=False, preserve_rng_state=False)
-        return self._second_half(x)
+        return self.contract(self.fc1(x))  # (B, T, F) is the largest tensor of a block
 
-    def _second_half(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(x, approximate="tanh"))  # HF calls it gelu_new
+    def contract(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(x, approximate="tanh"))  # transformers calls this gelu "gelu_new"
 
 
 class Block(nn.Module):
@@ -164,17 +210,21 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(cfg.resid_pdrop)
 
-    def forward(self, x: Tensor, *args, **mask) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layer: int,
+        cache: KVCache | None,
+        how: AttentionPlan,
+    ) -> Tensor:
         h = self.input_layernorm(x)  # one norm feeds both branches
-        if torch.is_autocast_enabled(
-            h.device.type
-        ):  # once, or each of the four that read it would keep its own copy
-            h = h.to(torch.get_autocast_dtype(h.device.type))
-        return self.dropout(self.self_attn(h, *args, **mask)) + self.dropout(self.mlp(h)) + x
+        attended = self.self_attn(h, rotary, layer, cache, how)
+        return self.dropout(attended) + self.dropout(self.mlp(h)) + x
 
 
 class Trunk(nn.Module):
-    """Everything but the head: token ids -> hidden states."""
+    """The parts of everything but the head; `Phi.hidden` says how they work together."""
 
     def __init__(self, cfg: PhiConfig):
         super().__init__()
@@ -184,21 +234,43 @@ class Trunk(nn.Module):
         self.final_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
 
-class Phi(nn.Module):
-    """The causal language model.
+@dataclass
+class Record:
+    """What a forward pass computes inside: `model(ids, record=record)` fills it, layer by layer.
 
-    `attention` chooses the backend, one of attention.BACKENDS. `recompute` (gradient checkpointing) keeps of each block
-    its input alone and computes it again in backward: a third more work, a fraction of the memory.
+    hidden: L + 1 tensors (B, T, D): the embedding, then the stream behind each block.
+    attention: L tensors (B, H, T, S): the attention weights. To have them, the pass attends by
+    "manual".
     """
 
-    recompute = compiled = False
+    hidden: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+
+
+class Phi(nn.Module):
+    """The causal language model: `model(ids) -> logits`.
+
+    attention: the backend, a name of backends.BACKENDS.
+    """
+
+    architecture = "PhiForCausalLM"
+    """The name of this network in config.json. Whoever changes what a block computes gives it
+    another name here: transformers would load the weights without a word and compute something
+    else. `save` checks it.
+    """
 
     def __init__(self, cfg: PhiConfig, attention: str = "auto"):
         super().__init__()
-        assert attention in BACKENDS, f"attention {attention!r} is none of {', '.join(BACKENDS)}"
-        self.cfg, self.attention = cfg, attention
+        if not isinstance(cfg, PhiConfig):
+            raise UserError(
+                f"Phi takes a PhiConfig, not {cfg!r}: Phi(PhiConfig.preset('demo')), "
+                "or nanophi.load(directory)"
+            )
+        row_named(BACKENDS, attention, "attention")
+        self.cfg = cfg
+        self.attention = attention
         self.model = Trunk(cfg)
-        self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -207,88 +279,90 @@ class Phi(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    @torch.no_grad()
-    def set_vocabulary(self, tokens: int) -> None:
-        """Forbid every id from `tokens` on, and allow those below it that were forbidden.
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
 
-        vocab_size is rounded up to a multiple of 64; the spare rows get a bias of -1e4, so that no engine ever
-        produces an id that the tokenizer cannot decode. After `tok.add_tokens`, call this with the new `len(tok)`.
-        """
-        assert tokens <= self.cfg.vocab_size, (
-            f"{tokens} tokens do not fit in vocab_size {self.cfg.vocab_size}"
-        )
-        bias = self.lm_head.bias
-        bias[:tokens][bias[:tokens] <= MASKED_BIAS / 2] = 0.0
-        bias[tokens:] = MASKED_BIAS
-
-    def set_dropout(self, share: float) -> None:
-        """The same dropout everywhere: embeddings, attention weights, and what both branches add."""
-        self.cfg.embd_pdrop = self.cfg.resid_pdrop = self.cfg.attention_dropout = share
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = share
-
-    def compile_blocks(self, on: bool = True) -> None:
-        """torch.compile every block in place (names and state_dict stay), or take it back."""
-        self.compiled = on
-        for block in self.model.layers:
-            if on:
-                block.compile(dynamic=False)
-            else:
-                block._compiled_call_impl = (
-                    None  # what nn.Module.compile sets; there is no public way back
-                )
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
 
     def hidden(
-        self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+        record: Record | None = None,
     ) -> Tensor:
-        """ids (B, T) -> the states before the head (B, T, D): what the chunked loss reads. Arguments as `forward`."""
-        weight, time, device, visible = self.lm_head.weight, ids.shape[1], ids.device.type, None
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        """ids (B, T) -> the states before the head (B, T, D), which the chunked loss reads.
+        Arguments as in `forward`.
+        """
+        time = ids.shape[1]
+        longest = self.cfg.max_position_embeddings
+        if cache is None and cu_seqlens is None and time > longest:
+            raise UserError(
+                f"a row has {time} tokens, the model was made for {longest} positions: cut the "
+                "text, or make the model with a larger max_position_embeddings"
+            )
+        positions, how = plan(
+            self.attention,
+            ids,
+            cu_seqlens,
+            cache,
+            dtype=self.lm_head.weight.dtype,
+            dropout=self.cfg.attention_dropout if self.training else 0.0,
+            weights=None if record is None else record.attention,
         )
-        dropout = self.cfg.attention_dropout if self.training else 0.0
-        backend = choose_backend(self.attention, ids.device, dtype, dropout)
-        if backend == "causal":
-            cu_seqlens = None
-        if cache is not None:
-            assert cu_seqlens is None, "a KV cache holds one document per row"
-            positions, visible = cache.positions(time), cache.visible(time)
-        elif cu_seqlens is not None:
-            positions = document_positions(cu_seqlens, ids.numel()).view(ids.shape)
-            if backend not in ("documents", "varlen"):  # the mask is made once, for all layers
-                cu_seqlens, visible = None, same_document(cu_seqlens, *ids.shape)
-        else:
-            positions = torch.arange(time, device=ids.device)[None]
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
-        mask = {"cu_seqlens": cu_seqlens, "visible": visible, "backend": backend}
-        if backend == "varlen" and cu_seqlens is not None:
-            mask["kernel"] = flash_kernel()  # found out here, not inside of what is compiled
-            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
-        kernels = partial(preferred_kernels, ids.device, visible is not None)
-        eager = (
-            self.compiled and cache is not None
-        )  # decoding would be compiled anew for each length of the cache
-        with kernels(), torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            for i, block in enumerate(self.model.layers):
-                if self.recompute and self.training:
-                    again = lambda: (nullcontext(), kernels())  # noqa: E731  the same kernels in backward
-                    x = checkpoint(
-                        block, x, rotary, i, None, use_reentrant=False, context_fn=again, **mask
-                    )
-                else:
-                    x = block(x, rotary, i, cache, **mask)
+        with how.kernels():
+            for layer, block in enumerate(self.model.layers):
+                if record is not None:
+                    record.hidden.append(x.detach())
+                x = block(x, rotary, layer, cache, how)
+        if record is not None:
+            record.hidden.append(x.detach())
         if cache is not None:
             cache.length += time
         return self.model.final_layernorm(x)
 
     def forward(
-        self, ids: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+        record: Record | None = None,
     ) -> Tensor:
-        """ids (B, T) int64 -> logits (B, T, V) for the token after each.
+        """ids (B, T) int64 -> logits (B, T, V): at each place, those of the next token.
 
-        cu_seqlens: (documents + 1,) int32 boundaries in the flattened batch, 0 and every multiple of T among them;
-        each document then sees only itself and its positions start at 0. cache: what came before, one document a row.
+        cu_seqlens: (documents + 1,) int32 boundaries in the flattened batch, with 0 and every
+        multiple of T among
+            them; each document then sees only itself, and its positions start at 0
+        cache: the keys and values of what came before, one document a row
+        record: filled with the hidden states and attention weights of each layer
         """
-        return self.lm_head(self.hidden(ids, cu_seqlens, cache))
+        return self.lm_head(self.hidden(ids, cu_seqlens, cache, record))
+
+    # ---- changes to a finished model
+
+    @torch.no_grad()
+    def set_vocabulary(self, tokens: int) -> None:
+        """Forbid every id from `tokens` on, and allow the ids below that were forbidden.
+
+        vocab_size is len(tokenizer), rounded up to a multiple of 64. The spare rows get a bias of
+        -1e4, so that no engine produces an id that the tokenizer cannot decode. After
+        `tok.add_tokens`, call this with `len(tok)`.
+        """
+        rows = self.cfg.vocab_size
+        assert tokens <= rows, f"{tokens} tokens do not fit in vocab_size {rows}"
+        used = self.lm_head.bias[:tokens]
+        used[used <= MASKED_BIAS / 2] = 0.0
+        self.lm_head.bias[tokens:] = MASKED_BIAS
+
+    def set_dropout(self, share: float) -> None:
+        """The same dropout everywhere: embeddings, attention weights, outputs of both branches."""
+        self.cfg.embd_pdrop = share
+        self.cfg.resid_pdrop = share
+        self.cfg.attention_dropout = share
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share

@@ -1,71 +1,77 @@
-"""Cleaning: the rules of `rules.py` until nothing changes any more, then the filters of `filters.py`, with a report.
+"""Cleaning: apply the rules of `rules.py` until nothing changes any more, then the filters of
+`filters.py`, and report what each of them did.
 
     python -m nanophi.text.clean --input raw/ --out clean.jsonl --dedup
-    python -m nanophi.text.clean --input crawl/ --out clean.jsonl.zst --workers 8 --shard-rows 100000 --resume
+    python -m nanophi.text.clean --input crawl/ --out clean.jsonl.zst --workers 8 \\
+        --shard-rows 100000 --resume
 
-Rules change texts, filters drop documents. Questions, which people type without a full stop, get none:
-`clean(text, final=False)`. Your own list of rules: `clean(text, rules={**RULES, "mine": str.strip})`.
+Rules change texts, filters drop documents:
+
+    row -> clean_row: rules until nothing changes -> why_dropped: filters -> cleaned row, or dropped
+
+Questions, which people type without a full stop, get none: `clean(text, final=False)`. For your own
+list of rules: `clean(text, rules={**RULES, "mine": str.strip})`.
 
 Cleaning is a step of its own: the training scripts never clean.
 """
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import IO, Literal
 
 from nanophi.cli import Progress, UserError, flag, run_command
-from nanophi.files import replacing, write_json
+from nanophi.files import replacing
 from nanophi.parallel import batches, ordered
-from nanophi.text.corpus import (
-    Reading,
-    Skipped,
-    numbered,
-    read_rows,
-    settings_of,
-    shards_of,
-    writable,
-    write_rows,
-)
+from nanophi.text.corpus import Reading, Skipped, read_rows
 from nanophi.text.filters import Limits, why_dropped
-from nanophi.text.formats import format_of, opened
+from nanophi.text.formats import format_of, opened, writable, write_jsonl
+from nanophi.text.outputs import complete_files, settings_of, write_groups, write_rows
 from nanophi.text.rules import RULES, Rule, simplify
-from nanophi.text.schemas import ASKED, LEARNED, TURNS, messages_of, text_of, texts_of, with_texts
+from nanophi.text.schemas import (
+    asked_keys,
+    learned_keys,
+    messages_of,
+    text_of,
+    texts_of,
+    turn_keys,
+    turns_keys,
+    with_texts,
+)
 from nanophi.text.share import in_share
-from nanophi.text.writers import write_jsonl
 
 SHOWN = 16  # characters of a sample in the report
 BATCH = 200_000  # characters that a process gets at once
+ROUNDS = 100  # how often all rules are applied to a text at most: a user's own may never settle
+
+
+# ---- 1. the report
 
 
 @dataclass
 class Report:
-    """What each rule did (texts it changed, characters it removed, negative where it added, one sample), and what each
-    filter dropped."""
+    """What each rule did, and what each filter dropped."""
 
-    changed: Counter = field(default_factory=Counter)
+    changed: Counter = field(default_factory=Counter)  # rule -> texts that it changed
+    # rule -> characters that it removed, negative where it added some
     removed: Counter = field(default_factory=Counter)
+    # rule -> a piece of the first text that it changed, before and after
     sample: dict[str, tuple[str, str]] = field(default_factory=dict)
-    dropped: Counter = field(default_factory=Counter)
+    dropped: Counter = field(default_factory=Counter)  # filter -> documents
 
-    def note(self, rule: str, before: str, after: str, again: bool) -> None:
-        """A rule changed a text; again: it had changed this one before."""
-        self.changed[rule] += not again
+    def note(self, rule: str, before: str, after: str, first: bool) -> None:
+        """A rule changed a text; first: it had not changed this text before."""
+        if first:
+            self.changed[rule] += 1
         self.removed[rule] += len(before) - len(after)
         if rule not in self.sample:
-            start = next(
-                (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
-                len(after),
-            )
-            start = max(0, min(start, len(before) - 1) - 6)
-            self.sample[rule] = (before[start : start + SHOWN], after[start : start + SHOWN])
+            self.sample[rule] = _around_first_difference(before, after)
 
     def add(self, other: "Report") -> None:
         self.changed += other.changed
@@ -82,7 +88,26 @@ class Report:
                 f"  {rule:12} {self.changed[rule]:>9,} {-self.removed[rule]:>+12,}   {sample}"
             )
         dropped = ", ".join(f"{name} {count:,}" for name, count in self.dropped.most_common())
-        return "\n".join([*lines, f"  dropped: {dropped or 'none'}"])
+        lines.append(f"  dropped: {dropped or 'none'}")
+        return "\n".join(lines)
+
+
+def _around_first_difference(before: str, after: str) -> tuple[str, str]:
+    """Both texts from six characters before the first place where they differ, SHOWN characters.
+
+    >>> _around_first_difference("他说：昨天的天气很好,今天也好", "他说：昨天的天气很好，今天也好")
+    ('天的天气很好,今天也好', '天的天气很好，今天也好')
+    """
+    same = 0  # characters at the beginning that are the same
+    for old, new in zip(before, after, strict=False):
+        if old != new:
+            break
+        same += 1
+    start = max(0, min(same, len(before) - 1) - 6)
+    return before[start : start + SHOWN], after[start : start + SHOWN]
+
+
+# ---- 2. a text, a row
 
 
 def clean(
@@ -90,40 +115,55 @@ def clean(
 ) -> str:
     """Apply the rules until they change nothing, so that clean(clean(x)) == clean(x).
 
-    final: also the rule that ends a text in 。; for documents and answers, not for questions.
+    final: whether to apply the rule that ends a text in 。 too: for documents and answers, but not
+        for questions, which people type without a full stop
+    report: notes what each rule changes
+
+    >>> clean("&lt;p&gt;Ｐｙｔｈｏｎ很好用!!!頭髮很長")
+    'Python很好用！头发很长。'
     """
     names = [name for name in rules if final or name != "final"]
-    acted: set[str] = set()
-    quiet = 0  # rules in a row that changed nothing; a bound, as a user's own rules may chase each other
-    for name in chain.from_iterable(names for _ in range(100)):
-        before, text = text, rules[name](text)
-        quiet += 1
-        if text != before:
+    changed: set[str] = set()  # the rules that have changed this text
+    quiet = 0  # how many rules in a row have changed nothing
+    for name in names * ROUNDS:
+        before = text
+        text = rules[name](text)
+        if text == before:
+            quiet += 1
+        else:
             quiet = 0
             if report is not None:
-                report.note(name, before, text, again=name in acted)
-                acted.add(name)
+                report.note(name, before, text, first=name not in changed)
+                changed.add(name)
         if quiet == len(names):
             break
     return text
 
 
 def clean_row(row: dict, report: Report | None = None, rules: dict[str, Rule] = RULES) -> dict:
-    """Clean the texts of a row of any schema; other keys stay as they are. Questions get no final punctuation."""
+    """Clean the texts of a row of any schema; its other keys stay as they are. Questions get no
+    final punctuation.
+
+    >>> clean_row({"prompt": "１加１等于几", "response": "等于２ ", "source": "Ａ"})
+    {'prompt': '1加1等于几', 'response': '等于2', 'source': 'Ａ'}
+    """
     cleaned = dict(row)
-    for key in (*ASKED, *LEARNED):
+    learned = learned_keys()
+    for key in (*asked_keys(), *learned):
         if key in row:
-            cleaned[key] = clean(row[key], key in LEARNED, report, rules)
-    for key in TURNS:
+            cleaned[key] = clean(row[key], key in learned, report, rules)
+    for key in turns_keys():
         if key in row:
             roles = [message["role"] for message in messages_of({key: row[key]})]
             cleaned[key] = []
             for turn, role in zip(row[key], roles, strict=True):
-                what = "content" if "content" in turn else "value"
-                cleaned[key].append(
-                    turn | {what: clean(turn[what], role == "assistant", report, rules)}
-                )
+                _, text_key = turn_keys(turn)
+                text = clean(turn[text_key], role == "assistant", report, rules)
+                cleaned[key].append(turn | {text_key: text})
     return cleaned
+
+
+# ---- 3. the flags
 
 
 @dataclass(kw_only=True)
@@ -149,24 +189,29 @@ class Config(Reading, Limits):
         1, at_least=1, help="processes; the output is in the same order with any number"
     )
     shard_rows: int | None = flag(
-        None, at_least=1, help="write name-00000 ... for each so many rows read"
+        None,
+        at_least=1,
+        help="write numbered files, name-00000 ..., one for each so many rows read",
     )
-    resume: bool = flag(False, help="with --shard-rows: go on behind the shards that are complete")
+    resume: bool = flag(False, help="with --shard-rows: go on behind the files that are complete")
 
     @property
     def rules(self) -> dict[str, Rule]:
-        if unknown := set(self.without or []) - RULES.keys():
+        """RULES but those of --without, with OpenCC's table of --script."""
+        left_out = set(self.without or [])
+        unknown = left_out - RULES.keys()
+        if unknown:
             raise UserError(
                 f"--without {' '.join(sorted(unknown))}: no such rule; there are {', '.join(RULES)}"
             )
-        rules = {name: rule for name, rule in RULES.items() if name not in (self.without or [])}
-        return rules | (
-            {"simplified": partial(simplify, config=self.script)} if "simplified" in rules else {}
-        )
+        rules = {name: rule for name, rule in RULES.items() if name not in left_out}
+        if "simplified" in rules:
+            rules["simplified"] = partial(simplify, config=self.script)
+        return rules
 
     @property
     def effective(self) -> dict:
-        """What decides over the content of a shard."""
+        """The flags that decide what a numbered file contains."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -174,16 +219,95 @@ class Config(Reading, Limits):
         }
 
 
+def refuse_contradictions(cfg: Config) -> None:
+    """A UserError, before any work, for an unknown rule and for flags that do not go together."""
+    _ = cfg.rules
+    if cfg.dedup and cfg.shard_rows:
+        raise UserError(
+            "--dedup sees all rows at once: clean with --shard-rows, then "
+            "python -m nanophi.text.dedup"
+        )
+    if cfg.dropped:
+        is_jsonl = format_of(Path(cfg.dropped)) == ".jsonl"
+        if not is_jsonl or Path(cfg.dropped) == Path(cfg.out) or cfg.resume:
+            raise UserError(
+                f"--dropped {cfg.dropped}: a .jsonl of its own, written anew each time "
+                "(so not with --resume)"
+            )
+    if cfg.resume and not cfg.shard_rows:
+        raise UserError("--resume goes on behind complete shards: it needs --shard-rows")
+
+
+# ---- 4. the command: read -> sample -> clean in processes -> write -> report
+
+
+def main(cfg: Config) -> dict:
+    """Clean every row of the inputs; returns the counts it prints."""
+    writable(cfg.out)
+    inputs = cfg.files(cfg.out, cfg.dropped)
+    refuse_contradictions(cfg)
+    report = Report()
+    skipped = Skipped()  # rows that could not be read
+    counts = {"read": 0, "written": 0, "repeated": 0}
+    with open_dropped(cfg.dropped) as file:
+        rows = sampled_rows(cfg, inputs, skipped)
+        cleaned = partial(clean_in_processes, cfg=cfg, report=report, counts=counts, dropped=file)
+        if cfg.shard_rows:
+            written = write_numbered(cfg, rows, cleaned, inputs)
+        elif cfg.dedup:
+            written = write_unique(cfg, refuse_none(cleaned(rows), cfg, counts, skipped), counts)
+        else:
+            written = write_rows(cfg.out, refuse_none(cleaned(rows), cfg, counts, skipped))
+    counts["written"] = written
+    counts["skipped"] = skipped.count
+    counts["dropped"] = report.dropped.total()
+    print(
+        f"{skipped}clean: read {counts['read']:,} rows, skipped {counts['skipped']:,} bad ones, "
+        f"dropped {counts['dropped']:,} and {counts['repeated']:,} repeated, "
+        f"wrote {counts['written']:,} to {cfg.out}\n{report}"
+    )
+    return counts
+
+
+def sampled_rows(cfg: Config, inputs: list[Path], skipped: Skipped) -> Iterator[dict]:
+    """The rows of the inputs, or the share of them that --sample asks for."""
+    with Progress("rows", None) as bar:
+        for row in cfg.rows(skipped, with_texts, inputs):
+            bar.update()
+            if cfg.sample < 1:
+                content = json.dumps(row, sort_keys=True, default=str)
+                if not in_share(content, cfg.sample, str(cfg.seed)):
+                    continue
+            yield row
+
+
+def clean_in_processes(
+    rows: Iterable[dict], cfg: Config, report: Report, counts: dict[str, int], dropped: IO | None
+) -> Iterator[dict]:
+    """The rows that the filters keep, cleaned by --workers processes, in the order of `rows`.
+
+    report, counts: get what happened to the rows
+    dropped: the file of --dropped
+    """
+    work = partial(clean_rows, cfg=cfg)
+    row_batches = batches(rows, BATCH, lambda row: len(text_of(row)))
+    for kept, refused, part in ordered(work, row_batches, cfg.workers):
+        report.add(part)
+        counts["read"] += len(kept) + len(refused)
+        if dropped is not None:
+            write_jsonl(dropped, refused)
+        yield from kept
+
+
 def clean_rows(rows: list[dict], cfg: Config) -> tuple[list[dict], list[dict], Report]:
-    """(cleaned rows, dropped ones with a key "why", report): the work of one process on a batch."""
-    kept, dropped, report, rules = [], [], Report(), cfg.rules
+    """(cleaned rows, dropped rows with a key "why", report): the work of one process on a batch."""
+    kept = []
+    dropped = []
+    report = Report()
+    rules = cfg.rules
     for row in rows:
         cleaned = clean_row(row, report, rules)
-        if "text" in row:
-            why = why_dropped(row["text"], cleaned["text"], cfg)
-        else:
-            texts = texts_of(cleaned)
-            why = None if texts and all(text.strip() for text in texts) else "empty"
+        why = _why_dropped(row, cleaned, cfg)
         if why is None:
             kept.append(cleaned)
         else:
@@ -192,114 +316,83 @@ def clean_rows(rows: list[dict], cfg: Config) -> tuple[list[dict], list[dict], R
     return kept, dropped, report
 
 
-def main(cfg: Config) -> dict:
-    """Clean every row of the inputs; returns the counts it prints."""
-    writable(cfg.out)
-    inputs = cfg.files(cfg.out, cfg.dropped)
-    cfg.rules  # noqa: B018 - an unknown rule is refused before any work
-    if cfg.dedup and cfg.shard_rows:
+def _why_dropped(row: dict, cleaned: dict, limits: Limits) -> str | None:
+    """Why a row is dropped: a document by the filters, a conversation if any text is empty."""
+    if "text" in row:
+        return why_dropped(row["text"], cleaned["text"], limits)
+    texts = texts_of(cleaned)
+    if not texts or not all(text.strip() for text in texts):
+        return "empty"
+    return None
+
+
+def refuse_none(
+    rows: Iterable[dict], cfg: Config, counts: dict[str, int], skipped: Skipped
+) -> Iterator[dict]:
+    """The rows; a UserError if there is none. It is raised while writing, so no file appears."""
+    is_empty = True
+    for row in rows:
+        is_empty = False
+        yield row
+    if is_empty:
+        bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
         raise UserError(
-            "--dedup sees all rows at once: clean with --shard-rows, then python -m nanophi.text.dedup"
+            f"nothing to write to {cfg.out}: of {counts['read']:,} rows all are dropped{bad}"
         )
-    if cfg.dropped and (
-        format_of(Path(cfg.dropped)) != ".jsonl" or Path(cfg.dropped) == Path(cfg.out) or cfg.resume
-    ):
-        raise UserError(
-            f"--dropped {cfg.dropped}: a .jsonl of its own, written anew each time (so not with --resume)"
-        )
-    if cfg.resume and not cfg.shard_rows:
-        raise UserError("--resume goes on behind complete shards: it needs --shard-rows")
-    report, skipped, counts = Report(), Skipped(), {"read": 0, "written": 0, "repeated": 0}
-    aside = io.StringIO()
-
-    def taken() -> Iterator[dict]:
-        with Progress("rows", None) as bar:
-            for row in cfg.rows(skipped, with_texts, inputs):
-                bar.update()
-                if cfg.sample == 1 or in_share(
-                    json.dumps(row, sort_keys=True, default=str), cfg.sample, str(cfg.seed)
-                ):
-                    yield row
-
-    def cleaned(rows: Iterable[dict]) -> Iterator[dict]:
-        work = partial(clean_rows, cfg=cfg)
-        for kept, refused, part in ordered(
-            work, batches(rows, BATCH, lambda row: len(text_of(row))), cfg.workers
-        ):
-            report.add(part)
-            counts["read"] += len(kept) + len(refused)
-            write_jsonl(aside, refused if cfg.dropped else [])
-            yield from kept
-        if (
-            not counts["read"] - report.dropped.total() and not cfg.shard_rows
-        ):  # raised here, nothing is written
-            bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
-            raise UserError(
-                f"nothing to write to {cfg.out}: of {counts['read']:,} rows all are dropped{bad}"
-            )
-
-    with ExitStack() as stack:
-        if cfg.dropped:
-            beside = stack.enter_context(replacing(cfg.dropped))
-            aside = stack.enter_context(opened(beside, "wt", like=Path(cfg.dropped)))
-        if cfg.shard_rows:
-            counts["written"] = _write_shards(cfg, taken(), cleaned, inputs)
-        elif cfg.dedup:
-            counts["written"] = _write_unique(cfg, cleaned(taken()), counts)
-        else:
-            counts["written"] = write_rows(cfg.out, cleaned(taken()))
-    counts |= {"skipped": skipped.count, "dropped": report.dropped.total()}
-    print(
-        "{0}clean: read {read:,} rows, skipped {skipped:,} bad ones, dropped {dropped:,} and {repeated:,} repeated, "
-        "wrote {written:,} to {1}\n{2}".format(skipped, cfg.out, report, **counts)
-    )
-    return counts
 
 
-def _write_unique(cfg: Config, rows: Iterable[dict], counts: dict[str, int]) -> int:
-    """Cleaned rows to a file beside --out, which is read again for what is new in it: no text is held in memory."""
-    from nanophi.text.dedup import Again, Duplicates
+@contextmanager
+def open_dropped(path: str | None) -> Iterator[IO | None]:
+    """The file of --dropped, which appears under its name when it is complete; None without it."""
+    if not path:
+        yield None
+        return
+    with replacing(path) as beside, opened(beside, "wt", like=Path(path)) as file:
+        yield file
+
+
+# ---- 5. the ways to write: `write_rows` to one file, without repetitions, or numbered files
+
+
+def write_unique(cfg: Config, rows: Iterable[dict], counts: dict[str, int]) -> int:
+    """Write the rows that repeat no earlier one; returns how many. Adds to counts: repeated.
+
+    Duplicates are found in two passes. So the cleaned rows go to a file beside --out, which is
+    read twice: no text stays in memory.
+    """
+    from nanophi.text.dedup import Duplicates, Restartable
 
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=Path(cfg.out).parent) as folder:
-        beside = Path(folder) / "cleaned.jsonl"
-        write_rows(beside, rows)
-        again = Again(lambda: read_rows([beside]))
-        return write_rows(cfg.out, Duplicates(workers=cfg.workers).drop(again, counts))
+        file = Path(folder) / "cleaned.jsonl"
+        write_rows(file, rows)
+        cleaned = Restartable(lambda: read_rows([file]))
+        return write_rows(cfg.out, Duplicates(workers=cfg.workers).drop(cleaned, counts))
 
 
-def _write_shards(cfg: Config, rows: Iterator[dict], cleaned: Callable, inputs: list[Path]) -> int:
-    """One file for each --shard-rows rows read, so that the number of complete files says where to go on."""
-    settings, done = settings_of(cfg.out), 0
-    now = json.loads(
-        json.dumps(cfg.effective | {"files": [[str(path), path.stat().st_size] for path in inputs]})
-    )
-    if shards_of(cfg.out) and not settings.exists():
-        raise UserError(
-            f"{shards_of(cfg.out)[0]} is there, and {settings} does not say whence: name another --out"
-        )
-    if cfg.resume and settings.exists():
-        before = json.loads(settings.read_text(encoding="utf-8"))
-        if differing := [name for name in now if before.get(name) != now[name]]:
-            raise UserError(
-                f"--resume: {', '.join(differing)} differ from what {settings} says; leave --resume out"
-            )
-        while numbered(cfg.out, done).exists():
-            done += 1
-        print(f"clean: {done} complete shards of {cfg.shard_rows:,} rows each stay")
-        next(islice(rows, done * cfg.shard_rows, done * cfg.shard_rows), None)  # reads past them
-    else:
-        for old in reversed(
-            shards_of(cfg.out)
-        ):  # what a kill leaves of them, the old settings still speak for
-            old.unlink()
-        write_json(settings, now)
-    written = 0
-    while (first := next(rows, None)) is not None:
-        some = chain([first], islice(rows, cfg.shard_rows - 1))
-        written += write_rows(numbered(cfg.out, done), cleaned(some))
-        done += 1
-    return written
+def write_numbered(
+    cfg: Config,
+    rows: Iterator[dict],
+    cleaned: Callable[[Iterable[dict]], Iterator[dict]],
+    inputs: list[Path],
+) -> int:
+    """Write one numbered file for each --shard-rows rows read; returns how many rows were written.
+
+    A file is made of the same number of rows read, however many of them the filters drop. So the
+    number of complete files says where --resume goes on:
+
+        --shard-rows 30, 102 rows    name-00000 of rows 0 to 29, ..., name-00003 of rows 90 to 101
+        killed while it wrote the third; --resume reads past 60 rows and writes name-00002
+    """
+    assert cfg.shard_rows is not None
+    files = [[str(path), path.stat().st_size] for path in inputs]
+    resumes = cfg.resume and settings_of(cfg.out).exists()
+    complete = complete_files(cfg.out, cfg.effective | {"files": files}, resumes)
+    if resumes:
+        print(f"clean: {complete} complete shards of {cfg.shard_rows:,} rows each stay")
+    past = complete * cfg.shard_rows
+    next(islice(rows, past, past), None)  # reads past the rows of the complete files
+    return write_groups(cfg.out, rows, cfg.shard_rows, first_number=complete, change=cleaned)
 
 
 if __name__ == "__main__":

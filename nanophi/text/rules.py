@@ -1,8 +1,25 @@
-"""Cleaning rules: named functions str -> str, each alone readable and testable. `clean.py` applies them.
+r"""Cleaning rules: named functions str -> str. Each can be read and tested alone.
 
-What the rules must not do is half of their job: Chinese punctuation, decimals, URLs, code and Latin words stay as they
-are (the original turned `4.567Ga` into `4。567Ga` and deleted every letter s that stood twice). Outside of tags,
-entities and mojibake every ASCII letter and digit of NFKC(text) is still there, in order.
+`clean.py` applies them in the order of the table RULES, which is the order of this file:
+
+    rule          before                    after
+    mojibake      ä½\xa0å¥½                 你好
+    html          <p>3 &lt; 5</p>           3 < 5
+    invisible     你\u200b好                 你好
+    space         \u3000\u3000你好           你好
+    nfkc          Ｐｙｔｈｏｎ３             Python3
+    simplified    頭髮                      头发
+    repeated      好。。。                   好。
+    punctuation   你好,世界!                 你好，世界！
+    final         今天天气不错               今天天气不错。
+
+What the rules must not do is half of their job: Chinese punctuation, decimals, URLs, code and Latin
+words stay as they are. (The rules of the project that nanophi reimplements turned `4.567Ga` into
+`4。567Ga` and deleted every letter s that stood twice.) Outside of tags, entities and mojibake,
+every ASCII letter and digit of NFKC(text) is still there afterwards, in the same order.
+
+No rule may need time that grows with the square of the text's length: see the comments on
+TRAILING_SPACE.
 """
 
 import html
@@ -12,150 +29,337 @@ from collections.abc import Callable
 from functools import cache, partial
 from html.entities import name2codepoint
 
+Rule = Callable[[str], str]
+
+# ---- 0. what several rules share: Han, and where code is
+
+# The inside of a character class: Extension A, the common Han characters, compatibility
+# characters, the rare ones of planes 2 and 3, and the zero 〇.
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff〇"
-ASTRAL = "\U00010000"  # from here on `re` looks through a class of characters one by one, below in one step
-FENCED = re.compile(r"((?:^[^\S\n]*)(?:```|~~~).*?(?:^[^\S\n]*(?:```|~~~)|\Z))", re.S | re.M)
-CODE = re.compile(
-    rf"{FENCED.pattern[:-1]}|`[^`\n]+`)", re.S | re.M
-)  # Markdown's code, an unclosed fence to the end
-CODE_OR_URL = re.compile(
-    rf"{CODE.pattern[:-1]}|https?://[^\s，。；！？（）《》“”‘’]+)", re.S | re.M
-)
+# The first code point beyond the Basic Multilingual Plane. `re` tests a class of characters below
+# it in one step, with a bit map. From it on, `re` looks through the class one range after another.
+ASTRAL = "\U00010000"
+# Accents that stand on the character before them; they go where that character goes.
+_ACCENTS = r"[\u0300-\u036f]*"
+
+# Markdown's code. A fence that nobody closes reaches to the end of the text.
+_FENCE = "(?:```|~~~)"
+_FENCED = rf"(?:^[^\S\n]*){_FENCE}.*?(?:^[^\S\n]*{_FENCE}|\Z)"
+_INLINE = r"`[^`\n]+`"
+_URL = r"https?://[^\s，。；！？（）《》“”‘’]+"
+# Each of these patterns has one group around everything, because `outside_code` splits by it.
+FENCED = re.compile(f"({_FENCED})", re.S | re.M)
+CODE = re.compile(f"({_FENCED}|{_INLINE})", re.S | re.M)
+CODE_OR_URL = re.compile(f"({_FENCED}|{_INLINE}|{_URL})", re.S | re.M)
 
 
-def outside_code(rule: Callable[[str], str], text: str, code: re.Pattern = CODE) -> str:
-    """The rule, applied to what is no code."""
+def outside_code(rule: Rule, text: str, code: re.Pattern = CODE) -> str:
+    """Apply the rule to everything that `code` does not match.
+
+    A pattern with one group splits a text into text and code in turns; the code has odd indices:
+
+    >>> CODE.split("甲,`乙,丙`,丁")
+    ['甲,', '`乙,丙`', ',丁']
+    >>> outside_code(lambda part: part.replace(",", "，"), "甲,`乙,丙`,丁")
+    '甲，`乙,丙`，丁'
+    """
     if "`" not in text and "~~~" not in text and (code is CODE or "://" not in text):
-        return rule(text)
-    return "".join(part if i % 2 else rule(part) for i, part in enumerate(code.split(text)))
+        return rule(text)  # most texts hold no code
+    parts = code.split(text)
+    parts[::2] = [rule(part) for part in parts[::2]]
+    return "".join(parts)
 
 
-# UTF-8 that was read as Windows-1252 or Latin-1: ä½\xa0å¥½ for 你好. A Chinese character begins with the byte E3 to E9
-# (ã to é), Chinese punctuation with E2 or EF, rare characters and emoji with F0. `café…”` is such a triple too, but
-# behind a letter and alone.
-_CP1252 = {
-    bytes([b]).decode("cp1252"): b for b in range(256) if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
-}
-_HIGH = (
+# ---- 1. mojibake: bytes that were decoded with the wrong table
+#
+# The UTF-8 bytes of 你 are E4 BD A0. Read as Windows-1252 or Latin-1, they are the three characters
+# ä ½ \xa0. So a misread character is a first byte that tells how many bytes follow, and then
+# characters of the continuation bytes 80 to BF. A Chinese character begins with the byte E3 to E9
+# (ã to é), Chinese punctuation with E2 (â) or EF (ï), rare characters and emoji with F0 (ð).
+
+_NOT_IN_CP1252 = (0x81, 0x8D, 0x8F, 0x90, 0x9D)  # bytes that Windows-1252 leaves undefined
+_CP1252 = {bytes([b]).decode("cp1252"): b for b in range(256) if b not in _NOT_IN_CP1252}
+# The characters of the bytes 80 to BF in Windows-1252, and 80 to 9F as Latin-1 reads them.
+_CONTINUATION = (
     re.escape("".join(char for char, byte in _CP1252.items() if 0x80 <= byte < 0xC0)) + "\x80-\x9f"
 )
-_TRIPLE = f"(?:[âã-éï][{_HIGH}]{{2}}|ð[{_HIGH}]{{3}})"
-MISREAD = re.compile(f"(?<![A-Za-z]){_TRIPLE}+|{_TRIPLE}{{2,}}|(?:â€[{_HIGH}])+")
-CHINESE = re.compile(f"[{HAN}\u2010-\u2027\u3000-\u303f\ufeff-\uffef\U0001f000-\U0001ffff]")
-LOST = re.compile(
-    r"(?:锟斤拷){2,}锟?|(?:烫烫|屯屯){3,}|\ufffd+[\u0300-\u036f]*|[\ue000-\uf8ff\U000f0000-\U0010ffff][\u0300-\u036f]*"
+_MISREAD_CHAR = f"(?:[âã-éï][{_CONTINUATION}]{{2}}|ð[{_CONTINUATION}]{{3}})"
+MISREAD = re.compile(
+    # Any number of them, but not right behind a letter: the end of `café…”` looks like one too.
+    f"(?<![A-Za-z]){_MISREAD_CHAR}+"
+    # Two or more of them are safe behind a letter: Pythonå¾ˆå¥½ is Python很好.
+    f"|{_MISREAD_CHAR}{{2,}}"
+    # So is punctuation (bytes E2 80 xx): Donâ€™t is Don’t.
+    f"|(?:â€[{_CONTINUATION}])+"
 )
-# Private-use characters that are Chinese: those of older GBK fonts, which GB18030 has given a place.
-_OF_GBK = (bytes([0xFE, byte]).decode("gb18030") for byte in range(0x50, 0xA1) if byte != 0x7F)
+# The reading with the right table must hold one of these; otherwise the text stays as it was.
+CHINESE = re.compile(f"[{HAN}\u2010-\u2027\u3000-\u303f\ufeff-\uffef\U0001f000-\U0001ffff]")
+
+# What cannot be repaired, because the bytes are gone.
+LOST = re.compile(
+    r"(?:锟斤拷){2,}锟?"  # U+FFFD twice, written as UTF-8 and read as GBK
+    r"|(?:烫烫|屯屯){3,}"  # memory that a debugger filled with CC or CD, read as GBK
+    rf"|\ufffd+{_ACCENTS}"  # the replacement character
+    rf"|[\ue000-\uf8ff\U000f0000-\U0010ffff]{_ACCENTS}"  # private use: one font's own signs
+)
+# Private-use characters that are Chinese: older GBK fonts used U+E815 and the following code points
+# for characters to which GB18030 has since given a place.
+_NOW_IN_GB18030 = [
+    bytes([0xFE, byte]).decode("gb18030") for byte in range(0x50, 0xA1) if byte != 0x7F
+]
 FORMERLY_PRIVATE = {
-    chr(0xE815 + i): char for i, char in enumerate(_OF_GBK) if not "\ue000" <= char <= "\uf8ff"
+    chr(0xE815 + i): char
+    for i, char in enumerate(_NOW_IN_GB18030)
+    if not "\ue000" <= char <= "\uf8ff"
 }
+_TWO_HAN = re.compile(f"[{HAN}]{{2}}")
 
 
 def repair_mojibake(text: str) -> str:
-    """UTF-8 read as Windows-1252 becomes what it was, if that is Chinese. What is lost for good goes: U+FFFD, its
-    double error 锟斤拷锟斤拷, and private-use characters, which mean something in one font only; between Han one stands
-    for a character, and □ takes its place."""
+    r"""UTF-8 that was read as Windows-1252 becomes what it was, if that is Chinese.
+
+    >>> repair_mojibake("ä½\xa0å¥½，ä¸–ç•Œ")
+    '你好，世界'
+    >>> repair_mojibake("“Allons au café…” dit-elle.")  # French, and no mojibake
+    '“Allons au café…” dit-elle.'
+
+    What is lost for good is removed: U+FFFD, its double error 锟斤拷锟斤拷, and private-use
+    characters, which mean something in one font only.
+
+    >>> repair_mojibake("锟斤拷锟斤拷后面是\ufffd正文")
+    '后面是正文'
+
+    A private-use character between two Han characters stands for a third one, and □ takes its
+    place.
+
+    >>> repair_mojibake("图\ue5d2标")
+    '图□标'
+    """
     if re.search("[âã-éïð]", text):
         text = MISREAD.sub(_reread, text)
     return LOST.sub(_replacement, text)
 
 
-def _replacement(lost: re.Match) -> str:
-    if lost[0][0] in FORMERLY_PRIVATE:
-        return FORMERLY_PRIVATE[lost[0][0]] + lost[0][1:]
-    around = (
-        lost.string[max(lost.start() - 1, 0) : lost.start()]
-        + lost.string[lost.end() : lost.end() + 1]
-    )
-    return (
-        "□"
-        if lost[0] >= "\ue000" and lost[0][0] != "\ufffd" and re.fullmatch(f"[{HAN}]{{2}}", around)
-        else ""
-    )
-
-
-def _reread(match: re.Match) -> str:
+def _reread(misread: re.Match) -> str:
+    """The characters, back to bytes and decoded as UTF-8; unchanged where that gives no Chinese."""
     try:
-        read = bytes(_CP1252.get(char, ord(char)) for char in match[0]).decode()
+        read = bytes(_CP1252.get(char, ord(char)) for char in misread[0]).decode()
     except UnicodeDecodeError:
-        return match[0]
-    return read if CHINESE.search(read) else match[0]
+        return misread[0]
+    return read if CHINESE.search(read) else misread[0]
 
 
-TAG_NAMES = "p|br|div|span|a|b|i|u|em|strong|h[1-6]|ul|ol|li|table|tbody|thead|tr|td|th|img|font|center|hr|sup|sub|blockquote"
-# Attributes need a value: `a <b and c> d` is no tag.
-TAG = re.compile(
-    rf"""<(/?)({TAG_NAMES})((?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)\s*/?>""", re.I
+def _replacement(lost: re.Match) -> str:
+    """What takes the place of a match of LOST: a character of GB18030, □, or nothing."""
+    first = lost[0][0]
+    if first in FORMERLY_PRIVATE:
+        return FORMERLY_PRIVATE[first] + lost[0][1:]
+    before = lost.string[max(lost.start() - 1, 0) : lost.start()]
+    after = lost.string[lost.end() : lost.end() + 1]
+    is_private = first >= "\ue000" and first != "\ufffd"
+    if is_private and _TWO_HAN.fullmatch(before + after):
+        return "□"
+    return ""
+
+
+# ---- 2. html: tags, entities, comments and scripts
+
+TAG_NAMES = (
+    "p|br|div|span|a|b|i|u|em|strong|h[1-6]|ul|ol|li|table|tbody|thead|tr|td|th|img|font|center|hr"
+    "|sup|sub|blockquote"
 )
+# An attribute needs a value: `a <b and c> d` holds no tag.
+_ATTRIBUTE = r"""\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
+# Groups: 1 the slash of a closing tag, 2 the name, 3 the attributes.
+TAG = re.compile(rf"<(/?)({TAG_NAMES})((?:{_ATTRIBUTE})*)\s*/?>", re.I)
 INVISIBLE_HTML = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.S | re.I)
-# Only the names of HTML 4, and with `;`: code has `&num;`, URLs `?a=1&copy=2`.
-ENTITY = re.compile(
-    rf"&(?:#\d{{1,7}}|#[xX][0-9a-fA-F]{{1,6}}|apos|{'|'.join(sorted(name2codepoint))});"
-)
+# Only names of HTML 4, and only with `;`: code holds `&num;`, URLs hold `?a=1&copy=2`.
+_ENTITY_NAMES = "|".join(sorted(name2codepoint))
+ENTITY = re.compile(rf"&(?:#\d{{1,7}}|#[xX][0-9a-fA-F]{{1,6}}|apos|{_ENTITY_NAMES});")
+# Tags that begin or end a line, and the cells of a table, which a space separates.
 BREAKING = frozenset(["p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr"])
+CELLS = frozenset(["td", "th"])
+SUPERSCRIPT = re.compile(r"<(sup|sub)>([0-9+-]{1,8})</\1>", re.I)
 RAISED = {
     "sup": str.maketrans("0123456789+-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"),
     "sub": str.maketrans("0123456789+-", "₀₁₂₃₄₅₆₇₈₉₊₋"),
 }
-SUPERSCRIPT = re.compile(r"<(sup|sub)>([0-9+-]{1,8})</\1>", re.I)
+_ROW_WITH_BREAK = re.compile(r"^\|.*<br.*$", re.M | re.I)  # a row of a Markdown table
+_BREAK = re.compile(r"<br\s*/?>", re.I)
 
 
 def strip_html(text: str) -> str:
-    """Entities become characters, to the bottom of `&amp;lt;`; comments, scripts and well-known tags go. Markdown code
-    stays, and so does any other `<...>`: it is code or mathematics."""
-    return outside_code(_strip_html, text) if "&" in text or "<" in text else text
+    r"""Entities become characters; comments, scripts and well-known tags go.
+
+    >>> strip_html("<div class='a'>3 &amp;lt; 5<br>10<sup>8</sup></div>")
+    '\n3 < 5\n10⁸\n'
+
+    Markdown's code stays, and so does any other `<...>`: it is code or mathematics.
+
+    >>> strip_html("`<b>`, List<String>, a<b && c>d")
+    '`<b>`, List<String>, a<b && c>d'
+    """
+    if "&" not in text and "<" not in text:
+        return text
+    return outside_code(_strip_html, text)
 
 
 def _strip_html(text: str) -> str:
-    before = None
-    while text != before:  # each replacement shortens the text
-        before = text
-        text = ENTITY.sub(
-            lambda m: html.unescape(m[0]), INVISIBLE_HTML.sub("", text) if ">" in text else text
-        )
-    text = SUPERSCRIPT.sub(lambda m: m[2].translate(RAISED[m[1].lower()]), text)
+    text = _decode_entities(text)
+    text = SUPERSCRIPT.sub(lambda match: match[2].translate(RAISED[match[1].lower()]), text)
     # A line break in a row of a Markdown table must not break the row.
-    text = re.sub(
-        r"^\|.*<br.*$", lambda row: re.sub(r"(?i)<br\s*/?>", " ", row[0]), text, flags=re.M | re.I
-    )
+    text = _ROW_WITH_BREAK.sub(lambda row: _BREAK.sub(" ", row[0]), text)
     closed = set(re.findall(r"</(\w+)>", text))
     return TAG.sub(partial(_without_tag, text, closed), text)
 
 
+def _decode_entities(text: str) -> str:
+    """Decode entities, and remove comments and scripts, until nothing changes.
+
+    >>> _decode_entities("3 &amp;amp;lt; 5")
+    '3 < 5'
+    """
+    before = None
+    while text != before:  # this ends, because each replacement shortens the text
+        before = text
+        if ">" in text:
+            text = INVISIBLE_HTML.sub("", text)
+        text = ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    return text
+
+
 def _without_tag(text: str, closed: set[str], tag: re.Match) -> str:
+    """What takes the place of a tag: a line break, a space, nothing, or the tag itself.
+
+    closed: the names of all closing tags in the text
+    """
     name = tag[2].lower()
-    if tag[1]:
-        return "\n" if name in BREAKING else " " if name in ("td", "th") else ""
+    is_closing = tag[1] == "/"
+    if not is_closing and (_is_quoted(text, tag) or _is_code(text, closed, tag)):
+        return tag[0]
+    if name in BREAKING:
+        return "\n"
+    if name in CELLS and is_closing:
+        return " "
+    return ""
+
+
+def _is_quoted(text: str, tag: re.Match) -> bool:
+    """Whether the tag stands in quotation marks or brackets: then the text is about the tag."""
     around = text[max(tag.start() - 1, 0) : tag.start()] + text[tag.end() : tag.end() + 1]
-    if around in ('""', "''", "“”", "‘’", "()", "（）"):
-        return tag[0]  # it is spoken of
-    behind_word = (
-        tag.start() > 0 and text[tag.start() - 1].isascii() and (text[tag.start() - 1].isalnum())
-    )
-    if behind_word and name not in BREAKING and tag[2] not in closed:
-        return tag[0]  # List<Font> is code
-    return "\n" if name in BREAKING else ""
+    return around in ('""', "''", "“”", "‘’", "()", "（）")
 
 
-# Controls but \t and \n; zero-width and directional marks, fillers; half surrogate pairs; U+200D, but not among emoji.
+def _is_code(text: str, closed: set[str], tag: re.Match) -> bool:
+    """Whether the tag follows a word at once and is never closed: `List<Font>` is code."""
+    before = text[max(tag.start() - 1, 0) : tag.start()]
+    behind_word = before.isascii() and before.isalnum()
+    return behind_word and tag[2].lower() not in BREAKING and tag[2] not in closed
+
+
+# ---- 3. invisible: characters that nobody can see
+
 INVISIBLE = re.compile(
-    r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u115f\u1160\u180e\u200b\u200c\u200e\u200f"
-    rf"\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff][\u0300-\u036f]*"
+    r"["
+    r"\ud800-\udfff"  # halves of surrogate pairs
+    r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f"  # controls, except \t, \n, \r and \x85
+    r"\u00ad"  # the soft hyphen
+    r"\u061c"  # a directional mark
+    r"\u115f\u1160"  # Korean fillers
+    r"\u180e\u200b\u200c"  # zero-width separators
+    r"\u200e\u200f\u202a-\u202e"  # directional marks
+    r"\u2060-\u206f"  # word joiner, invisible operators, directional isolates
+    r"\u3164"  # a Korean filler
+    r"\ufeff"  # the byte order mark
+    r"\uffa0"  # a Korean filler
+    r"\ufff9-\ufffb"  # annotation marks
+    r"\ufffe\uffff"  # no characters
+    rf"]{_ACCENTS}"
+    # The zero-width joiner goes beside Han; it stays among emoji, which it joins: 👩‍🚀.
     rf"|(?<=[{HAN}])\u200d|\u200d(?=[{HAN}])"
 )
+LINE_BREAK = re.compile(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029")
 
 
 def drop_invisible(text: str) -> str:
-    """Remove characters one cannot see, with accents on them; every kind of line break becomes \\n."""
-    return INVISIBLE.sub("", re.sub(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029", "\n", text))
+    r"""Remove characters that nobody can see, with the accents on them; every kind of line break
+    becomes \n.
+
+    >>> drop_invisible("\ufeff你\u200b好\r\n世\xad界")
+    '你好\n世界'
+    """
+    return INVISIBLE.sub("", LINE_BREAK.sub("\n", text))
 
 
-# NFKC would make most of these ASCII (，->, …->...), lose a power, an index or a unit (m² -> m2, ㎡ -> m2, ② -> 2), run
-# a fraction into the number before it (5½ -> 51⁄2), or tear a lone accent, a double prime or a Korean letter apart.
+# ---- 4. space: indentation, gaps, blank lines
+#
+# `[^\S\n]` is any white space but the line break.
+
+# The lookbehind lets a match begin at the beginning of a run only. Without it, `re` would try again
+# from each place of a run that ends in no line break, and a run of n spaces would cost n^2.
+TRAILING_SPACE = re.compile(r"(?<![^\S\n])[^\S\n]++$", re.M)
+# Indentation that holds another space than ' ' and '\t', such as U+3000, unless an ASCII character
+# follows: code may be indented with \xa0.
+PROSE_INDENT = re.compile(r"^[ \t]*[^\S\n \t][^\S\n]*(?![\x21-\x7e])", re.M)
+GAP_IN_HAN = re.compile(rf"(?<=[{HAN}，。？！：；])[^\S\n]{{2,}}(?=[{HAN}])")
+BLANK_LINES = re.compile(r"\n{3,}")
+_INDENT_OF_HAN = re.compile(rf"[^\S\n]+(?=[{HAN}])")
+
+
+def tidy_space(text: str) -> str:
+    r"""Trim the text and the ends of its lines; leave at most one blank line between lines and at
+    most one space between Han; remove indentation by spaces that code does not use.
+
+    >>> tidy_space("\u3000\u3000第一段。  \n\n\n\n\u3000\u3000第二   段。\n")
+    '第一段。\n\n第二 段。'
+
+    Indentation of all lines goes too if the first begins with Han. That of code stays.
+
+    >>> tidy_space("    春眠不觉晓，\n    处处闻啼鸟。")
+    '春眠不觉晓，\n处处闻啼鸟。'
+    >>> tidy_space("class A:\n    x = 1")
+    'class A:\n    x = 1'
+    """
+    if "```" in text or "~~~" in text:
+        text = outside_code(_tidy_lines, text, FENCED)
+    else:
+        text = _tidy_lines(text)
+    text = text.lstrip("\n").rstrip()
+    indent = _INDENT_OF_HAN.match(text)
+    if indent is None:
+        return text
+    lines = text.split("\n")
+    if all(line.startswith(indent[0]) or not line for line in lines):
+        return "\n".join(line.removeprefix(indent[0]) for line in lines)
+    return text[indent.end() :]
+
+
+def _tidy_lines(text: str) -> str:
+    text = TRAILING_SPACE.sub("", text)
+    text = PROSE_INDENT.sub("", text)
+    text = GAP_IN_HAN.sub(" ", text)
+    return BLANK_LINES.sub("\n\n", text)
+
+
+# ---- 5. nfkc: one form for each character
+
+# Runs of characters that NFKC would spoil.
 KEPT_BY_NFKC = re.compile(
-    r"[，。？！：；（）…～￣‾‗²³¹⁰-₟¼-¾⅐-⅟↉″‴⁗ªº´¨¯¸˘-˝˙゛゜｀℃℉™℠①-⓿㈀-㋿㌀-㏿ㄱ-ㅣㅥ-ㆎ]+"
+    r"["
+    r"，。？！：；（）…～"  # Chinese punctuation: ， -> ,   … -> ...
+    r"￣‾‗"  # lines above and below: a space and a combining mark
+    r"²³¹⁰-₟"  # powers and indices: m² -> m2
+    r"¼-¾⅐-⅟↉"  # fractions, which would run into the number before them: 5½ -> 51⁄2
+    r"″‴⁗"  # double and triple primes, which would fall apart
+    r"ªº"  # ordinals
+    r"´¨¯¸˘-˝˙゛゜｀"  # lone accents: a space and a combining accent
+    r"℃℉™℠"  # signs: ℃ -> °C
+    r"①-⓿㈀-㋿㌀-㏿"  # enclosed and squared signs: ② -> 2   ㎡ -> m2
+    r"ㄱ-ㅣㅥ-ㆎ"  # Korean letters, which would join others
+    r"]+"
 )
+_BRACKETS_AROUND_HAN = re.compile(rf"＜(?=[{HAN}])([^＜＞\n]*)＞")
+_STOP_BEHIND_HAN = re.compile(rf"(?<=[{HAN}）])．")
 
 
 @cache
@@ -163,192 +367,270 @@ def _changed_by_nfkc() -> re.Pattern:
     """What NFKC would change below U+10000, alone or as a mark on the letter before it."""
     chars = [chr(code) for code in range(0x80, 0x10000) if not 0xAC00 <= code <= 0xDFFF]
     changed = [
-        c for c in chars if not unicodedata.is_normalized("NFKC", c) or unicodedata.combining(c)
+        char
+        for char in chars
+        if not unicodedata.is_normalized("NFKC", char) or unicodedata.combining(char)
     ]
-    jamo = "\u1161-\u1175\u11a8-\u11c2"  # vowels and finals join the syllable before them
-    return re.compile(f"[{''.join(c for c in changed if not KEPT_BY_NFKC.match(c))}{jamo}]")
+    jamo = "\u1161-\u1175\u11a8-\u11c2"  # Korean vowels and finals join the syllable before them
+    return re.compile(
+        f"[{''.join(char for char in changed if not KEPT_BY_NFKC.match(char))}{jamo}]"
+    )
 
 
 def nfkc(text: str) -> str:
-    """Unicode NFKC (full-width letters and digits become ordinary ones), Chinese punctuation and units excepted."""
+    """Unicode NFKC (full-width letters and digits become ordinary ones), except for Chinese
+    punctuation, powers, fractions and units.
+
+    >>> nfkc("Ｐｙｔｈｏｎ３．１０，面积１００㎡，５m²")
+    'Python3.10，面积100㎡，5m²'
+    """
     if not text or (max(text) < ASTRAL and not _changed_by_nfkc().search(text)):
-        return text
-    text = text.replace(
-        "︰", "："
-    )  # the colon of vertical writing, common in Taiwan; NFKC makes it two dots
-    text = text.replace("－－", "——").replace("\u2011", "-")
-    text = re.sub(rf"＜(?=[{HAN}])([^＜＞\n]*)＞", r"〈\1〉", text)
-    if text.count("．") > text.count(
-        "。"
-    ):  # a full stop there, as in mathematics; else it stands in names
-        text = re.sub(rf"(?<=[{HAN}）])．", "。", text)
-    parts, end = [], 0
+        return text  # most texts need no change, and this test is fast
+    text = _before_nfkc(text)
+    parts = []
+    end = 0  # of the run of kept characters before this one
     for kept in KEPT_BY_NFKC.finditer(text):
-        parts += [unicodedata.normalize("NFKC", text[end : kept.start()]), kept[0]]
+        parts.append(unicodedata.normalize("NFKC", text[end : kept.start()]))
+        parts.append(kept[0])
         end = kept.end()
-    return "".join(parts) + unicodedata.normalize("NFKC", text[end:])
+    parts.append(unicodedata.normalize("NFKC", text[end:]))
+    return "".join(parts)
 
 
-@cache
-def _opencc(config: str):
-    """(converter, the characters that it changes): most texts hold none of these and need no conversion."""
-    import opencc
+def _before_nfkc(text: str) -> str:
+    """Replace what NFKC would turn into something else than a Chinese reader means.
 
-    convert = opencc.OpenCC(config).convert
-    han = [
-        chr(code)
-        for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000), *range(0xF900, 0xFB00))
-    ]
-    changed = [a for a, b in zip(han, convert("\n".join(han)).split("\n"), strict=True) if a != b]
-    return convert, re.compile(f"[{''.join(changed)}]")
+    >>> _before_nfkc("時間︰三點－－證畢．《書》在＜附錄＞")
+    '時間：三點——證畢。《書》在〈附錄〉'
+    """
+    # The colon of vertical writing is common in Taiwan; NFKC would make it two dots.
+    text = text.replace("︰", "：")
+    text = text.replace("－－", "——").replace("\u2011", "-")
+    text = _BRACKETS_AROUND_HAN.sub(r"〈\1〉", text)
+    # A text with more ．than 。 ends its sentences with ．, as mathematics does. In any other text
+    # it stands in names.
+    if text.count("．") > text.count("。"):
+        text = _STOP_BEHIND_HAN.sub("。", text)
+    return text
 
 
-# OpenCC makes 薴 苧, and that 苎, another plant, the next time.
+# ---- 6. simplified: traditional characters become simplified ones
+
+# OpenCC makes 苧 of 薴, and the next time 苎 of that, which is another plant.
 NOT_TWICE = "薴"
 KANA = re.compile("[\u3041-\u30ff]")
 
 
+@cache
+def _opencc(config: str) -> tuple[Rule, re.Pattern]:
+    """(converter, pattern of the characters that it changes, below U+10000).
+
+    Most texts hold none of these characters and need no conversion.
+    """
+    import opencc
+
+    convert = opencc.OpenCC(config).convert
+    blocks = (range(0x3400, 0x4DC0), range(0x4E00, 0xA000), range(0xF900, 0xFB00))
+    han = [chr(code) for block in blocks for code in block]
+    converted = convert("\n".join(han)).split("\n")
+    changed = [old for old, new in zip(han, converted, strict=True) if old != new]
+    return convert, re.compile(f"[{''.join(changed)}]")
+
+
 def simplify(text: str, config: str = "t2s") -> str:
-    """Traditional -> simplified characters by OpenCC's phrase tables; tw2s and hk2s know Taiwan's and Hong Kong's."""
+    r"""Traditional -> simplified characters by OpenCC's tables, which know phrases.
+
+    config: t2s; tw2s and hk2s also know the characters of Taiwan and of Hong Kong
+
+    >>> simplify("她的頭髮很長，公司發展很快，乾隆喜歡乾燥。")
+    '她的头发很长，公司发展很快，乾隆喜欢干燥。'
+
+    Japanese lines stay as they are.
+
+    >>> simplify("東京の大学で学ぶ\n東京很遠")
+    '東京の大学で学ぶ\n东京很远'
+    """
     convert, traditional = _opencc(config)
     if not text or (max(text) < ASTRAL and not traditional.search(text)):
         return text
     if len(text) > 100 and len(traditional.findall(text)) < len(text) / 100:
-        return text  # simplified text with a few names and old words, which conversion would rather spoil: 乾元, 凌濛初
-    if KANA.search(text):  # Japanese stays: 東京の大学
-        lines = text.split("\n")
-        return "\n".join(
-            line if len(KANA.findall(line)) * 4 > len(line) else _simplify(line, convert)
-            for line in lines
-        )
-    return _simplify(text, convert)
+        # This is simplified text with a few names and old words, which conversion would spoil:
+        # 乾元, 凌濛初.
+        return text
+    if not KANA.search(text):
+        return _simplify(text, convert)
+    lines = text.split("\n")
+    return "\n".join(line if _is_japanese(line) else _simplify(line, convert) for line in lines)
 
 
-def _simplify(text: str, convert: Callable[[str], str]) -> str:
+def _is_japanese(line: str) -> bool:
+    """Whether more than a quarter of the characters are kana."""
+    return len(KANA.findall(line)) * 4 > len(line)
+
+
+def _simplify(text: str, convert: Rule) -> str:
     converted = NOT_TWICE.join(convert(part) for part in text.split(NOT_TWICE))
-    if max(converted, default="") >= ASTRAL and len(converted) == len(
-        text
-    ):  # 爇 would become 𦶟, which nobody types
-        return "".join(
-            old if new >= ASTRAL else new for old, new in zip(text, converted, strict=True)
-        )
-    return converted
+    if max(converted, default="") < ASTRAL or len(converted) != len(text):
+        return converted
+    # 爇 would become 𦶟, which nobody types: such a character stays traditional.
+    pairs = zip(text, converted, strict=True)
+    return "".join(old if new >= ASTRAL else new for old, new in pairs)
 
 
-# Not `.` (1.000, ...), not + - * = # / (C++, --, ==); ASCII ! or ? only after Han, or three behind a word: `!!x` is
-# code, and a line may begin with `???` or `!!!` as Markdown.
+# ---- 7. repeated: punctuation that stands several times
+
+# Not `.` (1.000, ...), and not + - * = # / (C++, --, ==).
 REPEATED = re.compile(
-    rf"([，。？！：；、～])\1+|(…)…{{2,}}|(—)—{{2,}}|(?<=[{HAN}])([!?])\4+|(?<=\w)([!?])\5{{2,}}"
+    r"([，。？！：；、～])\1+"
+    r"|(…)…{2,}"
+    r"|(—)—{2,}"
+    # ASCII ! and ? twice behind Han, or three times behind a word: `!!x` is code, and a line may
+    # begin with `???` or `!!!` as Markdown.
+    rf"|(?<=[{HAN}])([!?])\4+"
+    r"|(?<=\w)([!?])\5{2,}"
 )
 
 
 def collapse_repeated(text: str) -> str:
-    """`。。。。` -> `。`, `!!!!` -> `!`; the ellipsis `……` and the dash `——` are two characters each and stay so."""
+    """Repeated punctuation stands once; the ellipsis and the dash are two characters and stay so.
 
-    def once(match: re.Match) -> str:
-        return match[2] * 2 if match[2] else match[3] * 2 if match[3] else match[0][0]
-
-    return outside_code(partial(REPEATED.sub, once), text)
-
-
-def tidy_space(text: str) -> str:
-    """Trim the text and its lines' ends, at most one blank line, no indentation by other spaces than code has, nor in
-    front of Han throughout; one space at most between Han."""
-    parts = FENCED.split(text) if "```" in text or "~~~" in text else [text]
-    text = (
-        "".join(part if i % 2 else _tidy_space(part) for i, part in enumerate(parts))
-        .lstrip("\n")
-        .rstrip()
-    )
-    if indent := re.match(rf"[^\S\n]+(?=[{HAN}])", text):
-        lines = text.split("\n")
-        everywhere = all(line.startswith(indent[0]) or not line for line in lines)
-        return (
-            "\n".join(line.removeprefix(indent[0]) for line in lines)
-            if everywhere
-            else text[indent.end() :]
-        )
-    return text
+    >>> collapse_repeated("好。。。真的吗???嗯…………走了———回来了")
+    '好。真的吗?嗯……走了——回来了'
+    >>> collapse_repeated("等等... `!!!!` C++")
+    '等等... `!!!!` C++'
+    """
+    return outside_code(_collapse, text)
 
 
-def _tidy_space(text: str) -> str:
-    text = re.sub(
-        r"(?<![^\S\n])[^\S\n]++$", "", text, flags=re.M
-    )  # tried at a run's beginning alone, or it costs n^2
-    text = re.sub(
-        r"^[ \t]*[^\S\n \t][^\S\n]*(?![\x21-\x7e])", "", text, flags=re.M
-    )  # code has it with \xa0 too
-    text = re.sub(rf"(?<=[{HAN}，。？！：；])[^\S\n]{{2,}}(?=[{HAN}])", " ", text)
-    return re.sub(r"\n{3,}", "\n\n", text)
+def _collapse(text: str) -> str:
+    return REPEATED.sub(_once, text)
 
 
-# ASCII punctuation behind Han and before Han, a quotation mark or the line's end is Chinese; so are brackets around
-# what begins with Han. `:` needs Han right behind it, and `.` the end.
-_BEHIND, _BEFORE = f"[{HAN}”’）》】」』]", f"[{HAN}“‘（《【「『]"
+def _once(run: re.Match) -> str:
+    is_ellipsis_or_dash = run[0][0] in "…—"
+    return run[0][:2] if is_ellipsis_or_dash else run[0][0]
+
+
+# ---- 8. punctuation: by context
+
+_BEHIND = f"[{HAN}”’）》】」』]"
+_BEFORE = f"[{HAN}“‘（《【「『]"
 TO_CHINESE = re.compile(
-    rf"(?<={_BEHIND})(?:([,;:]|[?!]{{1,3}}) ?(?={_BEFORE})|([,;:.]|[?!]{{1,3}})(?=[”’」』）]|\n|\Z))"
-    rf"|(?<=[{HAN}])\(([{HAN}](?:[^()（）\n]|（[^()（）\n]*）)*)[)）]|（([^()（）\n]*)\)"
+    # ASCII punctuation behind Han is Chinese ...
+    rf"(?<={_BEHIND})(?:"
+    # ... if Han follows at once or after a space, but not so for `.`: 图.png, 打开.文件
+    rf"([,;:]|[?!]{{1,3}}) ?(?={_BEFORE})"
+    # ... or if a closing quotation mark or bracket follows, or the end of the line or text.
+    r"|([,;:.]|[?!]{1,3})(?=[”’」』）]|\n|\Z)"
+    r")"
+    # Brackets behind Han around what begins with Han; inside of it another pair may stand.
+    rf"|(?<=[{HAN}])\(([{HAN}](?:[^()（）\n]|（[^()（）\n]*）)*)[)）]"
+    # A Chinese bracket that an ASCII one closes.
+    r"|（([^()（）\n]*)\)"
 )
 WIDE = str.maketrans(",;:?!.()", "，；：？！。（）")
 NARROW = str.maketrans("，；：？！。（）", ",;:?!.()")
+_HAN_OR_KANA = re.compile(f"[{HAN}\u3040-\u30ff]")
+_LINE_NOT_INDENTED = re.compile(r"^(?! {4}|\t).+$", re.M)  # four spaces or a tab mark code
+
+# The same for texts without Han and kana.
+_COLON_IN_NUMBERS = re.compile(r"(?<=[0-9])：(?=[0-9])")
+_MARK_BEFORE_WORD = re.compile(r"(?<=[A-Za-z0-9）])([，。；：？！])(?=[A-Za-z（“‘])")
+_MARK_AT_END = re.compile(r"(?<=[A-Za-z0-9）])[，。；：？！](?=[\s）”’]|\Z)")
+_BRACKET_BEHIND_WORD = re.compile(r"(?<=[A-Za-z0-9,.;:?!])（")
+_BRACKET_BEFORE_WORD = re.compile(r"）(?=[A-Za-z0-9])")
 
 
 def punctuate(text: str) -> str:
-    """Punctuation by context: Chinese between Han, ASCII in a text without any. Code, URLs and indented lines stay."""
-    if re.search(f"[{HAN}\u3040-\u30ff]", text):
-        return outside_code(
-            lambda part: re.sub(r"^(?! {4}|\t).+$", _widen, part, flags=re.M), text, CODE_OR_URL
-        )
-    return outside_code(_narrow, text, CODE_OR_URL) if re.search("[A-Za-z]", text) else text
+    """Punctuation by context: Chinese between Han, ASCII in a text without Han and kana.
+
+    >>> punctuate("你好, 世界! 中文(注释)共3,000元, 见f(x).")
+    '你好，世界！中文（注释）共3,000元，见f(x).'
+    >>> punctuate("Yes。No？See（figure 1）below。")
+    'Yes. No? See (figure 1) below.'
+
+    Code, URLs and indented lines stay.
+
+    >>> punctuate("`甲,乙`是代码,对吧?")
+    '`甲,乙`是代码，对吧？'
+    """
+    if _HAN_OR_KANA.search(text):
+        return outside_code(_widen, text, CODE_OR_URL)
+    if re.search("[A-Za-z]", text):
+        return outside_code(_narrow, text, CODE_OR_URL)
+    return text
 
 
-def _widen(line: re.Match) -> str:
-    return TO_CHINESE.sub(
-        lambda m: (
-            f"（{m[3] or m[4] or ''}）" if m[0][-1] in ")）" else m[0].strip().translate(WIDE)
-        ),
-        line[0],
-    )
+def _widen(text: str) -> str:
+    return _LINE_NOT_INDENTED.sub(lambda line: TO_CHINESE.sub(_wide, line[0]), text)
+
+
+def _wide(mark: re.Match) -> str:
+    """The Chinese form of a match of TO_CHINESE: a mark, or brackets with their content."""
+    if mark[0][-1] in ")）":
+        return f"（{mark[0][1:-1]}）"
+    return mark[0].strip().translate(WIDE)
 
 
 def _narrow(text: str) -> str:
-    text = re.sub(r"(?<=[0-9])：(?=[0-9])", ":", text)
-    text = re.sub(
-        r"(?<=[A-Za-z0-9）])([，。；：？！])(?=[A-Za-z（“‘])",
-        lambda m: m[1].translate(NARROW) + " ",
-        text,
-    )
-    text = re.sub(
-        r"(?<=[A-Za-z0-9）])[，。；：？！](?=[\s）”’]|\Z)", lambda m: m[0].translate(NARROW), text
-    )
-    text = re.sub(r"(?<=[A-Za-z0-9,.;:?!])（", " (", text)
-    return re.sub(r"）(?=[A-Za-z0-9])", ") ", text).replace("（", "(").replace("）", ")")
+    text = _COLON_IN_NUMBERS.sub(":", text)
+    text = _MARK_BEFORE_WORD.sub(lambda mark: mark[1].translate(NARROW) + " ", text)
+    text = _MARK_AT_END.sub(lambda mark: mark[0].translate(NARROW), text)
+    text = _BRACKET_BEHIND_WORD.sub(" (", text)
+    text = _BRACKET_BEFORE_WORD.sub(") ", text)
+    return text.replace("（", "(").replace("）", ")")
 
 
-NO_SENTENCE = re.compile(  # a heading or list item, a quotation's source, a byline behind a finished sentence
-    r"[-—–#*·•【＊★]|\d+[.、）)]|[A-Za-z ]+[:：]|.*★|.*[。！？]”?\s*[（(][^（()）]*[)）]\Z|.*——?\s*《[^《》]*》\Z"
+# ---- 9. final: the full stop at the end
+
+# Han at the end of the text, perhaps with closing brackets behind it.
+_ENDS_IN_HAN = re.compile(rf"[{HAN}][”’）》】」』)\]]{{0,3}}\Z")
+_SENTENCE_MARK = re.compile("[，。；！？：、]")
+NO_SENTENCE = re.compile(
+    r"[-—–#*·•【＊★]"  # a heading or an item of a list: # 标题
+    r"|\d+[.、）)]"  # a numbered item: 1. 苹果
+    r"|[A-Za-z ]+[:：]"  # a label: title: 测试
+    r"|.*★"  # a quotation with its source
+    r"|.*[。！？]”?\s*[（(][^（()）]*[)）]\Z"  # a byline behind a sentence: 他走了。（柴强/文）
+    r"|.*——?\s*《[^《》]*》\Z"  # a quotation's source: ——《论语》
 )
 
 
 def final_punctuation(text: str) -> str:
-    """A text that ends in Han, or in closing brackets right after Han, gets its 。; anything else ends as it is. So
-    does one whose last line is no sentence: a heading, a source, or one of several lines without punctuation."""
-    if not re.search(rf"[{HAN}][”’）》】」』)\]]{{0,3}}\Z", text):
+    r"""A text that ends in Han, or in closing brackets right behind Han, gets its 。
+
+    >>> final_punctuation("今天天气不错"), final_punctuation("他说“走吧”")
+    ('今天天气不错。', '他说“走吧”。')
+
+    Any other text ends as it is. So does one whose last line is no sentence: a heading, a source,
+    or one of several lines without punctuation.
+
+    >>> final_punctuation("# 标题"), final_punctuation("- 苹果\n- 梨")
+    ('# 标题', '- 苹果\n- 梨')
+    """
+    if not _ENDS_IN_HAN.search(text):
         return text
-    *before, last = text.split("\n")
-    earlier = next((line for line in reversed(before) if line.strip()), "")
-    of_a_sentence = (
-        not before or re.search("[，。；！？：、]", last) or earlier.endswith(tuple("，、；："))
-    )
-    return text + "。" if of_a_sentence and not NO_SENTENCE.match(last) else text
+    *earlier, last = text.split("\n")
+    if NO_SENTENCE.match(last) or not _is_part_of_sentence(last, earlier):
+        return text
+    return text + "。"
 
 
-Rule = Callable[[str], str]
+def _is_part_of_sentence(last: str, earlier: list[str]) -> bool:
+    """Whether the last line is alone, has punctuation, or goes on with the line before it."""
+    if not earlier or _SENTENCE_MARK.search(last):
+        return True
+    before = next((line for line in reversed(earlier) if line.strip()), "")
+    return before.endswith(("，", "、", "；", "："))
+
+
+# ---- the table
+
 RULES: dict[str, Rule] = {
-    "mojibake": repair_mojibake,  # before NFKC, which changes its bytes
+    "mojibake": repair_mojibake,  # before nfkc, which would change the misread bytes
     "html": strip_html,
     "invisible": drop_invisible,
-    "space": tidy_space,  # before NFKC, which makes ideographic spaces ordinary ones
+    "space": tidy_space,  # before nfkc, which makes ordinary spaces of U+3000
     "nfkc": nfkc,
     "simplified": simplify,
     "repeated": collapse_repeated,

@@ -1,16 +1,23 @@
-"""Token shards: clean documents as token ids on disk, memory-mapped when read.
+"""Token shards: clean documents as token ids on disk, memory-mapped when they are read.
 
     python -m nanophi.text.shards --input clean.jsonl --tokenizer out/tokenizer --out out/tokens
 
 A shard is one file, little-endian:
 
-    64 bytes    header: magic "nanophi\\0", version, bytes per token (2 or 4), tokens, documents, CRC-32 of the tokens,
-                fingerprint of the tokenizer
+    64 bytes    header, see HEADER
     tokens      uint16 or uint32; every document ends in [EOS]
     offsets     uint64, documents + 1: document i is tokens[offsets[i] : offsets[i + 1]]
 
-`train-00000.bin ...` and `val-00000.bin ...`: which of the two a document goes to depends on nothing but its text, so
-that it stays out of training however the corpus is ordered or grows.
+Two documents, [5, 6] and [7], with the id 2 for [EOS]:
+
+    tokens      5 6 2 7 2
+    offsets     0     3   5
+
+The files are `train-00000.bin ...` and `val-00000.bin ...`. Which of the two a document goes to
+depends on nothing but its text. So it stays out of training however the corpus is ordered or grows.
+
+To read this file: the format, ShardWriter writes it, Shard and TokenSet read it, `write_shards`
+makes a directory of shards, `main` is the command.
 """
 
 import contextlib
@@ -23,6 +30,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -33,29 +41,59 @@ from nanophi.text.schemas import text_of
 from nanophi.text.share import in_share
 from nanophi.tokenizer.tokenizer import Tokenizer
 
-MAGIC, VERSION = b"nanophi\0", 1
-HEADER = struct.Struct("<8sIIQQI16s12x")  # 64 bytes
+# ---- the format
+
+MAGIC = b"nanophi\0"
+VERSION = 1
+HEADER = struct.Struct(  # 64 bytes
+    "<"
+    "8s"  # MAGIC
+    "I"  # VERSION
+    "I"  # bytes of a token, 2 or 4
+    "Q"  # tokens
+    "Q"  # documents
+    "I"  # CRC-32 of the tokens
+    "16s"  # fingerprint of the tokenizer
+    "12x"  # zeros
+)
+COMMAND = "python -m nanophi.text.shards"  # what error messages advise
+
+
+# ---- writing
 
 
 class ShardWriter:
-    """Writes documents into `{split}-{number}.bin`, a new one whenever `shard_tokens` are together. Tokens go to the
-    disk as they come; the header, which counts them, at last."""
+    """Writes documents into `{split}-00000.bin`, and goes on to the next file whenever one has
+    `shard_tokens` tokens.
+
+    Tokens go to the disk as they come. The header, which counts them, is written at last.
+
+    number: how many shards are finished; tokens, documents: what they hold, [EOS] included
+    """
 
     def __init__(self, directory: Path, split: str, tok: Tokenizer, shard_tokens: int):
-        self.directory, self.split, self.tok, self.shard_tokens = (
-            directory,
-            split,
-            tok,
-            shard_tokens,
-        )
+        self.directory = directory
+        self.split = split
+        self.tok = tok
+        self.shard_tokens = shard_tokens
         self.dtype = np.dtype("<u2" if len(tok) <= 1 << 16 else "<u4")
-        self.number, self.tokens, self.documents = 0, 0, 0
-        self._file, self._crc, self._offsets = None, 0, array("Q", [0])
+        self.number = 0
+        self.tokens = 0
+        self.documents = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the shard before; the next one's file is opened with its first document."""
+        self._file: BinaryIO | None = None  # of the open shard
+        self._crc = 0  # of its tokens so far
+        self._offsets = array("Q", [0])  # of its documents so far
 
     def add(self, ids: np.ndarray) -> None:
+        """Write a document. ids: (tokens,), without [EOS], which is appended here."""
         if self._file is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.directory / f"{self.split}-{self.number:05d}.bin", "wb")  # noqa: SIM115 - `close` does
+            path = self.directory / f"{self.split}-{self.number:05d}.bin"
+            self._file = open(path, "wb")  # noqa: SIM115 - `close` closes it
             self._file.write(bytes(HEADER.size))
         raw = np.append(ids, self.tok.eos_id).astype(self.dtype).tobytes()
         self._file.write(raw)
@@ -64,55 +102,65 @@ class ShardWriter:
         if self._offsets[-1] >= self.shard_tokens:
             self.close()
 
-    def abandon(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk refuses the rest once more
-                self._file.close()
-
     def close(self) -> None:
         """Finish the open shard, if there is one."""
         if self._file is None:
             return
-        tokens, documents = self._offsets[-1], len(self._offsets) - 1
+        tokens = self._offsets[-1]
+        documents = len(self._offsets) - 1
         with self._file as file:
             file.write(np.array(self._offsets, dtype="<u8").tobytes())
             file.seek(0)
-            sizes = (self.dtype.itemsize, tokens, documents, self._crc)
-            file.write(HEADER.pack(MAGIC, VERSION, *sizes, self.tok.fingerprint.encode()))
+            fingerprint = self.tok.fingerprint.encode()
+            sizes = (self.dtype.itemsize, tokens, documents)
+            file.write(HEADER.pack(MAGIC, VERSION, *sizes, self._crc, fingerprint))
             file.flush()
             os.fsync(file.fileno())
-        self.number, self.tokens, self.documents = (
-            self.number + 1,
-            self.tokens + tokens,
-            self.documents + documents,
-        )
-        self._file, self._crc, self._offsets = None, 0, array("Q", [0])
+        self.number += 1
+        self.tokens += tokens
+        self.documents += documents
+        self._begin()
+
+    def abandon(self) -> None:
+        """Close the open file as it is, after an error."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk refuses the last bytes once more
+                self._file.close()
+
+
+# ---- reading
 
 
 class Shard:
-    """One file, memory-mapped: `shard[i]` is document i, a view of its ids."""
+    """One file, memory-mapped: `shard[i]` is document i, a view of its ids with [EOS].
+
+    tokens: (tokens,) uint16 or uint32; offsets: (documents + 1,) uint64; crc: CRC-32 of the tokens;
+    fingerprint: of the tokenizer that made it
+    """
 
     def __init__(self, path: Path):
+        self.path = path
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise UserError(
-                f"{path} is no token shard; python -m nanophi.text.shards --out {path.parent} writes them"
-            )
-        _, version, itemsize, tokens, documents, self.crc, fingerprint = HEADER.unpack(header)
+            raise UserError(f"{path} is no token shard; {COMMAND} --out {path.parent} writes them")
+        _, version, itemsize, tokens, documents, crc, fingerprint = HEADER.unpack(header)
         if version != VERSION:
             raise UserError(
                 f"{path} is a shard of version {version}, this code reads {VERSION}: write it again"
             )
-        if size != HEADER.size + tokens * itemsize + (documents + 1) * 8:
+        end_of_tokens = HEADER.size + tokens * itemsize
+        if size != end_of_tokens + (documents + 1) * 8:
             raise UserError(f"{path} is cut short or damaged: {size:,} bytes; write it again")
-        self.fingerprint = fingerprint.decode()
+        self.crc: int = crc
+        self.fingerprint: str = fingerprint.decode()
         self.tokens = np.memmap(
             path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(tokens,)
         )
-        end = HEADER.size + tokens * itemsize
-        self.offsets = np.memmap(path, dtype="<u8", mode="r", offset=end, shape=(documents + 1,))
+        self.offsets = np.memmap(
+            path, dtype="<u8", mode="r", offset=end_of_tokens, shape=(documents + 1,)
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -120,33 +168,50 @@ class Shard:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def __repr__(self) -> str:
+        return f"Shard({len(self):,} documents, {len(self.tokens):,} tokens, {self.path})"
+
 
 class TokenSet:
-    """All documents of one split of a shard directory: `len(set)`, `set[i]`, `set.lengths`."""
+    """All documents of one split of a shard directory, in order: `len(tokens)`, `tokens[i]`.
+
+    split: "train" or "val"; a directory without shards of "val" gives an empty set
+    tok: if given, shards that another tokenizer made are a UserError
+    lengths: (documents,) int64, tokens of each document with [EOS]
+    """
 
     def __init__(self, directory: str | Path, split: str, tok: Tokenizer | None = None):
-        self.shards = [Shard(path) for path in sorted(Path(directory).glob(f"{split}-*.bin"))]
+        self.directory = Path(directory)
+        self.split = split
+        self.shards = [Shard(path) for path in sorted(self.directory.glob(f"{split}-*.bin"))]
         if not self.shards and split == "train":
             raise UserError(
-                f"no token shards in {directory}; python -m nanophi.text.shards --out {directory} writes them"
+                f"no token shards in {directory}; {COMMAND} --out {directory} writes them"
             )
         for shard in self.shards:
             if tok is not None and shard.fingerprint != tok.fingerprint:
                 raise UserError(
-                    f"the shards in {directory} were made with another tokenizer ({shard.fingerprint}, this one is "
-                    f"{tok.fingerprint}); python -m nanophi.text.shards --out {directory} makes them again"
+                    f"the shards in {directory} were made with another tokenizer "
+                    f"({shard.fingerprint}, this one is {tok.fingerprint}); "
+                    f"{COMMAND} --out {directory} makes them again"
                 )
-        counts = [len(shard) for shard in self.shards]
-        self.starts = np.cumsum([0, *counts])
+        # (shards + 1,): the number of the first document of each shard, and the count of all.
+        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
         lengths = [np.diff(shard.offsets.astype(np.int64)) for shard in self.shards]
-        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+        self.lengths = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
-        which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.shards[which][index - int(self.starts[which])]
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1  # of the shard
+        return self.shards[number][index - int(self.starts[number])]
+
+    def __repr__(self) -> str:
+        tokens = sum(len(shard.tokens) for shard in self.shards)
+        return (
+            f"TokenSet({self.split}, {len(self):,} documents, {tokens:,} tokens, {self.directory})"
+        )
 
     @property
     def data_id(self) -> str:
@@ -154,10 +219,7 @@ class TokenSet:
         return "-".join(f"{len(shard.tokens)}.{shard.crc:08x}" for shard in self.shards)
 
 
-def _encode(texts: list[str], tok: Tokenizer, val_fraction: float) -> list[tuple[str, np.ndarray]]:
-    """(split, ids) of each text: the work of one process on a batch. The split is a function of the text alone."""
-    splits = ("val" if in_share(text, val_fraction) else "train" for text in texts)
-    return list(zip(splits, tok.encode_stream(texts), strict=True))
+# ---- from texts to a directory of shards
 
 
 def write_shards(
@@ -168,9 +230,15 @@ def write_shards(
     shard_tokens: int = 100_000_000,
     workers: int = 1,
 ) -> dict[str, ShardWriter]:
-    """Encode documents into a shard directory; returns the writers of "train" and "val", with their counts.
+    """Encode documents into a shard directory; returns the writers of "train" and "val", with their
+    counts.
 
-    Shards already there are replaced as a set, once the new ones are complete.
+    val_fraction: share of the documents that go to "val"
+    shard_tokens: a shard ends with the document that makes it this long
+    workers: processes that encode; the shards are the same with any number
+
+    Shards that are there already are replaced as a set, once the new ones are complete. After an
+    error the old ones are as they were.
     """
     directory = Path(directory)
     fresh = directory / "new.tmp"
@@ -178,31 +246,55 @@ def write_shards(
         shutil.rmtree(fresh)
     writers = {split: ShardWriter(fresh, split, tok, shard_tokens) for split in ("train", "val")}
     try:
-        for encoded in ordered(
-            partial(_encode, tok=tok, val_fraction=val_fraction), batches(texts, 500_000), workers
-        ):
-            for split, ids in encoded:
-                writers[split].add(ids)
-        for writer in writers.values():
-            writer.close()
-        if not writers["train"].documents:
-            raise UserError(
-                "there is no document to train on: the input is empty, or all of it is validation"
-            )
+        _write_documents(texts, tok, val_fraction, workers, writers)
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+    _replace_shards(directory, fresh)
+    return writers
+
+
+def _write_documents(
+    texts: Iterable[str],
+    tok: Tokenizer,
+    val_fraction: float,
+    workers: int,
+    writers: dict[str, ShardWriter],
+) -> None:
+    work = partial(_encode, tok=tok, val_fraction=val_fraction)
+    for encoded in ordered(work, batches(texts, 500_000), workers):
+        for split, ids in encoded:
+            writers[split].add(ids)
+    for writer in writers.values():
+        writer.close()
+    if not writers["train"].documents:
+        raise UserError(
+            "there is no document to train on: the input is empty, or all of it is validation"
+        )
+
+
+def _encode(texts: list[str], tok: Tokenizer, val_fraction: float) -> list[tuple[str, np.ndarray]]:
+    """(split, ids) of each text: the work of one process on a batch. The split depends on the text
+    alone."""
+    splits = ["val" if in_share(text, val_fraction) else "train" for text in texts]
+    return list(zip(splits, tok.encode_stream(texts), strict=True))
+
+
+def _replace_shards(directory: Path, fresh: Path) -> None:
+    """Move the new shards from `fresh` into the directory, and delete old ones beyond them."""
     names = {new.name for new in fresh.iterdir()}
     for name in names:
         os.replace(fresh / name, directory / name)
-    for split in writers:
+    for split in ("train", "val"):
         for old in directory.glob(f"{split}-[0-9]*.bin"):
             if old.name not in names:
                 old.unlink()
     fresh.rmdir()
-    return writers
+
+
+# ---- the command
 
 
 @dataclass(kw_only=True)
@@ -217,29 +309,34 @@ class Config(Reading):
     )
 
 
-def main(cfg: Config) -> dict:
+def main(cfg: Config) -> dict[str, int]:
     """Encode; returns the counts it prints."""
     tok = Tokenizer.load(cfg.tokenizer)
-    read, skipped = {"characters": 0, "bytes": 0}, Skipped()
+    counts = {"characters": 0, "bytes": 0}
+    skipped = Skipped()
 
-    def counted() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         with Progress("documents", None) as bar:
             for text in cfg.rows(skipped, text_of):
-                read["characters"] += len(text)
-                read["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+                counts["characters"] += len(text)
+                counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
                 yield text
                 bar.update()
 
-    writers = write_shards(counted(), tok, cfg.out, cfg.val_fraction, workers=cfg.workers)
-    train, val = writers["train"], writers["val"]
-    documents, tokens = train.documents + val.documents, train.tokens + val.tokens
+    writers = write_shards(texts(), tok, cfg.out, cfg.val_fraction, workers=cfg.workers)
+    train = writers["train"]
+    val = writers["val"]
+    documents = train.documents + val.documents
+    tokens = train.tokens + val.tokens
+    characters_per_token = counts["characters"] / tokens
+    bytes_per_token = counts["bytes"] / tokens
     print(
         f"{skipped}shards: {documents:,} documents, {skipped.count:,} bad rows skipped, "
-        f"{read['characters']:,} characters -> {tokens:,} tokens "
-        f"({read['characters'] / tokens:.2f} characters, {read['bytes'] / tokens:.2f} bytes each); "
+        f"{counts['characters']:,} characters -> {tokens:,} tokens "
+        f"({characters_per_token:.2f} characters, {bytes_per_token:.2f} bytes each); "
         f"{train.tokens:,} to train on, {val.tokens:,} for validation, in {cfg.out}"
     )
-    return read | {
+    return counts | {
         "skipped": skipped.count,
         "tokens": tokens,
         "train_tokens": train.tokens,

@@ -1,29 +1,52 @@
-"""BPE training (Sennrich et al. 2016): which pairs of tokens to merge, learned from counted words.
+"""BPE (Sennrich et al. 2016): the rule as it is said, and `train_bpe`, which learns a tokenizer.
 
-The rule: merge the most frequent adjacent pair; among equals the one with the smaller ids; stop below `min_frequency`.
-Pairs are counted raw ("aaa" holds two "aa") and merged left to right. Here it stands as it is said, to read and to test
-with; merges.py does the same in numpy. Both give the merges of HF tokenizers' BpeTrainer, one for one.
+Training merges the most frequent adjacent pair of tokens into a new token, again and again:
 
-    words   {word: how often}, a word being one pre-token of the split, as a tuple of ids of bytes or characters
-    pair    two adjacent token ids        merges  the pairs chosen so far, in order        ids  a word being merged
+    words        hug 5 times, pug 2 times, hugs 1 time
+    symbols      h u g    p u g    h u g s
+    1st merge    u + g occurs 8 times    ->    h ug     p ug    h ug s
+    2nd merge    h + ug occurs 6 times   ->    hug      p ug    hug s
+
+Encoding a new word replays the merges in the order in which they were learned:
+
+    bug -> b u g -> b ug          (1st merge; no other merge fits)
+
+The names in this file:
+
+    ids      a word while it is merged: a list of token ids
+    pair     two adjacent ids
+    merges   the pairs that were merged, in order; when encoding, pair -> (rank, merged id)
+    words    {word: how often it occurs}; a word is a tuple of the ids of its symbols
+
+Read in this order: `merge_pair`, `learn_merges_naive`, `encode_word_naive`, `train_bpe`. The naive
+functions are for reading and for testing. What runs is fast/merges.py for training, and for
+encoding `merge_word` in tokenizer.py and fast/encoder.py. The tests compare them with the naive
+ones. The merges are those of HF tokenizers' BpeTrainer, one for one.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from nanophi.cli import UserError
-from nanophi.tokenizer.levels import level_named
-from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanophi.tokenizer.levels import Level, level_named
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer, refuse_one_string
 
 Pair = tuple[int, int]
 
+# ---- The rule
+
 
 def merge_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
-    """Replace each occurrence of `pair`, left to right: merge_pair([1, 1, 1, 2], (1, 1), 9) -> [9, 1, 2]."""
-    merged, i = [], 0
+    """Replace each occurrence of `pair` by the id `new`, from left to right.
+
+    >>> merge_pair([1, 1, 1, 2], (1, 1), 9)
+    [9, 1, 2]
+    """
+    merged = []
+    i = 0
     while i < len(ids):
-        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
+        if tuple(ids[i : i + 2]) == pair:
             merged.append(new)
             i += 2
         else:
@@ -33,22 +56,63 @@ def merge_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
 
 
 def learn_merges_naive(
-    words: dict[tuple[int, ...], int], first_new: int, limit: int, min_frequency: int
+    words: Mapping[tuple[int, ...], int], first_new: int, limit: int, min_frequency: int
 ) -> list[Pair]:
-    """The rule as it is said: count every pair anew before each merge. O(merges x corpus)."""
+    """Learn at most `limit` merges. Before each merge all pairs are counted: O(merges x words).
+
+    Among equally frequent pairs the one with the smaller ids is merged. Pairs are counted where
+    they overlap, too: "aaa" holds two pairs "aa", although only one of them can be merged. Learning
+    ends when no pair occurs `min_frequency` times. The new tokens have the ids first_new,
+    first_new + 1, ...
+
+    The words of the example above, with h, u, g, p, s = 0, 1, 2, 3, 4:
+
+    >>> words = {(0, 1, 2): 5, (3, 1, 2): 2, (0, 1, 2, 4): 1}
+    >>> learn_merges_naive(words, first_new=5, limit=10, min_frequency=2)
+    [(1, 2), (0, 5), (3, 5)]
+    """
     corpus = [(list(word), count) for word, count in words.items()]
-    merges = []
+    merges: list[Pair] = []
     while len(merges) < limit:
-        counts = Counter()
+        counts: Counter[Pair] = Counter()
         for ids, count in corpus:
             for pair in pairwise(ids):
                 counts[pair] += count
-        pair = min(counts, key=lambda p: (-counts[p], p), default=None)
-        if pair is None or counts[pair] < max(min_frequency, 1):
+        if not counts:
             break
-        corpus = [(merge_pair(ids, pair, first_new + len(merges)), count) for ids, count in corpus]
-        merges.append(pair)
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        if counts[best] < min_frequency:
+            break
+        new = first_new + len(merges)
+        corpus = [(merge_pair(ids, best, new), count) for ids, count in corpus]
+        merges.append(best)
     return merges
+
+
+def encode_word_naive(ids: list[int], merges: Mapping[Pair, tuple[int, int]]) -> list[int]:
+    """Merge the symbols of one word: the best-ranked adjacent pair each time, the leftmost first.
+
+    merges: pair -> (rank, id of the merged token), as in `Tokenizer.merges`. O(n^2) for n symbols.
+
+    The word "hugs" with the merges of the example above:
+
+    >>> encode_word_naive([0, 1, 2, 4], {(1, 2): (0, 5), (0, 5): (1, 6), (3, 5): (2, 7)})
+    [6, 4]
+    """
+    ids = list(ids)
+    while True:
+        candidates = []
+        for place, pair in enumerate(pairwise(ids)):
+            if pair in merges:
+                rank, merged = merges[pair]
+                candidates.append((rank, place, merged))
+        if not candidates:
+            return ids
+        _, place, merged = min(candidates)
+        ids[place : place + 2] = [merged]
+
+
+# ---- Training
 
 
 def train_bpe(
@@ -59,39 +123,64 @@ def train_bpe(
     byte_fallback: bool = False,
     split: str = "gpt2",
 ) -> Tokenizer:
-    """Learn a tokenizer from texts. vocab_size counts the 7 special tokens and the 256 bytes, or at the level "char"
-    all characters of the texts (and with byte_fallback the bytes too); fewer tokens come out where the text runs out
-    of pairs that occur `min_frequency` times. level, byte_fallback, split: see levels.level_named."""
-    chosen, first = level_named(level, byte_fallback, split), len(SPECIAL_TOKENS)
+    """Learn a tokenizer from texts, which may stream in.
 
-    def first_merge_id(alphabet: list[str], what: str) -> int:
-        smallest = first + len(alphabet)
-        if vocab_size < smallest:
-            raise UserError(
-                f"vocab_size {vocab_size} is too small: the special tokens and the {what} are {smallest}"
-            )
-        return smallest
+    vocab_size: how many tokens to make. It counts the 7 special tokens and the 256 bytes, or at the
+        level "char" all characters of the texts (and with byte_fallback the bytes too). There will
+        be fewer tokens if the texts run out of pairs that occur `min_frequency` times.
+    min_frequency: a pair that occurs less often is not merged.
+    level, byte_fallback, split: see levels.level_named.
 
+    >>> tok = train_bpe(["感冒了，感冒了"], vocab_size=20, level="char")
+    >>> list(tok.vocab)
+    [',', '了', '冒', '感', '冒了', '感冒了']
+    >>> tok.encode("感冒了,冒感")
+    [12, 7, 9, 10]
+    """
+    # Imported here: these modules import numpy code that reading and encoding do not need.
     from nanophi.tokenizer.fast.merges import LARGEST_VOCABULARY, Trainer
     from nanophi.tokenizer.fast.words import count_words
 
+    refuse_one_string(texts, "train_bpe")
+    chosen = level_named(level, byte_fallback, split)
     if vocab_size > LARGEST_VOCABULARY:
         raise UserError(
-            f"vocab_size {vocab_size:,} is too large: at most {LARGEST_VOCABULARY:,} are trained here"
+            f"vocab_size {vocab_size:,} is too large: "
+            f"at most {LARGEST_VOCABULARY:,} are trained here"
         )
-    first_merge_id(chosen.alphabet(()), "bytes")  # before the texts are read
+    # The bytes are known before the texts are read, the characters only afterwards.
+    require_room(vocab_size, chosen.alphabet(()), "bytes")
     counted = count_words(texts, chosen)
-    if not len(counted.counts):
+    if len(counted.counts) == 0:
         raise UserError("there is no text to train a tokenizer on")
-    tokens = counted.alphabet()
-    smallest = first_merge_id(tokens, "characters of this text")
-    slots, weights = counted.lay_out({symbol: i for i, symbol in enumerate(tokens)})
-    del counted
-    trainer = Trainer(slots, weights, len(tokens), vocab_size - smallest, min_frequency)
-    merges = trainer.run()
+    alphabet = counted.alphabet()
+    require_room(vocab_size, alphabet, "characters of this text")
+
+    slots, weights = counted.lay_out({symbol: i for i, symbol in enumerate(alphabet)})
+    del counted  # it is large, and merging needs the memory
+    limit = vocab_size - len(SPECIAL_TOKENS) - len(alphabet)
+    trainer = Trainer(slots, weights, len(alphabet), limit, min_frequency)
+    return tokenizer_of(chosen, alphabet, trainer.run(), trainer.merge_counts)
+
+
+def require_room(vocab_size: int, alphabet: list[str], description: str) -> None:
+    """Refuse a vocab_size that the special tokens and the alphabet alone exceed."""
+    smallest = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < smallest:
+        raise UserError(
+            f"vocab_size {vocab_size} is too small: "
+            f"the special tokens and the {description} are {smallest}"
+        )
+
+
+def tokenizer_of(
+    level: Level, alphabet: list[str], merges: list[Pair], merge_counts: list[int]
+) -> Tokenizer:
+    """A tokenizer from trained merges, in whose ids 0 is the first symbol of the alphabet."""
+    tokens = list(alphabet)
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
     assert len(set(tokens)) == len(tokens), "two merges spell the same token"
-    tok = Tokenizer(chosen, tokens, [(first + left, first + right) for left, right in merges])
-    tok.merge_counts = trainer.merge_counts
-    return tok
+    first = len(SPECIAL_TOKENS)  # in the tokenizer the special tokens come before the alphabet
+    shifted = [(first + left, first + right) for left, right in merges]
+    return Tokenizer(level, tokens, shifted, merge_counts)

@@ -1,4 +1,6 @@
-"""Messages -> (ids, loss mask), by the template of the tokenizer. Training, chat and tests all go through here."""
+"""Messages -> (ids, loss mask), by the template of the tokenizer. Training, chat and tests all go
+through here.
+"""
 
 from nanophi.cli import UserError
 from nanophi.tokenizer.template import TEMPLATES, Segment, check
@@ -6,8 +8,9 @@ from nanophi.tokenizer.tokenizer import Tokenizer
 
 
 def segments(messages: list[dict], template: str = "wenda") -> list[Segment]:
-    """[{"role": "user" | "assistant" | "system", "content": str}, ...] -> its segments. A UserError where roles do not
-    take turns, or a message lacks one."""
+    """[{"role": "user" | "assistant" | "system", "content": str}, ...] -> its segments. A UserError
+    where roles do not take turns, or a message lacks one.
+    """
     check(messages)
     return TEMPLATES[template].segments(messages)
 
@@ -15,7 +18,9 @@ def segments(messages: list[dict], template: str = "wenda") -> list[Segment]:
 def encode_chat(
     messages: list[dict], tok: Tokenizer, bos: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Messages -> (ids, mask), equally long. mask is True where the loss counts: on each answer and its end."""
+    """Messages -> (ids, mask), equally long. mask is True where the loss counts: on each answer and
+    its end.
+    """
     ids = [tok.bos_id] if bos else []
     mask = [False] if bos else []
     for segment in segments(messages, tok.template):

@@ -5,8 +5,8 @@ The default, "wenda" (问答), is the original's. One turn is two segments:
     ##提问:\\n{question}\\n##回答:\\n     encoded as one string, not learned
     {answer}[EOS]                       learned
 
-Why segments: the loss mask then comes from joining them. Searching the ids for "##回答:" would fail, because BPE may
-merge its ":" with the text that follows.
+Why segments: the loss mask then comes from joining them. Searching the ids for "##回答:" would fail,
+because BPE may merge its ":" with the text that follows.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ class Segment:
 class Template:
     """How a conversation becomes text, for training (`segments`) and for other engines (`jinja`).
 
-    segments(messages): all segments of a checked list of {"role", "content"}; where the last message is the user's,
-    they end with what invites the model to answer.
-    stop: the special token that ends an answer. specials: special tokens that a tokenizer needs beside its own.
-    jinja: the same for transformers' `apply_chat_template`.
+    segments(messages): all segments of a checked list of {"role", "content"}; where the last
+    message is the user's, they end with what invites the model to answer. stop: the special token
+    that ends an answer. specials: special tokens that a tokenizer needs beside its own. jinja: the
+    same for transformers' `apply_chat_template`.
     """
 
     segments: Callable[[list[dict]], list[Segment]]
@@ -48,7 +48,8 @@ PROMPT = "##提问:\n{question}\n##回答:\n"
 def wenda(messages: list[dict]) -> list[Segment]:
     """The original's template; a system message joins the question after it.
 
-    >>> for segment in wenda([{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "小助手。"}]):
+    >>> for segment in wenda([{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content":
+    "小助手。"}]):
     ...     print(repr(segment.text), segment.learned)
     '##提问:\\n你是谁？\\n##回答:\\n' False
     '小助手。' True
@@ -84,7 +85,9 @@ DEFAULT = "wenda"
 
 
 def check(messages: list[dict]) -> None:
-    """Refuse what is no conversation: user and assistant take turns, user first; system messages stand between."""
+    """Refuse what is no conversation: user and assistant take turns, user first; system messages
+    stand between.
+    """
     turns = 0
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -109,5 +112,7 @@ def check(messages: list[dict]) -> None:
 
 
 def template_of(jinja: str | None) -> str:
-    """The name of the template that a tokenizer_config.json holds as Jinja; the default's where it is another."""
+    """The name of the template that a tokenizer_config.json holds as Jinja; the default's where it
+    is another.
+    """
     return next((name for name, template in TEMPLATES.items() if template.jinja == jinja), DEFAULT)

@@ -1,253 +1,382 @@
-"""BPE: text <-> token ids, and the tokenizer.json that every engine reads.
+"""The tokenizer: text -> token ids -> text.
 
-    text --split--> words (pre-tokens) --level--> symbols (bytes or characters) --merges--> ids
+    text        "感冒了，don't"
+    words       "感冒了" "，" "don" "'t"                  the level's split (levels.py, splits.py)
+    symbols     "感冒了" -> æ Ħ Ł å Ĩ Ĵ ä º Ĩ             bytes, or characters (levels.py)
+    ids         æ Ħ Ł å Ĩ Ĵ ä º Ĩ -> 感冒 了 -> 261 340    the merges, best rank first (merge_word)
 
-The vocabulary holds tokens as tokenizer.json spells them: at byte level with GPT-2's 256 stand-in characters (one
-printable character a byte, so that a Chinese character shows as three of them), at char level as they are, "▁" being a
-space. text/levels.py has what differs between the two. The ids are those of HF tokenizers on the same file. At byte
-level all 256 bytes are always in the vocabulary, so any text survives the round trip.
+The ids are those of HF tokenizers on the same tokenizer.json. At byte level all 256 bytes are in
+the vocabulary, so any text survives the round trip.
 
-Special tokens are recognised in text only where the caller asks (`specials=True`): a user who types [EOS] gets its
-five characters. Tokens added with `add_tokens` are always recognised, as in HF.
+Two sorts of tokens do not come from merging:
+
+    special tokens   such as [EOS]. They are recognised in a text only if the caller asks for it
+                     (`specials=True`): a user who types [EOS] gets its five characters.
+    added tokens     from `add_tokens`. They are always recognised, as in HF.
+
+Read in this order: `merge_word`, which is `encode_word_naive` of bpe.py made fast; then the class:
+encoding, decoding, adding tokens. hf_json.py reads and writes the files, and nanophi/tokenizer/fast
+encodes many texts at once.
 """
 
 import hashlib
 import heapq
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import compress, pairwise
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanophi.cli import UserError
-from nanophi.files import utf8, write_json
-from nanophi.tokenizer.levels import BYTE_TOKENS, Level, level_of, misshapen
-from nanophi.tokenizer.template import DEFAULT, TEMPLATES, template_of
+from nanophi.files import utf8
+from nanophi.tokenizer.levels import BYTE_TOKENS, Level
+from nanophi.tokenizer.template import DEFAULT
 
-SPECIAL_TOKENS = [
-    "[PAD]",
-    "[EOS]",
-    "[SEP]",
-    "[BOS]",
-    "[CLS]",
-    "[MASK]",
-    "[UNK]",
-]  # ids 0 to 6, the original's order
+# The original's special tokens in its order: ids 0 to 6.
+SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]
 
-FEW_CHARACTERS = 4096  # below this a batch is encoded text by text: numpy would only cost its calls
-MEMO_LENGTH = 100  # characters of a word that is worth remembering
-MEMO_ENTRIES = 200_000  # pre-tokens whose ids are remembered; about 60 MB
+FEW_CHARACTERS = 4096  # a smaller batch is encoded text by text: calling numpy would cost more
+MEMO_LENGTH = 100  # characters; the ids of longer words are not remembered
+MEMO_ENTRIES = 200_000  # words whose ids are remembered; about 60 MB
+SHOWN_TOKENS = 20  # added tokens in a `repr`
+
+Pair = tuple[int, int]
 
 
-def _split_at(tokens: Collection[str], text: str) -> list[str]:
-    """Cut `text` before and after every occurrence of a token, the longest first: ("ab",), "xabx" -> x, ab, x."""
-    import regex
+def merge_word(ids: Sequence[int], merges: Mapping[Pair, tuple[int, int]]) -> list[int]:
+    """Merge the symbols of one word: the best-ranked adjacent pair each time, the leftmost first.
 
-    if not tokens:
-        return [text]
-    return regex.split(
-        f"({'|'.join(regex.escape(t) for t in sorted(tokens, key=len, reverse=True))})", text
-    )
+    merges: pair -> (rank, id of the merged token). It gives what `encode_word_naive` of bpe.py
+    gives, in O(n log n) steps, so that a run of 10,000 spaces takes no longer than other text.
+
+    The candidates lie in a heap, and the ids in a linked list. When a pair is merged, its left id
+    becomes the new token and its right id is swallowed:
+
+        merges     a a -> X (rank 0),  X X -> Y (rank 1)
+
+        index      0  1  2  3      heap: (rank, index)
+        ids        a  a  a  a      (0, 0) (0, 1) (0, 2)
+        pop (0, 0) X  .  a  a      X a is no pair of merges: nothing to push
+        pop (0, 1) X  .  a  a      index 1 is swallowed: the entry is stale and is dropped
+        pop (0, 2) X  .  X  .      X X has rank 1: push (1, 0)
+        pop (1, 0) Y  .  .  .
+
+    Stale entries are not searched for. An entry is stale if the ids at its index are no longer a
+    pair of its rank.
+
+    >>> merge_word([7, 7, 7, 7], {(7, 7): (0, 8), (8, 8): (1, 9)})
+    [9]
+    """
+    n = len(ids)
+    swallowed = -1
+    merged_ids = list(ids)
+    previous = list(range(-1, n - 1))  # index of the left neighbour; -1: there is none
+    following = list(range(1, n + 1))  # index of the right neighbour; n: there is none
+    heap = [(*merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
+    heapq.heapify(heap)
+    while heap:
+        rank, merged, left = heapq.heappop(heap)
+        right = following[left]
+        if merged_ids[left] == swallowed or right == n:
+            continue
+        present = merges.get((merged_ids[left], merged_ids[right]))
+        if present is None or present[0] != rank:
+            continue
+        after = following[right]
+        before = previous[left]
+        merged_ids[left] = merged
+        merged_ids[right] = swallowed
+        following[left] = after
+        if before >= 0:
+            candidate = merges.get((merged_ids[before], merged))
+            if candidate is not None:
+                heapq.heappush(heap, (*candidate, before))
+        if after < n:
+            previous[after] = left
+            candidate = merges.get((merged, merged_ids[after]))
+            if candidate is not None:
+                heapq.heappush(heap, (*candidate, left))
+    return [i for i in merged_ids if i != swallowed]
 
 
 class Tokenizer:
-    """`vocab` maps each ordinary token's spelling to its id; `merges` maps a pair of ids to (rank, merged id)."""
+    """Encodes text into ids and decodes ids into text.
 
-    template = (
-        DEFAULT  # the chat template, a name of template.TEMPLATES; it is saved with the tokenizer
-    )
+    level          ByteLevel, CharLevel or PieceLevel
+    vocab          spelling of each ordinary token -> id
+    spelling       id -> spelling of each ordinary token
+    id_to_bytes    id -> the bytes that the token stands for; special and added tokens too
+    merge_list     the merges as pairs of ids, in order
+    merges         pair of ids -> (rank, id of the merged token)
+    merge_counts   how often each pair occurred when it was merged; known only after training
+    added          text -> id of the special tokens and the added ones
+    specials       those of `added` that are special
+    always         normalized text -> id of those of `added` that are not special
+    template       name of the chat template in template.TEMPLATES; it is saved with the tokenizer
 
-    def __init__(self, level: Level, tokens: list[str], merges: list[tuple[int, int]]):
-        """tokens: the ordinary tokens, with ids behind the special ones; merges: pairs of ids, most frequent first."""
+    >>> from nanophi.tokenizer.levels import ByteLevel
+    >>> level = ByteLevel()
+    >>> alphabet = level.alphabet([])
+    >>> h, i = (7 + alphabet.index(char) for char in "hi")
+    >>> tok = Tokenizer(level, [*alphabet, "hi"], [(h, i)])
+    >>> tok  # doctest: +NORMALIZE_WHITESPACE
+    Tokenizer(264 tokens, ByteLevel(split='gpt2', nfc=False), template 'wenda', 7 special or added:
+        [PAD] [EOS] [SEP] [BOS] [CLS] [MASK] [UNK])
+    >>> tok.encode("hi[EOS]"), tok.encode("hi[EOS]", specials=True)
+    ([263, 65, 43, 53, 57, 67], [263, 1])
+    >>> tok.decode([263, 1]), tok.decode([263, 1], skip_special_tokens=True)
+    ('hi[EOS]', 'hi')
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        tokens: Iterable[str],
+        merges: Iterable[Pair],
+        merge_counts: Iterable[int] = (),
+    ):
+        """Number the tokens: SPECIAL_TOKENS come first, then `tokens`, the ordinary ones.
+
+        tokens: their spellings. merges: pairs of ids, the most frequent first.
+        """
         self.level = level
-        self.added = {
-            text: i for i, text in enumerate(SPECIAL_TOKENS)
-        }  # text -> id, of special and later added ones
+        self.added = {text: i for i, text in enumerate(SPECIAL_TOKENS)}
         self.specials = set(SPECIAL_TOKENS)
         self.vocab = {token: i for i, token in enumerate(tokens, start=len(SPECIAL_TOKENS))}
         self.merge_list = list(merges)
-        self.merge_counts: list[
-            int
-        ] = []  # how often each pair stood there when it was merged, known after training
+        self.merge_counts = list(merge_counts)
+        self.template = DEFAULT
         self._index()
 
+    @classmethod
+    def of_parts(
+        cls,
+        level: Level,
+        added: dict[str, int],
+        specials: set[str],
+        vocab: dict[str, int],
+        merges: list[Pair],
+    ) -> "Tokenizer":
+        """A tokenizer whose ids are given instead of numbered here; the parts are attributes."""
+        tok = cls(level, [], [])
+        tok.added = added
+        tok.specials = specials
+        tok.vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
+        tok.merge_list = merges
+        tok._index()
+        return tok
+
     def _index(self) -> None:
+        """Compute what follows from level, vocab, added, specials and merge_list."""
         self.spelling = {i: token for token, i in self.vocab.items()}
         self.id_to_bytes = {i: self.level.bytes_of(token) for i, token in self.spelling.items()}
-        # An added token that was a token before keeps what that stands for, as in HF.
-        self.id_to_bytes |= {
-            i: utf8(text) for text, i in self.added.items() if i not in self.spelling
-        }
+        self.always: dict[str, int] = {}
+        for text, i in self.added.items():
+            if i not in self.spelling:  # otherwise it keeps the bytes of its spelling, as in HF
+                self.id_to_bytes[i] = utf8(text)
+            if text not in self.specials:
+                # HF looks for these tokens after normalization.
+                self.always[self.level.normalized(text)] = i
         self._size = max(self.id_to_bytes, default=-1) + 1
-        self.merges = {
-            (left, right): (rank, self.vocab[self.spelling[left] + self.spelling[right]])
-            for rank, (left, right) in enumerate(self.merge_list)
-        }
-        # The tokens recognised in any text are looked for after normalization, as HF does it.
-        self.always = {
-            self.level.normalized(text): i
-            for text, i in self.added.items()
-            if text not in self.specials
-        }
-        self._memo: dict[str, list[int]] = {}
-        self._encoder = None  # for batches, made when first used
+        self.merges = {}
+        for rank, (left, right) in enumerate(self.merge_list):
+            merged = self.vocab[self.spelling[left] + self.spelling[right]]
+            self.merges[left, right] = (rank, merged)
+        self._memo: dict[str, list[int]] = {}  # word -> its ids
+        self._encoder: Any = None  # the BatchEncoder, made when it is first used
         self.__dict__.pop("fingerprint", None)
 
     def __len__(self) -> int:
-        """One more than the largest id; a vocabulary from elsewhere may have gaps."""
+        """The largest id + 1. A vocabulary from elsewhere may have gaps below it."""
         return self._size
 
+    def __repr__(self) -> str:
+        shown = list(self.added)[:SHOWN_TOKENS]
+        if len(self.added) > SHOWN_TOKENS:
+            shown.append("...")
+        return (
+            f"Tokenizer({len(self)} tokens, {self.level}, template {self.template!r}, "
+            f"{len(self.added)} special or added: {' '.join(shown)})"
+        )
+
     def special_id(self, text: str) -> int:
-        """The id of a special token: `tok.special_id("[SEP]")`."""
+        """The id of a special or added token: `tok.special_id("[SEP]")`."""
         if text not in self.added:
             raise UserError(
-                f"this tokenizer has no {text}; its added tokens are {', '.join(self.added) or 'none'}"
+                f"this tokenizer has no {text}; "
+                f"its added tokens are {', '.join(self.added) or 'none'}"
             )
         return self.added[text]
 
     @property
     def eos_id(self) -> int:
+        """The id of [EOS]."""
         return self.special_id("[EOS]")
 
     @property
     def bos_id(self) -> int:
+        """The id of [BOS]."""
         return self.special_id("[BOS]")
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change when any id changes; shards and training states carry it."""
+        """16 hex digits that change when any id changes. Shards and training states carry it."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-    # Encoding
+    # ---- Encoding one text
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
-        """Text -> ids, nothing added at either end. specials: also recognise [EOS] and its like in the text."""
-        utf8(text)  # refuses what is no text
+        """Text -> ids. Nothing is added at either end.
+
+        specials: recognise special tokens such as [EOS] in the text, too. Raises a UserError if the
+        text holds half of a surrogate pair.
+        """
+        if not isinstance(text, str):
+            raise UserError(
+                f"encode takes one string, not a value of type {type(text).__name__}; "
+                "encode_batch takes a list of strings"
+            )
+        utf8(text)  # refuses half of a surrogate pair
+        if not specials:
+            return self._encode_part(text)
         ids = []
-        for part in _split_at(self.specials if specials else (), text):
-            if specials and part in self.specials:
+        for part in split_at(self.specials, text):
+            if part in self.specials:
                 ids.append(self.added[part])
             else:
-                for piece in _split_at(self.always, self.level.normalized(part)):
-                    ids.extend(
-                        [self.always[piece]] if piece in self.always else self._ordinary(piece)
-                    )
+                ids.extend(self._encode_part(part))
         return ids
 
-    def encode_batch(self, texts: Iterable[str], specials: bool = False) -> list[list[int]]:
-        """`encode` for each text, many together in numpy."""
-        return [ids.tolist() for ids in self.encode_stream(texts, specials)]
+    def _encode_part(self, text: str) -> list[int]:
+        """The ids of a text without special tokens; added tokens are recognised."""
+        normalized = self.level.normalized(text)
+        if not self.always:
+            return self._encode_ordinary(normalized)
+        ids = []
+        for part in split_at(self.always, normalized):
+            if part in self.always:
+                ids.append(self.always[part])
+            else:
+                ids.extend(self._encode_ordinary(part))
+        return ids
 
-    def encode_stream(self, texts: Iterable[str], specials: bool = False) -> Iterator[np.ndarray]:
-        """`encode_batch` as arrays, one after the other; texts may stream in."""
-        from nanophi.parallel import batches
-        from nanophi.tokenizer.fast.encoder import BatchEncoder
-        from nanophi.tokenizer.fast.words import BLOCK_CHARACTERS
+    def _encode_ordinary(self, normalized: str) -> list[int]:
+        """The ids of a normalized text without any special or added token, word by word."""
+        ids = []
+        for word in self.level.words(normalized):
+            word_ids = self._memo.get(word)
+            if word_ids is None:
+                word_ids = self.encode_word(word)
+                if len(self._memo) >= MEMO_ENTRIES:
+                    self._memo.clear()
+                if len(word) <= MEMO_LENGTH:
+                    self._memo[word] = word_ids
+            ids.extend(word_ids)
+        return ids
 
-        raw_sought = self.specials if specials else ()
-        for block in batches(texts, BLOCK_CHARACTERS):
-            if sum(map(len, block)) < FEW_CHARACTERS:
-                yield from (np.array(self.encode(text, specials), np.int32) for text in block)
-                continue
-            self._encoder = self._encoder or BatchEncoder(self)
-            plain = [
-                not any(token in text for token in raw_sought)
-                and not (
-                    self.always and any(map(self.level.normalized(text).__contains__, self.always))
-                )
-                for text in block
-            ]
-            together = iter(self._encoder.encode(list(compress(block, plain))))
-            for text, is_plain in zip(block, plain, strict=True):
-                yield (
-                    next(together) if is_plain else np.array(self.encode(text, specials), np.int32)
-                )
+    def encode_word(self, word: str) -> list[int]:
+        """The ids of one word of the split, or of a part of a word that no token reaches out of."""
+        ids = []
+        for symbol in self.level.symbols(word):
+            i = self.vocab.get(symbol)
+            if i is None:
+                ids.extend(self._ids_of_unknown(symbol))
+            else:
+                ids.append(i)
+        return merge_word(ids, self.merges)
+
+    def _ids_of_unknown(self, character: str) -> list[int]:
+        """A character that is no token: its bytes if there is a fallback, otherwise [UNK]."""
+        if self.level.byte_fallback:
+            return [self.vocab[BYTE_TOKENS[byte]] for byte in utf8(character)]
+        if "[UNK]" in self.vocab:
+            return [self.vocab["[UNK]"]]
+        return [self.special_id("[UNK]")]
 
     def encode_with_offsets(
         self, text: str, specials: bool = False
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """ids, and for each the characters [start, stop) that it stands for, in the normalized text; of a character
-        that several tokens share, each has the whole."""
-        ids, text = self.encode(text, specials), self.level.normalized(text)
-        starts = np.repeat(
-            np.arange(len(text)), [len(char.encode()) for char in text]
-        )  # the character of each byte
-        unknown, at, sizes = self.added.get("[UNK]"), 0, []
-        for i in ids:
-            size = len(self.id_to_bytes[i])
-            if (
-                i == unknown and self.level.name == "char"
-            ):  # stands for one character, whatever its bytes
-                size = len(text[starts[at]].encode())
-            elif self.level.name == "char":
-                size += 2 * self.id_to_bytes[i].count(
-                    b" "
-                )  # "▁" has three bytes in the normalized text
-            sizes.append(size)
-            at += size
-        ends = np.cumsum(sizes, dtype=np.int64)
-        begins = ends - sizes
-        return ids, [
-            (int(starts[a]), int(starts[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)
-        ]
+        """The ids, and for each id the characters [start, stop) of the normalized text it covers.
 
-    def _ordinary(self, text: str) -> list[int]:
-        ids = []
-        for word in self.level.words(text):
-            found = self._memo.get(word)
-            if found is None:
-                found = self.encode_word(word)
-                if len(self._memo) >= MEMO_ENTRIES:
-                    self._memo.clear()
-                if len(word) <= MEMO_LENGTH:
-                    self._memo[word] = found
-            ids.extend(found)
-        return ids
+        If several tokens share a character, each of them covers the whole character:
 
-    def encode_word(self, word: str) -> list[int]:
-        """The ids of one word of the split, or of a part of it that no token reaches out of."""
-        return self._merge([i for symbol in self.level.symbols(word) for i in self._start(symbol)])
-
-    def _start(self, symbol: str) -> list[int]:
-        """A symbol's id; for a character that is no token its bytes' ids where there are such tokens, else [UNK]."""
-        if symbol in self.vocab:
-            return [self.vocab[symbol]]
-        if self.level.byte_fallback:
-            return [self.vocab[BYTE_TOKENS[byte]] for byte in utf8(symbol)]
-        return [self.vocab["[UNK]"] if "[UNK]" in self.vocab else self.special_id("[UNK]")]
-
-    def _merge(self, ids: list[int]) -> list[int]:
-        """Apply the merges to one pre-token: always the best-ranked pair present, the leftmost first among equals.
-
-        A linked list and a heap of candidate pairs, O(n log n): a run of 10,000 spaces is no trap. An entry of the
-        heap is stale when its pair is gone; that shows because its ids no longer stand there.
+            text       感冒               characters 0 and 1, 3 bytes each
+            tokens     <E6 84> <9F> 冒     the first two share 感
+            offsets    (0, 1)  (0, 1)  (1, 2)
         """
-        n = len(ids)
-        previous, following = list(range(-1, n - 1)), list(range(1, n + 1))
-        heap = [
-            (*self.merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in self.merges
-        ]
-        heapq.heapify(heap)
-        while heap:
-            rank, merged, left = heapq.heappop(heap)
-            right = following[left] if ids[left] >= 0 else n
-            if right == n or self.merges.get((ids[left], ids[right]), (None,))[0] != rank:
-                continue
-            ids[left], ids[right] = merged, -1  # -1: swallowed by its left neighbour
-            following[left] = after = following[right]
-            if after < n:
-                previous[after] = left
-            for start, end in ((previous[left], left), (left, after)):
-                if start >= 0 and end < n and (found := self.merges.get((ids[start], ids[end]))):
-                    heapq.heappush(heap, (*found, start))
-        return [i for i in ids if i >= 0]
+        ids = self.encode(text, specials)
+        normalized = self.level.normalized(text)
+        widths = [len(char.encode()) for char in normalized]
+        character_of_byte = np.repeat(np.arange(len(normalized)), widths)  # "a好" -> 0 1 1 1
+        offsets = []
+        begin = 0  # in bytes of the normalized text
+        for i in ids:
+            first = int(character_of_byte[begin])
+            end = begin + self._bytes_covered(i, normalized[first])
+            last = int(character_of_byte[end - 1])
+            offsets.append((first, last + 1))
+            begin = end
+        return ids, offsets
 
-    # Decoding
+    def _bytes_covered(self, token_id: int, character: str) -> int:
+        """How many bytes of the normalized text a token covers that begins in this character."""
+        raw = self.id_to_bytes[token_id]
+        if self.level.name == "byte":
+            return len(raw)
+        if token_id == self.added.get("[UNK]"):
+            return len(character.encode())
+        return len(raw) + 2 * raw.count(b" ")  # a space is "▁" there, which has 3 bytes
+
+    # ---- Encoding many texts
+
+    def encode_batch(self, texts: Iterable[str], specials: bool = False) -> list[list[int]]:
+        """`encode` for each text; many texts are encoded together in numpy."""
+        return [ids.tolist() for ids in self.encode_stream(texts, specials)]
+
+    def encode_stream(self, texts: Iterable[str], specials: bool = False) -> Iterator[np.ndarray]:
+        """`encode_batch` that yields an int32 array for each text. The texts may stream in."""
+        from nanophi.parallel import batches
+        from nanophi.tokenizer.fast.words import BLOCK_CHARACTERS
+
+        refuse_one_string(texts, "encode_batch")
+        for block in batches(texts, BLOCK_CHARACTERS):
+            if sum(map(len, block)) < FEW_CHARACTERS:
+                for text in block:
+                    yield np.array(self.encode(text, specials), np.int32)
+            else:
+                yield from self._encode_block(block, specials)
+
+    def _encode_block(self, texts: list[str], specials: bool) -> Iterator[np.ndarray]:
+        """Texts in which no added token occurs are encoded together, the others one by one."""
+        from nanophi.tokenizer.fast.encoder import BatchEncoder
+
+        if self._encoder is None:
+            self._encoder = BatchEncoder(self)
+        is_plain = [not self._holds_added_token(text, specials) for text in texts]
+        plain = [text for text, is_one in zip(texts, is_plain, strict=True) if is_one]
+        encoded = iter(self._encoder.encode(plain))
+        for text, is_one in zip(texts, is_plain, strict=True):
+            if is_one:
+                yield next(encoded)
+            else:
+                yield np.array(self.encode(text, specials), np.int32)
+
+    def _holds_added_token(self, text: str, specials: bool) -> bool:
+        """Whether `encode` would recognise a special token (with specials) or an added one."""
+        if specials and any(token in text for token in self.specials):
+            return True
+        if not self.always:
+            return False
+        normalized = self.level.normalized(text)
+        return any(token in normalized for token in self.always)
+
+    # ---- Decoding
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> the exact bytes."""
+        """Ids -> the exact bytes. Raises a UserError if an id is no token."""
         try:
             return b"".join([self.id_to_bytes[int(i)] for i in ids])
         except KeyError as error:
@@ -256,138 +385,89 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
-        hidden = {self.added[text] for text in self.specials} if skip_special_tokens else ()
-        return self.decode_bytes(i for i in ids if int(i) not in hidden).decode("utf-8", "replace")
+        """Ids -> text. Bytes that are no UTF-8 become U+FFFD."""
+        if skip_special_tokens:
+            hidden = self._special_ids()
+            ids = [i for i in ids if int(i) not in hidden]
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def byte_lengths(self) -> list[int]:
-        """Bytes of text that each id stands for, by id; special tokens stand for none."""
-        special = {self.added[text] for text in self.specials}
-        return [0 if i in special else len(self.id_to_bytes.get(i, b"")) for i in range(len(self))]
+        """For each id, how many bytes of text it stands for: 0 for special tokens and for gaps."""
+        lengths = [0] * len(self)
+        special = self._special_ids()
+        for i, raw in self.id_to_bytes.items():
+            if i not in special:
+                lengths[i] = len(raw)
+        return lengths
 
-    def add_tokens(self, texts: list[str]) -> int:
-        """Recognise these in any text from now on, appending what is no token yet; returns how many were not added
-        before. A model has to follow: `model.set_vocabulary(len(tok))`."""
-        before, free = len(self.added), len(self)
+    def _special_ids(self) -> set[int]:
+        return {self.added[text] for text in self.specials}
+
+    # ---- Adding tokens
+
+    def add_tokens(self, texts: Iterable[str], special: bool = False) -> int:
+        """Recognise these texts as tokens from now on; returns how many were not added before.
+
+        special: make them special tokens, which are recognised only with `specials=True`. A text
+        that is a token of the vocabulary already keeps its id, as in HF. The others get new ids at
+        the end, and a model has to follow: `model.set_vocabulary(len(tok))`.
+        """
+        refuse_one_string(texts, "add_tokens")
+        texts = [text for text in texts if text]
         for text in texts:
-            utf8(text)
+            utf8(text)  # refuses half of a surrogate pair, before anything is changed
+        before = len(self.added)
+        free = len(self)
         for text in texts:
-            if text and text not in self.added:
-                self.added[text] = self.vocab.get(text, free)  # HF too gives "cat" the id it has
+            if text not in self.added:
+                self.added[text] = self.vocab.get(text, free)
                 free = max(free, self.added[text] + 1)
+        if special:
+            self.specials.update(texts)
         self._index()
         return len(self.added) - before
 
-    # Files
+    # ---- Files: see hf_json.py
 
-    def to_dict(self) -> dict:
-        """The tokenizer.json of HF tokenizers."""
-        as_first = {text: i for text, i in self.added.items() if text in self.specials}
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {
-                    "id": i,
-                    "content": text,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": text not in self.specials,
-                    "special": text in self.specials,
-                }
-                for text, i in sorted(self.added.items(), key=lambda item: item[1])
-            ],
-            **self.level.settings(),
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": "[UNK]" if self.level.name == "char" else None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": self.level.byte_fallback,
-                "ignore_merges": False,
-                "vocab": as_first | self.vocab,
-                "merges": [[self.spelling[i] for i in pair] for pair in self.merge_list],
-            },
-        }
+    def to_dict(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
+        from nanophi.tokenizer import hf_json
+
+        return hf_json.to_dict(self)
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as AutoTokenizer 4.57 and 5 read."""
-        directory = Path(directory)
-        roles = {
-            f"{name.strip('[]').lower()}_token": name
-            for name in SPECIAL_TOKENS
-            if name in self.specials  # [PAD] -> pad_token
-        }
-        write_json(directory / "tokenizer.json", self.to_dict())
-        write_json(directory / "special_tokens_map.json", roles)
-        config = {
-            # Without a class, or with GPT-2's, transformers 5 rebuilds the splitting and gives other ids.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": TEMPLATES[self.template].jinja,
-        }
-        write_json(directory / "tokenizer_config.json", config | roles)
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
+        from nanophi.tokenizer import hf_json
 
-    @classmethod
-    def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read the tokenizer.json of a directory that `save`, or HF tokenizers with the same settings, wrote."""
-        path = Path(directory) / "tokenizer.json"
-        if not path.exists():
-            raise UserError(
-                f"no tokenizer.json in {directory}; python train_tokenizer.py --out {directory} writes one"
-            )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no JSON: {error}") from None
-        if fault := misshapen(data):
-            raise UserError(f"{path} is no tokenizer.json: {fault}")
-        level = level_of(data, path)
-        model, added = data["model"], sorted(data["added_tokens"], key=lambda token: token["id"])
-        added = [token for token in added if token["content"]]
-        for token in added:
-            if model["vocab"].get(token["content"], token["id"]) != token["id"]:
-                raise UserError(
-                    f"{path}: {token['content']} has one id in the vocabulary and another in added_tokens"
-                )
-        specials = {token["content"] for token in added if token["special"]}
-        vocab = {token: i for token, i in model["vocab"].items() if token not in specials}
-        if missing := set(level.alphabet([])) - vocab.keys():
-            raise UserError(
-                f"{path}: {len(missing)} of the 256 bytes are missing from the vocabulary"
-            )
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        try:
-            merges = [(model["vocab"][left], model["vocab"][right]) for left, right in pairs]
-            tok = cls.of_parts(
-                level, {token["content"]: token["id"] for token in added}, specials, vocab, merges
-            )
-        except KeyError as error:
-            raise UserError(f"{path}: tokens and merges do not fit together, at {error}") from None
+        hf_json.save(self, directory)
 
-        tok.template = template_of(_jinja_of(Path(directory) / "tokenizer_config.json"))
-        return tok
+    @staticmethod
+    def load(directory: str | Path) -> "Tokenizer":
+        """Read the tokenizer.json of a directory; `save` or HF tokenizers may have written it."""
+        from nanophi.tokenizer import hf_json
 
-    @classmethod
-    def of_parts(
-        cls, level: Level, added: dict, specials: set, vocab: dict, merges: list
-    ) -> "Tokenizer":
-        """A tokenizer whose ids are given, not numbered here: added and vocab are {spelling: id}."""
-        tok = cls.__new__(cls)
-        tok.level, tok.added, tok.specials = level, added, specials
-        tok.vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
-        tok.merge_list, tok.merge_counts = merges, []
-        tok._index()
-        return tok
+        return hf_json.load(directory)
 
 
-def _jinja_of(path: Path) -> str | None:
-    """The chat template that a tokenizer_config.json holds; None where there is no such file or none in it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
-        return None
+def split_at(tokens: Collection[str], text: str) -> list[str]:
+    """Cut `text` before and after every occurrence of a token; the longest token goes first.
+
+    >>> split_at(["ab", "abc"], "xabcyab")
+    ['x', 'abc', 'y', 'ab', '']
+    """
+    import regex
+
+    if not tokens:
+        return [text]
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pattern = "|".join(regex.escape(token) for token in longest_first)
+    return regex.split(f"({pattern})", text)
+
+
+def refuse_one_string(texts: Iterable[str], function: str) -> None:
+    """Refuse one string where a list of strings is expected: it would be read as its characters."""
+    if isinstance(texts, str):
+        raise UserError(
+            f"{function} takes a list of strings, one for each text, and not one string; "
+            f"for a single text write {function}([text])"
+        )

@@ -1,1 +1,8 @@
-"""Tokens + model -> weights. Imports text and model."""
+"""Train tokens + a model -> weights. Read step.py first, then loop.py."""
+
+from typing import TYPE_CHECKING
+
+from nanophi.lazy import on_first_use
+
+if not TYPE_CHECKING:  # `nanophi.train.losses` works without an import of its own
+    __getattr__ = on_first_use(__name__)

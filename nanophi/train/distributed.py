@@ -1,15 +1,19 @@
-"""Several processes that train as one: torchrun starts them, and once a step their gradients are added.
+"""Several processes that train as one: torchrun starts them, and once a step their gradients are
+summed.
 
-    torchrun --nproc-per-node 4 pretrain.py ...          (more machines, restarts: torchrun's own flags)
+    torchrun --nproc-per-node 4 pretrain.py ...          (more machines, restarts: torchrun's own
+    flags)
 
-Every rank builds the same model and reads the same `batch_at(step)`, takes its part of the samples, and after the last
-micro-step adds up gradient sums, losses and counts with the others; then all take the same optimizer step. There is no
-wrapper around the model: the chunked loss reads hidden states and head apart, past any hook a wrapper would have put on
-`forward`. `--out` has to be seen by all ranks (they resume from it), and rank 0 alone writes there.
+Every rank builds the same model and reads the same `batch_at(step)`. It takes its part of the
+samples, and after the last micro-batch it adds its gradient sums, losses and counts to those of the
+others; then all ranks take the same optimizer step. The model has no wrapper: the chunked loss
+reads hidden states and head separately and never calls `forward`, so the hooks of a wrapper would
+not fire. All ranks must see `--out`, because they resume from it; rank 0 alone writes there.
 
-For a model that does not fit on one device, `--shard` splits weights, gradients and optimizer states over the ranks
-(torch's FSDP2; Zhao et al. 2023). A sharded tensor is a DTensor, which holds this rank's rows: `whole` and `part_like`
-lead from one to the other, and checkpoints are written whole.
+For a model that does not fit on one device, `--shard` distributes weights, gradients and optimizer
+states over the ranks (torch's FSDP2; Zhao et al. 2023). A distributed tensor (torch's DTensor)
+holds the rows of this rank: `whole` and `part_like` lead from one to the other, and checkpoints are
+written whole.
 """
 
 import atexit
@@ -19,20 +23,18 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanophi.cli import UserError
-from nanophi.model.checkpoint import pick_device
 from nanophi.model.phi import Phi
 
-BUCKET = 25_000_000  # elements added at once: 100 MB of fp32
-JOINING = timedelta(minutes=10)  # until all ranks have come
-PATIENCE = timedelta(
-    minutes=30
-)  # for a rank that does not answer, such as rank 0 while it evaluates
+BUCKET = 25_000_000  # gradients summed in one message: 100 MB of fp32
+JOINING = timedelta(minutes=10)  # how long to wait until all ranks have come
+PATIENCE = timedelta(minutes=30)  # how long to wait for a rank, such as rank 0 while it evaluates
 
 
 @dataclass(frozen=True)
@@ -48,39 +50,50 @@ class World:
         return self.rank == 0
 
     def part(self, samples: int) -> tuple[int, int]:
-        """[start, stop) of the samples of a step that are this rank's."""
+        """[start, stop): the samples of a step that are this rank's.
+
+        >>> [World(rank, 3, "cpu").part(8) for rank in range(3)]
+        [(0, 2), (2, 5), (5, 8)]
+        """
         return samples * self.rank // self.size, samples * (self.rank + 1) // self.size
 
-    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over the ranks; of a sharded model it is their mean, taken in backward."""
+    def add_gradients(self, parameters: Iterable[Any]) -> None:
+        """Replace every gradient by its sum over the ranks."""
         if self.size == 1:
             return
-        waiting: list[Tensor] = []
+        bucket: list[Tensor] = []
+        elements = 0
         for p in parameters:
-            if is_sharded(p):
+            if is_distributed(p):  # FSDP has taken the mean in backward
                 p.grad.mul_(self.size)
                 continue
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            waiting.append(p.grad)
-            if sum(map(torch.Tensor.numel, waiting)) >= BUCKET:
-                waiting = _add(waiting)
-        _add(waiting)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            bucket.append(p.grad)
+            elements += p.grad.numel()
+            if elements >= BUCKET:
+                sum_over_ranks(bucket)
+                bucket.clear()
+                elements = 0
+        sum_over_ranks(bucket)
 
-    def clip(self, parameters: Iterable[Tensor], largest: float) -> float:
-        """Scale the gradients so that their norm is at most `largest` (Pascanu et al. 2013); return what it was.
+    def clip(self, parameters: Iterable[Any], largest: float) -> float:
+        """Scale the gradients so that their norm is at most `largest` (Pascanu et al. 2013); return
+        the norm before.
 
-        The norm of each row is taken in fp32 and that of all rows in fp64: ranks hold whole rows of a sharded model,
-        so its factor is that of one process to the bit. One rounded otherwise would be another run 20 steps later.
+        The norm of each row is computed in fp32 and that of all rows in fp64. Ranks hold whole rows
+        of a distributed model, so its factor is that of one process to the bit: a difference in the
+        last bit makes two runs diverge within 20 steps.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
-        parts = [grad.to_local() if is_sharded(grad) else grad for grad in gradients]
-        rows = [
-            part if part.dim() == 1 else torch.linalg.vector_norm(part, dim=-1) for part in parts
-        ]
-        squares = torch.stack([row.double().square().sum() for row in rows]).sum().item()
-        norm = math.sqrt(self.add([squares])[0] if is_sharded(gradients[0]) else squares)
-        if (factor := largest / (norm + 1e-6)) < 1:
-            torch._foreach_mul_(parts, factor)
+        local = [grad.to_local() if is_distributed(grad) else grad for grad in gradients]
+        squares = torch.stack([_square_norm(grad) for grad in local]).sum().item()
+        if is_distributed(gradients[0]):
+            squares = self.add([squares])[0]
+        norm = math.sqrt(squares)
+        factor = largest / (norm + 1e-6)
+        if factor < 1:
+            torch._foreach_mul_(local, factor)
         return norm
 
     def add(self, numbers: list[float]) -> list[float]:
@@ -88,64 +101,78 @@ class World:
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def largest(self, numbers: list[float]) -> list[float]:
+        """The largest of each number over the ranks."""
         return self._reduced(numbers, dist.ReduceOp.MAX)
 
-    def _reduced(self, numbers: list[float], operation) -> list[float]:
+    def _reduced(self, numbers: list[float], operation: Any) -> list[float]:
         if self.size == 1:
             return numbers
         together = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(together, operation)
         return together.tolist()
 
-    def gather(self, value) -> list:
+    def gather(self, value: Any) -> list:
         """The value of every rank, in order, on every rank."""
-        found = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
 
-def _add(tensors: list[Tensor]) -> list[Tensor]:
-    """Sum over the ranks, in place, as one flat message; returns a new empty list."""
-    if tensors:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, part in zip(
-            tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
-        ):
-            tensor.copy_(part.view_as(tensor))
-    return []
+def _square_norm(grad: Tensor) -> Tensor:
+    """The sum of squares, rows first."""
+    rows = grad if grad.dim() == 1 else torch.linalg.vector_norm(grad, dim=-1)
+    return rows.double().square().sum()
 
 
-def shard(model: Phi, world: World) -> None:
-    """Split the model over the ranks, in place. A block is whole only while it computes; embedding, final norm and head
-    are whole from `hidden` until the end of backward, as the loss reads the head. In half precision backward needs the
-    copies that autocast makes of all blocks; with --recompute they are made again. The first `hidden` after it must not
-    be under inference_mode: FSDP2 (torch 2.13) cannot train then."""
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over the ranks, in one flat message for all."""
+    if not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+# ---- one model over several ranks: --shard
+
+
+def distribute(model: Phi, world: World) -> None:
+    """Distribute the model over the ranks, in place.
+
+    A block is whole only while it computes. Embedding, final norm and head are whole from `hidden`
+    until the end of backward, because the loss reads the head. In half precision, backward needs
+    the copies that autocast makes of all blocks; with --recompute they are made again. The first
+    call of `hidden` must not be under inference_mode: FSDP2 (torch 2.13) cannot train afterwards.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
-    # DTensor's caches keep the mesh for good, and with it the group: see _leave.
+    # DTensor's caches keep the mesh for good, and the mesh keeps the process group: see _leave.
     atexit.register(getattr(mesh, "_pg_registry", {}).clear)
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_distributed(tensor: Any) -> bool:
     """Whether this rank holds a part of the tensor (a DTensor) and not all of it."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every rank (all must ask at once); any other one as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def whole(tensor: Any) -> Tensor:
+    """A distributed tensor put together, on every rank; all ranks must call it. Any other tensor
+    stays as it is.
+    """
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
-def part_like(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, where `like` is sharded."""
-    if not is_sharded(like):
+def part_like(full: Tensor, like: Any) -> Tensor:
+    """This rank's part of a whole tensor where `like` is distributed, otherwise all of it."""
+    if not is_distributed(like):
         return full
     from torch.distributed.tensor import distribute_tensor
 
@@ -154,83 +181,85 @@ def part_like(full: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def put_together(tree, keep: bool):
-    """A nested dict or list whose sharded tensors are whole and on the CPU. All ranks call it; those that do not `keep`
-    the result have None in place of such tensors."""
+def put_together(tree: Any, keep: bool) -> Any:
+    """A nested dict or list whose distributed tensors are whole and on the CPU.
+
+    All ranks call it; those that do not `keep` the result have None in place of such tensors.
+    """
     if isinstance(tree, dict):
         return {name: put_together(value, keep) for name, value in tree.items()}
     if isinstance(tree, list):
         return [put_together(value, keep) for value in tree]
-    if not isinstance(tree, Tensor) or not is_sharded(tree):
+    if not isinstance(tree, Tensor) or not is_distributed(tree):
         return tree
-    full = tree.full_tensor()
+    full = whole(tree)
     return full.cpu() if keep else None
 
 
+# ---- joining and leaving
+
+
 def join(device: str) -> World:
-    """The world that torchrun has made (its environment variables say so), or a world of one."""
-    size, device = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
+    """The world that torchrun has made (its environment variables say so), or a world of one.
+
+    device: what pick_device gives. Under torchrun, "cuda" becomes the GPU of this rank.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if device.startswith("cuda:"):
         if size > 1:
             raise UserError(
-                f"--device {device}: of {size} ranks each has a GPU of its own, so say cuda or nothing"
+                f"--device {device}: of {size} ranks each has a GPU of its own, so say cuda "
+                "or nothing"
             )
         torch.cuda.set_device(device)  # random state and memory are asked of the current one
     if size == 1:
         return World(0, 1, device)
     if device == "cuda":
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
-            raise UserError(
-                f"rank {local} has no GPU of its own: this machine has {there}; start as many ranks"
-            )
-        device = f"cuda:{local}"
-        torch.cuda.set_device(device)
+        device = _gpu_of_this_rank()
     if not dist.is_initialized():
-        from torch.distributed.nn import functional  # noqa: F401  its defaults would keep a group made before it
-
-        try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
-        except (
-            dist.DistError,
-            ValueError,
-        ) as error:  # some never came, or there is no address to come to
-            raise UserError(
-                f"{size} ranks should train together and did not all come: {error}; use torchrun"
-            ) from None
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13), and they would look for
-            # each other where the dead ones were.
-            store = dist.PrefixStore(
-                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-            )
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        if backend == "gloo":  # with nccl, a rank that fails alone would wait here for the others
-            atexit.register(_leave)
+        _meet(size, "nccl" if device.startswith("cuda") else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def _gpu_of_this_rank() -> str:
+    number = int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"rank {number} has no GPU of its own: this machine has {gpus}; start as many ranks"
+        )
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def _meet(size: int, backend: str) -> None:
+    """Wait until all ranks have come, and make the process group."""
+    # Imported before there is a group: the defaults of its functions would keep a group alive.
+    from torch.distributed.nn import functional  # noqa: F401
+
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+    except (dist.DistError, ValueError) as error:  # a rank never came, or there is no address
+        raise UserError(
+            f"{size} ranks should train together and did not all come: {error}; use torchrun"
+        ) from None
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13). Without a
+        # prefix of their own they would look for each other at the addresses of the dead ones.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    if backend == "gloo":  # with nccl, a rank that fails alone would wait here for the others
+        atexit.register(_leave)
+
+
 def _leave() -> None:
-    """End gloo's threads before the interpreter ends. A thread that lets go of a tensor after that needs a lock that it
-    can no longer have, and the process aborts with all its work done. The threads end with the last reference to the
-    group, which a model in reference cycles may hold too."""
+    """End gloo's threads before the interpreter ends.
+
+    A thread that releases a tensor after that needs a lock that it can no longer have, and the
+    process aborts with all its work done. The threads end with the last reference to the group,
+    which a model in reference cycles may hold too.
+    """
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def computes_in(cfg, device: str) -> str:
-    """The dtype in which a run computes: --dtype, or what suits the device. cfg: a TrainConfig (loop.py)."""
-    if cfg.dtype != "auto":
-        return cfg.dtype
-    if not device.startswith("cuda"):
-        return "float32"
-    return (
-        "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-    )  # older cards have no bf16
-
-
-def is_first() -> bool:
-    """Whether this process is rank 0, before or without `join`."""
-    return os.environ.get("RANK", "0") == "0"

@@ -1,186 +1,60 @@
-"""The one training loop: pretraining, SFT and DPO differ in the `loss_fn` and `batch_at` that they pass in.
+"""The one training loop: pretraining, SFT and DPO differ in the `loss_fn` and `batch_at` that they
+pass in.
 
-Everything about time is a pure function of the step: the batch, the learning rate. The state of a run is therefore the
-weights, the optimizers, the random generator and one integer, and a resumed run equals the unbroken one bit for bit (on
-a GPU up to rounding: its attention adds up in an order that varies). rundir.py keeps it on disk.
+Read `train`: prepare, then for each step: step, log, save. step.py is what one step does.
+
+Everything about time is a pure function of the step: batch_at(step) and the learning rate. The
+state of a run is therefore the weights, the optimizers, the random generators and one integer, and
+a resumed run equals the unbroken one bit for bit (on a GPU up to rounding: its attention adds up in
+an order that varies). rundir.py keeps it on disk.
 """
 
 import contextlib
-import math
-import shutil
-import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
+from torch.optim import Optimizer
 
 import nanophi
-from nanophi.cli import Progress, UserError, flag
+from nanophi.cli import Progress, UserError
 from nanophi.files import write_json
-from nanophi.model.attention import BACKENDS
+from nanophi.model.checkpoint import check_architecture
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train import preflight
-from nanophi.train.distributed import World, computes_in, join, shard
-from nanophi.train.faults import Faults, compiled_or_not
+from nanophi.train.config import TrainConfig, total_steps
+from nanophi.train.distributed import distribute
+from nanophi.train.faults import Faults, or_uncompiled
+from nanophi.train.interrupts import Interrupts
 from nanophi.train.losses import LossFn
-from nanophi.train.optim import build_optimizers, schedule
+from nanophi.train.optim import build_optimizers, peak_rates, schedule, set_rates
 from nanophi.train.packing import Batch
-from nanophi.train.rundir import STATE, Run, claim, files_of_a_run
+from nanophi.train.precision import LossScale
+from nanophi.train.rundir import STATE, RunDirectory, delete_run
+from nanophi.train.setup import Setup, begin
+from nanophi.train.step import StepResult, training_step
+
+try:
+    from nanophi.model.speed import speed_up
+except ImportError:  # whoever deletes that file trains the plain network
+
+    def speed_up(model: Phi, recompute: bool = False, compile: bool = False) -> None:
+        if recompute or compile:
+            raise UserError("--recompute and --compile need the file nanophi/model/speed.py")
 
 
-@dataclass(kw_only=True)
-class TrainConfig:
-    """What pretrain.py, sft.py and dpo.py have in common."""
-
-    out: str = flag(help="run directory: the newest checkpoint and its history")
-    steps: int | None = flag(
-        None, at_least=1, help="optimizer steps; --epochs instead counts passes over the data"
-    )
-    epochs: float | None = flag(
-        None, above=0, help="passes over the data (1 where --steps is not given either)"
-    )
-    micro_batch: int = flag(
-        8, at_least=1, help="rows (or pairs) a device holds at once; changes memory alone"
-    )
-    context: int | None = flag(None, at_least=2, help="tokens of a row (default: the model's)")
-    lr: float = flag(
-        2e-3,
-        above=0,
-        help="peak learning rate; with muon that of the matrices, the rest has half of it",
-    )
-    optimizer: Literal["muon", "adamw", "adafactor"] = flag(
-        "muon", help="adafactor is the original's"
-    )
-    weight_decay: float = flag(0.1, at_least=0, help="decoupled; biases and norms have none")
-    schedule: Literal["wsd", "cosine", "constant"] = flag(
-        "wsd", help="of the learning rate, after the warm-up"
-    )
-    warmup: int = flag(20, at_least=0, help="steps until the peak learning rate")
-    decay: float = flag(
-        0.3, at_least=0, at_most=1, help="share of the steps in which wsd falls to zero"
-    )
-    clip: float = flag(1.0, above=0, help="largest norm of the gradient")
-    seed: int = flag(0, at_least=0, help="of weights, data order and dropout")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", help="compute; weights are fp32. auto: bf16 on CUDA"
-    )
-    attention: Literal["auto", "manual", "sdpa", "documents", "varlen", "causal"] = flag(
-        "auto", help="; ".join(f"{name}: {what}" for name, what in BACKENDS.items())
-    )
-    recompute: bool = flag(
-        False, help="keep each block's input alone and compute it again: less memory, more time"
-    )
-    shard: bool = flag(
-        False,
-        help="under torchrun, for large models: split weights and optimizer over ranks (FSDP)",
-    )
-    compile: bool = flag(
-        False, help="torch.compile the blocks; where that fails, it is said and left"
-    )
-    device: str = flag("auto", help="auto: cuda where there is one, else cpu")
-    save_every: int = flag(500, at_least=1, help="steps between checkpoints")
-    save_minutes: float | None = flag(
-        None, above=0, help="also save when so many minutes have passed"
-    )
-    keep_going: bool = flag(
-        False, help="where a checkpoint cannot be written (a full disk), say so and train on"
-    )
-    keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
-    keep_at: float | None = flag(
-        None, above=0, at_most=1, help="keep the model of this share of the steps in <out>-early"
-    )
-    eval_every: int = flag(100, at_least=1, help="steps between validations")
-    dropout: float | None = flag(
-        None,
-        at_least=0,
-        at_most=0.9,
-        help="of embeddings, attention and both branches (default: the model's)",
-    )
-    show_batch: bool = flag(
-        False, help="print the first batch, its documents and what is learned, and do not train"
-    )
-    overfit_one_batch: bool = flag(
-        False, help="self-test: learn the first batch by heart, and keep nothing"
-    )
-    bos: bool = flag(False, help="put [BOS] before every document")
-    overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
-    resume: str | None = flag(
-        None, const="yes", help="go on from --out; `--resume auto` starts afresh where it is empty"
-    )
-
-
-def total_steps(cfg: TrainConfig, steps_per_epoch: float) -> int:
-    """--steps, or as many as --epochs needs."""
-    if steps_per_epoch < 1:
-        name = "batch_pairs" if hasattr(cfg, "batch_pairs") else "batch_tokens"
-        asked, fits = getattr(cfg, name), max(int(getattr(cfg, name) * steps_per_epoch), 1)
-        flag_name = "--" + name.replace("_", "-")
-        raise UserError(
-            f"too little data for one batch of {flag_name} {asked:,}: give {flag_name} {fits} or more data"
-        )
-    epochs = 1 if cfg.epochs is None else cfg.epochs
-    steps = cfg.steps if cfg.steps is not None else max(round(epochs * steps_per_epoch), 1)
-    if steps <= cfg.warmup:
-        print(
-            f"note: {steps} steps end within the warm-up of {cfg.warmup}, so little will be learned; "
-            "raise --epochs or take fewer tokens (or pairs) a step"
-        )
-    return steps
-
-
-def context_of(cfg: TrainConfig, model: Phi) -> int:
-    """--context, or the model's; a longer one would train positions that nobody learned before."""
-    longest = model.cfg.max_position_embeddings
-    if cfg.context is not None and cfg.context > longest:
-        raise UserError(
-            f"--context {cfg.context} exceeds the {longest} tokens the model was made for"
-        )
-    return cfg.context or longest
-
-
-def precision(cfg: TrainConfig, device: str, cache: bool = True):
-    """The autocast context of a run: bf16 or fp16 compute over fp32 weights, or nothing. A decorator too. cache: keep
-    the weights' half-precision copies until the end of it, which one forward pass has no use for."""
-    name = computes_in(cfg, device)
-    return torch.autocast(
-        device.split(":")[0], getattr(torch, name), enabled=name != "float32", cache_enabled=cache
-    )
-
-
-class _Interrupts:
-    """While active, SIGINT and SIGTERM only leave a note, which the loop reads between steps."""
-
-    def __enter__(self):
-        self.signal: int | None = None
-        self.before = {}
-        with contextlib.suppress(
-            ValueError
-        ):  # not in the main thread: then nobody can signal this loop
-            self.before = {
-                number: signal.signal(number, self._note)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def _note(self, number, frame):
-        self.signal = number
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+Evaluate = Callable[[Phi], dict[str, float]]
 
 
 def train(
     model: Phi,
     loss_fn: LossFn,
     batch_at: Callable[[int], Batch],
-    cfg: TrainConfig,
-    evaluate: Callable[[Phi], dict[str, float]] | None = None,
+    cfg: TrainConfig | Setup,
+    evaluate: Evaluate | None = None,
     resume: str | None = None,
     *,
     steps: int | None = None,
@@ -190,193 +64,276 @@ def train(
 ) -> Phi:
     """Train `model` in place for `steps` (or cfg.steps) steps and leave its checkpoint in cfg.out.
 
-    batch_at(step) gives the step's batch, loss_fn its summed loss (see losses.py). evaluate(model) gives what is logged
-    every cfg.eval_every steps; its "val_loss" decides which model is the best. resume: None, "yes" or "auto", as
-    cfg.resume, which it overrides. data_id names the data: a state trained on other data is not resumed. stop_at: save
-    and return after that many steps. SIGINT and SIGTERM save at the step's end and leave by SystemExit(130 or 143).
+    batch_at(step) gives the batch of a step, loss_fn its summed loss (see losses.py)
+    cfg: a TrainConfig, or the Setup that `begin` has made of one
+    evaluate(model) gives what is logged every cfg.eval_every steps; the lowest "val_loss" is kept
+    resume: None, "yes" or "auto"; it overrides cfg.resume
+    data_id names the data: a state trained on other data is not resumed
+    stop_at: save and return after that many steps
+
+    SIGINT and SIGTERM save at the end of the step and leave by SystemExit(130 or 143).
     """
-    resume = resume or cfg.resume
-    cfg = replace(cfg, resume=resume)
-    claim(cfg)
-    steps = steps if steps is not None else total_steps(cfg, 1)
-    world = join(cfg.device)
-    out, device = Path(cfg.out), world.device
-    assert cfg.attention in BACKENDS, (
-        f"attention {cfg.attention!r} is none of {', '.join(BACKENDS)}"
-    )
-    model.attention, model.recompute = cfg.attention, cfg.recompute
-    model.train()
-    loss_fn = precision(cfg, device, cache=False)(
-        loss_fn
-    )  # and not backward, which knows the dtypes of forward
-    if cfg.compile:
-        model.compile_blocks()
+    # 1. Prepare.
+    setup = cfg if isinstance(cfg, Setup) else begin(cfg, resume)
+    cfg = setup.cfg
+    steps = total_steps(cfg, 1) if steps is None else steps
     example = batch_at(0)
-    if len(example) < world.size:
-        name = "--batch-pairs" if example.rows_per_sample == 2 else "--batch-tokens"
-        raise UserError(
-            f"a step has {len(example)} samples for {world.size} ranks: raise {name}, or start fewer ranks"
-        )
-    if (
-        cfg.shard and len(example) % world.size
-    ):  # the ranks compute together, so each needs as much work
-        raise UserError(
-            f"--shard: the {len(example)} samples of a step cannot be divided among {world.size} ranks"
-        )
-    if cfg.show_batch and tok is not None:
-        print(preflight.show_batch(example, tok))
-        return model
-    if cfg.shard:
-        shard(model, world)
-    else:
-        model.to(device)
-    if cfg.overfit_one_batch:
-        print(overfit(model, loss_fn, example, cfg, world))
-        return model
+    check_batch(example, setup)
+    place(model, setup)
+    if not setup.writes:
+        return self_test(model, loss_fn, example, setup, tok)
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
-    print(preflight.outlook(model, optimizers, cfg, example, steps, world))
-    flops, peak = (
-        preflight.flops_per_token(model.cfg, example.ids.shape[1]),
-        preflight.peak_flops(device),
-    )
-    run = Run(model, optimizers, cfg, tok, data_id, world)
-    torch.manual_seed(
-        cfg.seed + 10_007 * world.rank
-    )  # of dropout; a resumed run gets the state it had
-    if resume and (out / STATE).exists():
-        run.restore(steps)
-    elif world.first:
-        for old in files_of_a_run(out):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    if len(steps_of_ranks := set(world.gather(run.step))) > 1:
-        raise UserError(
-            f"the ranks would begin at steps {sorted(steps_of_ranks)}: --out must be a directory all see"
-        )
-    versions = {"nanophi": nanophi.__version__, "torch": torch.__version__}
-    description = {
-        "config": asdict(cfg),
-        "steps": steps,
-        "data_id": data_id,
-        "ranks": world.size,
-        "versions": versions,
-    }
-    if world.first:
-        write_json(out / "run.json", description)
-        run.open_board()
-    faults, saved_at, stop, first = Faults(), time.monotonic(), 0, run.step
-    with _Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
-        while run.step < steps and run.step != stop_at and not stop:
-            factor = schedule(cfg.schedule, run.step, steps, cfg.warmup, cfg.decay)
+    rates = peak_rates(optimizers)
+    scale = LossScale(setup.dtype)
+    print(preflight.outlook(model, optimizers, setup, example, steps))
+    run = RunDirectory(model, optimizers, scale, setup, tok, data_id)
+    open_run(run, setup, steps)
+    mfu = preflight.mfu_by_speed(model, example, setup.world)
+    faults = Faults()
+
+    with Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
+        clock = SaveClock(run, setup, interrupts)
+        step = prepared_step(model, optimizers, loss_fn, setup, bar.say)
+        while run.step < steps and run.step != stop_at and not clock.stop:
+            # 2. Step.
             began = time.perf_counter()
+            factor = schedule(cfg.schedule, run.step, steps, cfg.warmup, cfg.decay)
+            lr = set_rates(optimizers, rates, factor)
             batch = batch_at(run.step)
-            step = partial(accumulate, model, loss_fn, batch, cfg.micro_batch, world, run.scale)
-            line = (
-                step()
-                if run.step > first or not cfg.compile
-                else compiled_or_not(model, step, bar.say)
-            )
-            line["grad_norm"] = world.clip(model.parameters(), cfg.clip)
-            sound = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
-            line["lr"] = run.update(factor, sound)
-            run.count(line, batch, time.perf_counter() - began)
-            if peak is not None:
-                line["mfu"] = round(line["tokens_per_s"] * flops / (peak * world.size), 4)
-            for note in faults.look_at(line, sound):
-                bar.say(note)
-            if faults.hopeless:
-                raise UserError(faults.give_up(run, batch))
-            last = run.step == steps
-            if evaluate is not None and (run.step % cfg.eval_every == 0 or last):
-                with precision(cfg, device):
-                    line |= (
-                        evaluate(model) if world.first or cfg.shard else {}
-                    )  # sharded: all ranks compute the same
-                if cfg.shard:
-                    line = world.gather(line)[0]  # and agree what is the best
-                if world.first:
-                    bar.say(
-                        _log_line(line, steps)
-                        + (f"  val {line['val_loss']:.3f}" if "val_loss" in line else "")
-                    )
-            tolerant = partial(_tolerant, run.step, bar if cfg.keep_going else None)
-            tolerant(partial(run.log, line))
-            bar.update(1, _log_line(line, steps).split("  ", 1)[1])
-            if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1):
-                tolerant(partial(run.export, f"{out}-early"))
-            due = (
-                cfg.save_minutes is not None and time.monotonic() - saved_at > 60 * cfg.save_minutes
-            )
-            stop, due = world.largest(
-                [interrupts.signal or 0, due]
-            )  # the same on all ranks, or they would part
-            if (run.step % cfg.save_every == 0 or due) and not last:
-                saved_at = time.monotonic()
-                tolerant(run.save)
-        run.save()  # the last step's, or the one at which it was stopped
-    if stop and run.step < steps:
-        print(f"interrupted: saved step {run.step:,} of {steps:,} in {out}; go on with --resume")
-        raise SystemExit(128 + int(stop))
+            result = step(batch, scale=scale.value)
+            scale.update(result.sound)
+
+            # 3. Log.
+            line = result.means | {"grad_norm": result.grad_norm, "lr": lr}
+            line |= run.count(batch, result.sound, time.perf_counter() - began)
+            line |= mfu(line["tokens_per_s"])
+            faults.watch(line, result.sound, batch, run, bar.say)
+            if evaluate is not None and (run.step % cfg.eval_every == 0 or run.step == steps):
+                line = evaluated(model, evaluate, line, setup, steps, bar.say)
+            with forgiving(run, cfg, bar.say):
+                run.log(line)
+            bar.update(1, log_line(line))
+
+            # 4. Save.
+            save_what_is_due(run, cfg, steps, clock, bar.say)
+        run.save()  # the state of the last step, or of the one at which it was stopped
+    clock.leave_if_stopped(steps)
     return model.eval()
 
 
-def _tolerant(step: int, bar: Progress | None, write: Callable[[], None]) -> None:
-    """Write what belongs to a step. With --keep-going, for which the bar is given, a failure is only said there."""
-    try:
-        write()
-    except (UserError, OSError) as error:
-        if bar is None:
-            raise
-        bar.say(f"step {step:,} could not be written, the checkpoint before it stays: {error}")
+# ---- prepare
 
 
-def accumulate(
-    model: Phi, loss_fn: LossFn, batch: Batch, micro_batch: int, world: World, scale: float = 1.0
+def check_batch(batch: Batch, setup: Setup) -> None:
+    """Refuse a step whose samples do not give every rank something to do."""
+    samples = len(batch)
+    ranks = setup.world.size
+    if samples < ranks:
+        flag_name = "--batch-pairs" if batch.rows_per_sample == 2 else "--batch-tokens"
+        raise UserError(
+            f"a step has {samples} samples for {ranks} ranks: raise {flag_name}, "
+            "or start fewer ranks"
+        )
+    if setup.cfg.shard and samples % ranks:  # the ranks of one model compute in step
+        raise UserError(
+            f"--shard: the {samples} samples of a step cannot be divided among {ranks} ranks"
+        )
+
+
+def place(model: Phi, setup: Setup) -> None:
+    """Make the model ready to train, in place: attention backend, speed.py's parts, device or
+    ranks.
+    """
+    check_architecture(model)
+    model.attention = setup.cfg.attention
+    model.train()
+    speed_up(model, setup.cfg.recompute, setup.cfg.compile)
+    if setup.cfg.shard:
+        distribute(model, setup.world)
+    else:
+        model.to(setup.world.device)
+
+
+def prepared_step(
+    model: Phi,
+    optimizers: list[Optimizer],
+    loss_fn: LossFn,
+    setup: Setup,
+    say: Callable[[str], None],
+) -> Callable[..., StepResult]:
+    """`training_step` with all arguments but the batch and the scale of the loss."""
+    cfg = setup.cfg
+    step = partial(
+        training_step,
+        model,
+        optimizers,
+        loss_fn,
+        micro_batch=cfg.micro_batch,
+        world=setup.world,
+        clip=cfg.clip,
+        autocast=setup.autocast,
+    )
+    if not cfg.compile:
+        return step
+    return or_uncompiled(step, partial(speed_up, model, cfg.recompute), say)
+
+
+def open_run(run: RunDirectory, setup: Setup, steps: int) -> None:
+    """Go on from the state in --out, or delete the run that it holds; then write run.json."""
+    cfg = setup.cfg
+    world = setup.world
+    torch.manual_seed(cfg.seed + 10_007 * world.rank)  # of dropout; `restore` overrides it
+    if cfg.resume and (run.out / STATE).exists():
+        run.restore(steps)
+    elif world.first:
+        delete_run(run.out)
+    first_steps = set(world.gather(run.step))
+    if len(first_steps) > 1:
+        raise UserError(
+            f"the ranks would begin at steps {sorted(first_steps)}: --out must be a directory "
+            "all see"
+        )
+    if world.first:
+        description = {
+            "config": asdict(cfg),
+            "steps": steps,
+            "data_id": run.settings["data"],
+            "ranks": world.size,
+            "versions": {"nanophi": nanophi.__version__, "torch": torch.__version__},
+        }
+        write_json(run.out / "run.json", description)
+        run.open_board()
+
+
+# ---- log
+
+
+def evaluated(
+    model: Phi,
+    evaluate: Evaluate,
+    line: dict[str, float],
+    setup: Setup,
+    steps: int,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Gradients of the mean loss over the whole step, in micro-steps and over all ranks; returns the means of loss and
-    metrics. scale: what the loss is multiplied by before it is differentiated, so that fp16 gradients do not vanish."""
-    for p in model.parameters():
-        p.grad = None
-    total, count, sums = 0.0, 0, {}
-    begin, end = world.part(len(batch))
-    for start in range(begin, end, micro_batch):
-        part = batch.cut(start, min(start + micro_batch, end)).to(world.device)
-        loss, n, metrics = loss_fn(model, part)
-        (loss * scale if scale != 1 else loss).backward()
-        total, count = total + loss.detach(), count + n
-        sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
-    world.add_gradients(model.parameters())
-    names = ["loss", *sums]
-    total, *others, count = world.add(
-        [float(total), *(float(value) for value in sums.values()), count]
-    )
-    # Sums were differentiated: dividing once by the whole step's count weighs every token alike.
-    torch._foreach_div_(
-        [p.grad for p in model.parameters() if p.grad is not None], max(count, 1) * scale
-    )
-    return {
-        name: value / max(count, 1) for name, value in zip(names, [total, *others], strict=True)
-    }
+    """The line of metrics with what `evaluate` measures, on rank 0; it is said there.
+
+    All ranks of a sharded model compute it together; they take rank 0's numbers, so that they agree
+    on the best model.
+    """
+    world = setup.world
+    if not (world.first or setup.cfg.shard):
+        return line
+    with setup.autocast(cache=True):
+        line = line | evaluate(model)
+    if setup.cfg.shard:
+        line = world.gather(line)[0]
+    if world.first:
+        say(log_line(line, steps))
+    return line
 
 
-def overfit(
-    model: Phi, loss_fn: LossFn, batch: Batch, cfg: TrainConfig, world: World, steps: int = 100
-) -> str:
-    """Self-test: a sound model and loss learn one batch by heart. Trains the model, writes nothing; a UserError where
-    the loss does not fall to a tenth."""
-    optimizers, losses = build_optimizers(model, cfg.optimizer, cfg.lr, 0.0), []
-    for _ in range(steps):
-        losses.append(accumulate(model, loss_fn, batch, cfg.micro_batch, world)["loss"])
-        world.clip(model.parameters(), cfg.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-    said = f"loss of one batch: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps"
+def log_line(line: dict[str, float], steps: int | None = None) -> str:
+    """The line of metrics to be read; with the step and validation where `steps` is given."""
+    text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  grad {line['grad_norm']:.2f}"
+    text += f"  {line['tokens_per_s']:,.0f} tok/s"
+    if steps is None:
+        return text
+    if "val_loss" in line:
+        text += f"  val {line['val_loss']:.3f}"
+    return f"step {line['step']:,}/{steps:,}  {text}"
+
+
+# ---- save
+
+
+@contextlib.contextmanager
+def forgiving(run: RunDirectory, cfg: TrainConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """Write what belongs to a step. With --keep-going, a failure (a full disk) is only said."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if not cfg.keep_going:
+            raise
+        say(f"step {run.step:,} could not be written, the checkpoint before it stays: {error}")
+
+
+def save_what_is_due(
+    run: RunDirectory, cfg: TrainConfig, steps: int, clock: "SaveClock", say: Callable[[str], None]
+) -> None:
+    """The model of --keep-at, and a checkpoint by steps or by the clock."""
+    if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1):
+        with forgiving(run, cfg, say):
+            run.export(f"{run.out}-early")
+    if clock.due() and run.step < steps:
+        with forgiving(run, cfg, say):
+            run.save()
+
+
+class SaveClock:
+    """Says after each step whether a checkpoint is due, and whether a signal has come; the same on
+    all ranks.
+    """
+
+    def __init__(self, run: RunDirectory, setup: Setup, interrupts: Interrupts):
+        self.run = run
+        self.setup = setup
+        self.interrupts = interrupts
+        self.saved_at = time.monotonic()
+        self.stop = 0  # the signal that ends the run, 0 where none has come
+
+    def due(self) -> bool:
+        """Whether to save now: after --save-every steps, or where --save-minutes have passed."""
+        cfg = self.setup.cfg
+        waited_s = time.monotonic() - self.saved_at
+        late = cfg.save_minutes is not None and waited_s > 60 * cfg.save_minutes
+        # Each rank has a clock and signals of its own; all act on the largest.
+        stop, any_late = self.setup.world.largest([self.interrupts.signal, late])
+        self.stop = int(stop)
+        due = self.run.step % cfg.save_every == 0 or bool(any_late)
+        if due:
+            self.saved_at = time.monotonic()
+        return due
+
+    def leave_if_stopped(self, steps: int) -> None:
+        """End with 130 or 143 where a signal has stopped the run before its last step."""
+        run = self.run
+        if self.stop and run.step < steps:
+            print(
+                f"interrupted: saved step {run.step:,} of {steps:,} in {run.out}; "
+                "go on with --resume"
+            )
+            raise SystemExit(128 + self.stop)
+
+
+# ---- self-tests
+
+
+def self_test(
+    model: Phi, loss_fn: LossFn, batch: Batch, setup: Setup, tok: Tokenizer | None
+) -> Phi:
+    """--show-batch prints the first batch; --overfit-one-batch learns it by heart. Neither writes a
+    file.
+    """
+    if setup.cfg.overfit_one_batch:
+        print(overfit(model, loss_fn, batch, setup))
+    elif tok is not None:
+        print(preflight.show_batch(batch, tok))
+    return model
+
+
+def overfit(model: Phi, loss_fn: LossFn, batch: Batch, setup: Setup, steps: int = 100) -> str:
+    """Train the model on one batch. A sound model and loss learn it by heart: a UserError where the
+    loss does not fall to a tenth.
+    """
+    cfg = setup.cfg
+    optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=0.0)
+    step = prepared_step(model, optimizers, loss_fn, setup, print)
+    losses = [step(batch).means["loss"] for _ in range(steps)]
+    summary = f"loss of one batch: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps"
     if not losses[-1] < losses[0] / 10:
         raise UserError(
-            f"{said}, not a tenth: something is wrong, or --lr {cfg.lr:g} does not suit the model"
+            f"{summary}, not a tenth: something is wrong, or --lr {cfg.lr:g} does not suit "
+            "the model"
         )
-    return f"{said}: the model can learn"
-
-
-def _log_line(line: dict, steps: int) -> str:
-    text = f"step {line['step']:,}/{steps:,}  loss {line['loss']:.3f}  lr {line['lr']:.1e}  grad {line['grad_norm']:.2f}"
-    return f"{text}  {line['tokens_per_s']:,.0f} tok/s"
+    return f"{summary}: the model can learn"

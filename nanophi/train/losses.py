@@ -1,66 +1,119 @@
-"""Losses: pure functions of tensors, and the loss_fn(model, batch) -> (loss sum, count, metric sums) built from them.
+"""Losses: pure functions of tensors, and the loss functions of the loop, which are built from them.
 
-A loss_fn returns sums, not means: the loop divides by the count of the whole step, over all micro-steps and devices,
-so that a short batch does not weigh as much as a long one.
+    loss_fn(model, batch) -> (sum of losses, count, sums of metrics)
+
+A loss function returns sums, not means: the step divides by the count of all its micro-batches and
+ranks, so that a token of a short batch weighs as much as one of a long batch.
 
     N learned tokens, B rows, D width, V vocabulary
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanophi.model.linear import product
+from nanophi.cli import row_named
 from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
 
-CHUNK = 512  # tokens whose logits exist at once on a CPU, whose cache holds 512 x V fp32 at V = 8192 (16 MB)
-ON_A_GPU = (
-    2**27
-)  # logits at once there (1.6 GB, all told): each chunk reads and writes the whole gradient of the head
-
 LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x W^T + b
+
+
+# ---- the next token: pretraining and SFT
+
+
+def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """Cross entropy in nats over the positions with a target: for pretraining and SFT."""
+    hidden, targets = learned_positions(model, batch)
+    head = model.lm_head
+    loss = head_cross_entropy(hidden, head.weight, head.bias, targets, product_of(head))
+    return loss, len(hidden), {}
+
+
+def learned_positions(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) and targets (N,) of the positions that have a target. Only these reach
+    the head.
+    """
+    hidden = model.hidden(batch.ids, batch.cu_seqlens).flatten(0, 1)
+    return hidden.index_select(0, batch.learned), batch.targets.flatten()[batch.learned]
+
+
+def product_of(head: nn.Linear) -> Product:
+    """How the head multiplies: by F.linear, or by what speed.py has put in its place."""
+    return getattr(head, "product", F.linear)
+
+
+def head_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, product: Product = F.linear
+) -> Tensor:
+    """Summed cross entropy of the head's logits. hidden (N, D), weight (V, D), bias (V,), targets
+    (N,) -> ().
+
+    It equals F.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum") and needs far less
+    memory.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        # Cast here, once; otherwise autocast casts the weight again for every chunk.
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _HeadCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled(), product)
+
+
+CHUNK = 512  # tokens whose logits exist at once on a CPU: at V = 8192 they fit its cache (16 MB)
+# Logits that exist at once on a GPU (they take 1.6 GB in all). Each chunk reads and writes the
+# whole gradient of the head, so few and large chunks are better there.
+LOGITS_ON_GPU = 2**27
 
 
 def chunk_size(vocabulary: int, device: str, dtype: torch.dtype) -> int:
-    """Tokens whose logits exist at once, by the type of the device ("cpu", "cuda") and the dtype of the hidden states;
-    few in fp16, where the sum of their gradients could overflow."""
-    return (
-        CHUNK if device == "cpu" or dtype == torch.float16 else max(CHUNK, ON_A_GPU // vocabulary)
-    )
+    """Tokens whose logits exist at once.
+
+    device: its type, "cpu" or "cuda". dtype: that of the hidden states; in fp16 the chunk is small,
+    because the sum of many gradients could overflow.
+    """
+    if device == "cpu" or dtype == torch.float16:
+        return CHUNK
+    return max(CHUNK, LOGITS_ON_GPU // vocabulary)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """sum of -log softmax(hidden W^T + b)[target], never holding more than a chunk of logits.
+    """The sum of -log softmax(hidden W^T + b)[target], with the logits of one chunk at a time.
 
-    The gradient of cross entropy is softmax - onehot, known as soon as the logits are, so forward computes it too
-    (where `learning`) and backward only scales: the logits exist once, and are not recomputed.
+    The gradient of cross entropy by the logits is softmax - onehot(target). It is known as soon as
+    the logits are, so forward computes all gradients too, and backward only scales them: the logits
+    exist once and are not recomputed.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learning: bool
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        learning: bool,
+        product: Product,
     ) -> Tensor:
-        compute = weight.to(hidden.dtype)
+        half_weight = weight.to(hidden.dtype)
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # the dtype of the softmax
         d_hidden = torch.empty_like(hidden)
-        d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # of the softmax
+        d_weight = torch.zeros_like(weight)
+        d_bias = torch.zeros_like(bias)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         chunk = chunk_size(len(weight), hidden.device.type, hidden.dtype)
         for start in range(0, len(hidden), chunk):
             rows = hidden[start : start + chunk]
             target = targets[start : start + chunk, None]
-            logits = product(rows, compute, bias.to(rows.dtype)).to(exact)  # (chunk, V)
-            of_target, largest = logits.gather(1, target), logits.amax(-1, keepdim=True)
-            exps = logits.sub_(
-                largest
-            ).exp_()  # in place: one (chunk, V) tensor, one exponential of it
+            logits = product(rows, half_weight, bias.to(rows.dtype)).to(exact)  # (chunk, V)
+            of_target = logits.gather(1, target)
+            largest = logits.amax(-1, keepdim=True)
+            exps = logits.sub_(largest).exp_()  # in place: one tensor (chunk, V) is enough
             total = exps.sum(-1, keepdim=True)
             loss += (total.log() + largest - of_target).sum()
             if not learning:
@@ -69,9 +122,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
             d_bias += d_logits.sum(0)
             d_logits = d_logits.to(rows.dtype)
-            d_hidden[start : start + chunk] = product(d_logits, compute.t())
-            if rows.dtype == d_weight.dtype:  # without a (V, D) product in between
-                d_weight.addmm_(d_logits.t(), rows)
+            d_hidden[start : start + chunk] = product(d_logits, half_weight.t(), None)
+            if rows.dtype == d_weight.dtype:
+                d_weight.addmm_(d_logits.t(), rows)  # without another tensor (V, D)
             else:
                 d_weight += d_logits.t() @ rows
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
@@ -79,47 +132,29 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        # In place: the weight's is as large as the head, and nobody asks for it twice.
-        return *(grad.mul_(d_loss) for grad in ctx.saved_tensors), None, None
+        # In place: d_weight is as large as the head, and backward runs only once.
+        d_hidden, d_weight, d_bias = (gradient.mul_(d_loss) for gradient in ctx.saved_tensors)
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
-def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of the head's logits. hidden (N, D), weight (V, D), bias (V,), targets (N,) -> ()."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(
-        device
-    ):  # once, or autocast would cast the weight anew for every chunk
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    return _HeadCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
-
-
-def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """Pretraining and SFT alike: cross entropy in nats over the positions that have a target."""
-    hidden, targets = _learned(model, batch)
-    return (
-        head_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, targets),
-        len(hidden),
-        {},
-    )
-
-
-def _learned(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) and targets (N,) of the positions that have one: the rest never reaches the head."""
-    hidden = model.hidden(batch.ids, batch.cu_seqlens).flatten(0, 1)
-    return hidden.index_select(0, batch.learned), batch.targets.flatten()[batch.learned]
+# ---- preferences: DPO and its family
 
 
 def answer_logps(model: Phi, batch: Batch) -> Tensor:
-    """log p(answer | prompt) of each row, summed over its learned tokens: (B,). The logits of a chunk at once."""
-    hidden, targets = _learned(model, batch)
+    """log p(answer | prompt) of each row, summed over its learned tokens: (B,). Chunk by chunk, as
+    above.
+    """
+    hidden, targets = learned_positions(model, batch)
     chunk = chunk_size(model.cfg.vocab_size, hidden.device.type, hidden.dtype)
 
-    def of(rows: Tensor, wanted: Tensor) -> Tensor:
+    def logps_of(rows: Tensor, wanted: Tensor) -> Tensor:
         return -F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
 
-    # What a token's gradient is multiplied by depends on the whole answer, so backward computes the logits again.
-    again = partial(checkpoint, of, use_reentrant=False, preserve_rng_state=False)
-    logps = torch.cat([*map(again, hidden.split(chunk), targets.split(chunk))])  # (N,)
+    # The gradient of a token is multiplied by a factor that depends on the whole answer. It is not
+    # known yet, so backward computes the logits of each chunk again.
+    recomputed = partial(checkpoint, logps_of, use_reentrant=False, preserve_rng_state=False)
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    logps = torch.cat([recomputed(rows, wanted) for rows, wanted in pieces])  # (N,)
     row = batch.learned // batch.ids.shape[1]
     return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
 
@@ -131,25 +166,40 @@ def dpo_loss(
     ref_rejected: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """Direct Preference Optimization (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * margin), unreduced.
+    """Direct Preference Optimization (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * margin),
+    unreduced.
 
-    Each argument: log-probabilities of an answer, summed over its tokens, in nats, shape (B,) -> losses (B,). It is
-    ln 2 where the policy equals the reference, and falls as chosen gains on rejected relative to it.
+    Each argument: log-probabilities of an answer, summed over its tokens, in nats, shape (B,) ->
+    losses (B,). The loss is ln 2 where the policy equals the reference, and falls as chosen gains
+    on rejected relative to it. A pair whose chosen answer gained 2 nats while its rejected one lost
+    3 has the margin 5:
+
+    >>> dpo_loss(torch.tensor(-8.0), torch.tensor(-13.0), torch.tensor(-10.0), torch.tensor(-10.0))
+    tensor(0.4741)
     """
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -F.logsigmoid(beta * margin)
 
 
-def make_dpo_loss_fn(beta: float) -> LossFn:
-    """The loop's loss for preference pairs; `batch.reference` holds the frozen reference's log-probabilities."""
+PreferenceLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"sigmoid": dpo_loss}  # dpo.py --loss
+
+
+def make_dpo_loss_fn(beta: float, loss: str = "sigmoid") -> LossFn:
+    """The loop's loss for preference pairs; loss: a name of PREFERENCE_LOSSES.
+
+    `batch.reference` holds the log-probabilities under the frozen reference, chosen and rejected
+    taking turns.
+    """
+    loss_of = row_named(PREFERENCE_LOSSES, loss, "preference loss")
 
     def loss_fn(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+        assert batch.reference is not None, "Pairs.reference is filled before training"
         chosen, rejected = answer_logps(model, batch).view(-1, 2).unbind(1)
         ref_chosen, ref_rejected = batch.reference.view(-1, 2).unbind(1)
-        losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-        reward_chosen = (
-            beta * (chosen - ref_chosen).detach()
-        )  # implicit reward, eq. 5 without the partition term
+        losses = loss_of(chosen, rejected, ref_chosen, ref_rejected, beta)
+        # The implicit reward, eq. 5 without the partition term.
+        reward_chosen = beta * (chosen - ref_chosen).detach()
         reward_rejected = beta * (rejected - ref_rejected).detach()
         sums = {
             "rewards_chosen": reward_chosen.sum(),
@@ -162,16 +212,21 @@ def make_dpo_loss_fn(beta: float) -> LossFn:
     return loss_fn
 
 
+# ---- validation
+
+
 @torch.no_grad()
 def validate(model: Phi, loss_fn: LossFn, batches: Iterable[Batch]) -> dict[str, float]:
     """Means of the loss and the metrics over all batches, as "val_loss" and so on."""
     was_training = model.training
     model.eval()
-    total, sums = 0, Counter()
+    total = 0
+    sums: dict[str, float] = {}
     for batch in batches:
-        loss, count, metrics = loss_fn(model, batch.to(model.lm_head.weight.device))
+        loss, count, metrics = loss_fn(model, batch.to(model.device))
         total += count
-        sums.update({name: float(value) for name, value in ({"loss": loss} | metrics).items()})
+        for name, value in ({"loss": loss} | metrics).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
     model.train(was_training)
     return {f"val_{name}": value / total for name, value in sums.items()}
 
@@ -179,19 +234,23 @@ def validate(model: Phi, loss_fn: LossFn, batches: Iterable[Batch]) -> dict[str,
 def validation_loss(
     model: Phi, batches: Iterable[Batch], byte_lengths: list[int]
 ) -> dict[str, float]:
-    """Mean loss in nats per token, and bits per byte of the text that the targets spell ([EOS] is no text).
+    """Mean loss in nats per token, and bits per byte of the text that the targets spell ([EOS] is
+    no text).
 
-    Bits per byte do not depend on the tokenizer, so runs of different vocabularies can be compared.
+    byte_lengths: bytes of text that each id stands for. Bits per byte do not depend on the
+    tokenizer, so that runs of different vocabularies can be compared.
     """
     lengths = torch.tensor(byte_lengths)
 
-    def loss_fn(model: Phi, batch: Batch):
+    def loss_fn(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         loss, count, _ = next_token_loss(model, batch)
-        return loss, count, {"bytes": lengths[batch.targets.flatten()[batch.learned].cpu()].sum()}
+        learned_ids = batch.targets.flatten()[batch.learned].cpu()
+        return loss, count, {"bytes": lengths[learned_ids].sum()}
 
     means = validate(model, loss_fn, batches)
-    bits_per_token, bytes_per_token = means["val_loss"] / math.log(2), means["val_bytes"]
+    bits_per_token = means["val_loss"] / math.log(2)
+    bytes_per_token = max(means["val_bytes"], 1e-9)
     return {
         "val_loss": means["val_loss"],
-        "val_bits_per_byte": bits_per_token / max(bytes_per_token, 1e-9),
+        "val_bits_per_byte": bits_per_token / bytes_per_token,
     }

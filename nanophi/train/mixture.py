@@ -1,8 +1,14 @@
-"""Several sources in one run, each with its share of the rows: `--data out/news:0.3,out/poetry:0.1`.
+"""Several sources in one run, each with its share of the rows: `--data
+out/news:0.3,out/poetry:0.1`.
 
-Which source the i-th row of training comes from is written in a pattern that repeats, and how many rows each source has
-given before row i follows from it by counting; so a batch stays a pure function of (seed, step). Each source goes
-through epochs of its own: a small one with a large share is read several times while another is not read through once.
+A pattern that repeats says which source the i-th row of training comes from. How many rows each
+source has given before row i follows by counting, so a batch stays a pure function of (seed, step):
+
+    shares 3 : 1     pattern    news news poetry news | news news poetry news | ...
+                     its row       0    1      0    2 |    3    4      1    5 | ...
+
+Each source goes through epochs of its own: a small one with a large share is read several times
+before another is read through once.
 """
 
 import numpy as np
@@ -11,41 +17,71 @@ import torch
 from nanophi.cli import UserError
 from nanophi.train.packing import Batch, Packed, digest
 
-PERIOD = 10_000  # rows of the pattern, so shares are kept to 1/10,000
+PERIOD = 10_000  # rows of the pattern, so shares are exact to 1/10,000
 
 
 def parse_mixture(text: str) -> dict[str, float | None]:
-    """ "news:0.3,poetry:0.1" -> {"news": 0.3, "poetry": 0.1}; a name without a number has the weight None."""
-    found: dict[str, float | None] = {}
-    for part in text.split(","):
-        name, _, number = part.strip().rpartition(":")
-        try:
-            weight = float(number) if name else None
-        except ValueError:  # a colon of the path
-            name, weight = "", None
-        name = name or part.strip()
+    """The sources of --data and their weights; the weight is None where none is given.
+
+    >>> parse_mixture("news:0.3,poetry:0.1")
+    {'news': 0.3, 'poetry': 0.1}
+    >>> parse_mixture("C:/tokens")
+    {'C:/tokens': None}
+    """
+    weights: dict[str, float | None] = {}
+    for part in map(str.strip, text.split(",")):
+        name, weight = _name_and_weight(part)
         if weight is not None and not 0 < weight < float("inf"):
-            raise UserError(f"{part.strip()}: the weight of a source is a number above 0")
-        if not name or name in found:
+            raise UserError(f"{part}: the weight of a source is a number above 0")
+        if not name or name in weights:
             raise UserError(
                 f"{text}: a mixture is a list like news:0.3,poetry:0.1, each source once"
             )
-        found[name] = weight
-    if len({weight is None for weight in found.values()}) > 1:
+        weights[name] = weight
+    given = [weight is not None for weight in weights.values()]
+    if any(given) and not all(given):
         raise UserError(
             f"{text}: give a weight to every source or to none (then each is read once an epoch)"
         )
-    return found
+    return weights
+
+
+def _name_and_weight(part: str) -> tuple[str, float | None]:
+    name, _, number = part.rpartition(":")
+    if not name:
+        return part, None
+    try:
+        return name, float(number)
+    except ValueError:  # the colon belongs to the path
+        return part, None
 
 
 def interleaved(counts: list[int]) -> np.ndarray:
-    """Which of the sources stands at each of sum(counts) places, spread as evenly as can be."""
-    places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
-    return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
+    """Which source stands at each of sum(counts) places, spread as evenly as possible.
+
+    >>> interleaved([3, 1]).tolist()
+    [0, 0, 1, 0]
+    """
+    places = [(np.arange(count) + 0.5) / max(count, 1) for count in counts]
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return np.repeat(np.arange(len(counts)), counts)[order]
+
+
+def rows_in_period(weights: np.ndarray) -> np.ndarray:
+    """How many rows of PERIOD each source gets: in proportion to its weight, but at least one."""
+    exact = weights * (PERIOD / weights.sum())
+    counts = np.floor(exact).astype(int)
+    missing = PERIOD - counts.sum()
+    largest_remainders = np.argsort(counts - exact)[:missing]
+    counts[largest_remainders] += 1
+    for source in np.flatnonzero(counts == 0):
+        counts[source] += 1
+        counts[np.argmax(counts)] -= 1
+    return counts
 
 
 class Mixture:
-    """Packed sources as one, with what a training script asks of `Packed`: `batch_at(step)`, `steps_per_epoch`, ...
+    """Packed sources as one, with everything that a training script asks of `Packed`.
 
     weights: a number for each source, of any sum; without them a source's size is its weight.
     """
@@ -53,27 +89,28 @@ class Mixture:
     def __init__(
         self, sources: dict[str, Packed], weights: list[float | None] | None, batch_rows: int
     ):
-        self.sources, self.names = list(sources.values()), list(sources)
-        self.batch_rows, self.context = batch_rows, self.sources[0].context
-        sizes = [len(source) for source in self.sources]
-        wanted = np.array(weights if weights and None not in weights else sizes, dtype=np.float64)
-        wanted *= PERIOD / wanted.sum()
-        counts = np.floor(wanted).astype(int)
-        counts[np.argsort(counts - wanted)[: PERIOD - counts.sum()]] += (
-            1  # to the largest remainders
-        )
-        for left_out in np.flatnonzero(counts == 0):
-            counts[left_out] += 1
-            counts[np.argmax(counts)] -= 1
-        self.pattern = interleaved(counts.tolist())
+        self.sources = list(sources.values())
+        self.names = list(sources)
+        self.batch_rows = batch_rows
+        self.context = self.sources[0].context
+        if weights and None not in weights:
+            numbers = np.array(weights, dtype=np.float64)
+        else:
+            numbers = np.array([len(source) for source in self.sources], dtype=np.float64)
+        counts = rows_in_period(numbers)
+        self.pattern = interleaved(counts.tolist())  # (PERIOD,) the source of each row
+        # before[i]: how many of the first i rows of the pattern each source gives, (PERIOD + 1, S)
         given = self.pattern[:, None] == np.arange(len(counts))
-        self.before = np.concatenate(
-            [np.zeros((1, len(counts)), dtype=np.int64), np.cumsum(given, axis=0)]
-        )
+        none = np.zeros((1, len(counts)), dtype=np.int64)
+        self.before = np.concatenate([none, np.cumsum(given, axis=0)])
 
     def __len__(self) -> int:
         """Rows in an epoch: those of all sources, whatever their shares."""
         return sum(map(len, self.sources))
+
+    def __repr__(self) -> str:
+        sources = zip(self.names, self.shares, strict=True)
+        return f"Mixture({', '.join(f'{name} {share:.1%}' for name, share in sources)})"
 
     @property
     def steps_per_epoch(self) -> float:
@@ -84,55 +121,55 @@ class Mixture:
         return sum(source.tokens for source in self.sources)
 
     @property
+    def shares(self) -> np.ndarray:
+        """Each source's share of the rows: (S,)."""
+        return self.before[-1] / PERIOD
+
+    @property
     def padding(self) -> float:
-        return self._average("padding")
+        return self._average([source.padding for source in self.sources])
 
     @property
     def cut_documents(self) -> float:
-        return self._average("cut_documents")
+        return self._average([source.cut_documents for source in self.sources])
 
-    def _average(self, name: str) -> float:
-        shares = self.before[-1] / PERIOD
-        return float(
-            sum(
-                share * getattr(source, name)
-                for share, source in zip(shares, self.sources, strict=True)
-            )
-        )
+    def _average(self, values: list[float]) -> float:
+        return float(sum(share * value for share, value in zip(self.shares, values, strict=True)))
 
     @property
     def data_id(self) -> str:
-        return f"{digest(self.pattern, [self.batch_rows])}-" + "-".join(
-            source.data_id for source in self.sources
-        )
+        """Names the data and how it is cut into steps, as `Packed.data_id`."""
+        mixed = digest(self.pattern, [self.batch_rows])
+        return f"{mixed}-" + "-".join(source.data_id for source in self.sources)
 
     def given(self, rows: int) -> np.ndarray:
-        """How many of the first `rows` rows of training each source gives."""
+        """How many of the first `rows` rows of training each source gives: (S,)."""
         periods, rest = divmod(rows, PERIOD)
         return periods * self.before[-1] + self.before[rest]
 
     def epochs(self, steps: int) -> str:
         """How often each source is read in so many steps, to be printed."""
         counts = self.given(steps * self.batch_rows)
-        shares = self.before[-1] / PERIOD
-        return ", ".join(
-            f"{name} {share:.1%} of the rows = {count / len(source):.2f} epochs"
-            for name, share, count, source in zip(
-                self.names, shares, counts, self.sources, strict=True
-            )
-        )
+        lines = []
+        for name, share, count, source in zip(
+            self.names, self.shares, counts, self.sources, strict=True
+        ):
+            lines.append(f"{name} {share:.1%} of the rows = {count / len(source):.2f} epochs")
+        return ", ".join(lines)
 
     def batch_at(self, step: int) -> Batch:
+        """The batch of a step, from 0."""
         rows = []
         for index in range(step * self.batch_rows, (step + 1) * self.batch_rows):
             number = self.pattern[index % PERIOD]
             source = self.sources[number]
-            rows.append(source.batch([source.row_at(int(self.given(index)[number]))]))
-        starts = range(0, len(rows) * self.context, self.context)
-        boundaries = [row.cu_seqlens[1:] + start for row, start in zip(rows, starts, strict=True)]
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), *boundaries]).to(torch.int32)
+            given_before = int(self.given(index)[number])
+            rows.append(source.batch([source.row_at(given_before)]))
+        boundaries = [torch.zeros(1, dtype=torch.int32)]
+        for i, row in enumerate(rows):
+            boundaries.append(row.cu_seqlens[1:] + i * self.context)
         return Batch(
             torch.cat([row.ids for row in rows]),
             torch.cat([row.targets for row in rows]),
-            cu_seqlens,
+            torch.cat(boundaries).to(torch.int32),
         )

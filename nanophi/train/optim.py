@@ -1,51 +1,81 @@
-"""Optimizers, their parameter groups, and learning-rate schedules as functions of the step.
+"""Optimizers, and learning-rate schedules as functions of the step. OPTIMIZERS and SCHEDULES have
+them by name.
 
-The default is Muon for the matrices inside the blocks and AdamW for the rest (embedding, head, biases, norms).
+The default is Muon for the matrices inside the blocks and AdamW for the rest (embedding, head,
+biases, norms).
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nanophi.cli import row_named
 from nanophi.train.distributed import part_like, whole
+
+# ---- Muon
 
 NS_COEFFICIENTS = (
     3.4445,
     -4.7750,
     2.0315,
-)  # Jordan et al. 2024: steepest at 0, so small singular values rise fast
+)  # Jordan et al. 2024: steep at 0, so small values rise fast
 NS_STEPS = 5
-NS_NUMBERS = 2**25  # of the matrices iterated together, which takes some 36 bytes for each
+NS_NUMBERS = 2**25  # of the matrices iterated together; each takes about 36 bytes
 FIRST_MOMENTUM = 0.85
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Replace the singular values of each matrix (n, A, B) by about 1 (0.7 to 1.2), by Newton-Schulz iteration.
+    """Replace the singular values of each matrix (n, A, B) by about 1 (0.7 to 1.2), by
+    Newton-Schulz iteration.
 
-    In bf16 on GPUs that have it; in fp32 on a CPU, many of which compute bf16 several times slower.
+    Each step applies x -> a x + b x^3 + c x^5 to every singular value:
+
+        0.001 -> 0.003 -> 0.012 -> 0.041 -> 0.14 -> 0.47
+        0.1   -> 0.34  -> 0.99  -> 0.71  -> 1.11 -> 0.71
+
+    It runs in bf16 on GPUs that have it, and in fp32 on a CPU: many CPUs compute bf16 several times
+    slower.
+
+    >>> x = torch.diag(torch.tensor([0.1, 1.0, 3.0]))
+    >>> orthogonalize(x[None]).diagonal(dim1=1, dim2=2).ge(0.6).all().item()
+    True
     """
     a, b, c = NS_COEFFICIENTS
-    half = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
-    x = matrices.bfloat16() if half else matrices.float()
+    has_bf16 = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
+    x = matrices.bfloat16() if has_bf16 else matrices.float()
     tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+    if tall:  # x x^T below is then the smaller product
+        x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NS_STEPS):
         gram = x @ x.mT  # (n, A, A)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    if tall:
+        x = x.mT
+    return x.to(matrices.dtype)
 
 
 class Muon(Optimizer):
-    """Momentum whose update is orthogonalized (Jordan et al. 2024), scaled to AdamW's size: 0.2 sqrt(max(A, B)) lr
-    (Liu et al. 2025, "Muon is scalable", eq. 4). 2-D parameters only; those of one shape are iterated together.
-    Momentum grows from FIRST_MOMENTUM in `rising` steps, as gradients change quickly at first. An update needs its
-    whole matrix: where it is sharded, every rank gathers it and does the same work."""
+    """Momentum whose update is orthogonalized (Jordan et al. 2024).
+
+    The update is scaled to the size of AdamW's: 0.2 sqrt(max(A, B)) lr (Liu et al. 2025, "Muon is
+    scalable", eq. 4). Parameters must be matrices; those of one shape are iterated together.
+    Momentum grows from FIRST_MOMENTUM during the first `rising` steps, as gradients change quickly
+    then. An update needs its whole matrix: where it is distributed, every rank gathers it and does
+    the same work.
+    """
 
     def __init__(
-        self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, rising: int = 0
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        rising: int = 0,
     ):
         defaults = {
             "lr": lr,
@@ -58,24 +88,28 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # states saved before momentum rose
-            group["rising"], group["steps"] = group.get("rising", 0), group.get("steps", 0)
+        for group in self.param_groups:  # a state that was saved before momentum rose lacks both
+            group.setdefault("rising", 0)
+            group.setdefault("steps", 0)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            risen = min(group["steps"] / group["rising"], 1) if group["rising"] else 1
-            momentum = FIRST_MOMENTUM + (group["momentum"] - FIRST_MOMENTUM) * risen
+            momentum = self._momentum_of(group)
             group["steps"] += 1
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            same_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
+                    same_shape.setdefault(p.shape, []).append(p)
+            for shape, params in same_shape.items():
                 at_once = max(NS_NUMBERS // shape.numel(), 1)
                 for first in range(0, len(params), at_once):
                     self._update(params[first : first + at_once], group, momentum)
+
+    @staticmethod
+    def _momentum_of(group: dict) -> float:
+        risen = min(group["steps"] / group["rising"], 1) if group["rising"] else 1
+        return FIRST_MOMENTUM + (group["momentum"] - FIRST_MOMENTUM) * risen
 
     def _update(self, params: list[Tensor], group: dict, momentum: float) -> None:
         updates = []
@@ -83,18 +117,25 @@ class Muon(Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
+            assert p.grad is not None
             state["momentum"].lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov
-        scale = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
-        for p, update in zip(
-            params, orthogonalize(torch.stack([*map(whole, updates)])), strict=True
-        ):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(update, p), alpha=-scale)
+            updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov's look ahead
+        orthogonal = orthogonalize(torch.stack([whole(update) for update in updates]))
+        size = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
+        decay = 1 - group["lr"] * group["weight_decay"]
+        for p, update in zip(params, orthogonal, strict=True):
+            p.mul_(decay).add_(part_like(update, p), alpha=-size)
+
+
+# ---- Adafactor
 
 
 class Adafactor(Optimizer):
-    """Adafactor (Shazeer & Stern 2018) as HF's Trainer sets it, the original's optimizer: an external learning rate,
-    no scaling by the parameter's size, no momentum. A matrix keeps one mean square per row and per column."""
+    """Adafactor (Shazeer & Stern 2018) as HF's Trainer sets it, the original's optimizer.
+
+    The learning rate comes from outside; there is no scaling by the parameter's size and no
+    momentum. A matrix keeps one mean square per row and one per column, instead of one per weight.
+    """
 
     def __init__(
         self,
@@ -104,97 +145,170 @@ class Adafactor(Optimizer):
         decay_rate: float = -0.8,
         clip: float = 1.0,
     ):
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "decay_rate": decay_rate, "clip": clip}
-        )
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "decay_rate": decay_rate,
+            "clip": clip,
+        }
+        super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, self.state[p], group)
 
-    @staticmethod
-    def _update(p: Tensor, state: dict, group: dict) -> None:
+    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+        assert p.grad is not None
         grad = whole(p.grad)
         square = grad.square().add_(1e-30)
         if not state:
-            state["step"] = torch.zeros(())
-            names = (
-                {"rows": square.mean(-1), "columns": square.mean(-2)}
-                if p.dim() > 1
-                else {"square": p}
-            )
-            state.update({name: torch.zeros_like(value) for name, value in names.items()})
+            self._begin(p, square, state)
         state["step"] += 1
-        keep = (
-            1 - state["step"].item() ** group["decay_rate"]
-        )  # beta_2 grows towards 1, section 7.2
-        if (
-            p.dim() > 1
-        ):  # section 3: the outer product of row and column means stands for the matrix
+        keep = 1 - state["step"].item() ** group["decay_rate"]  # beta_2 grows to 1, section 7.2
+        if p.dim() > 1:
+            # Section 3: the outer product of the means of rows and columns stands for the matrix.
             state["rows"].lerp_(square.mean(-1), 1 - keep)
             state["columns"].lerp_(square.mean(-2), 1 - keep)
             rows = state["rows"] / state["rows"].mean(-1, keepdim=True)
-            update = rows.rsqrt()[..., :, None] * state["columns"].rsqrt()[..., None, :] * grad
+            columns = state["columns"]
+            update = rows.rsqrt()[..., :, None] * columns.rsqrt()[..., None, :] * grad
         else:
             state["square"].lerp_(part_like(square, p), 1 - keep)
             update = whole(state["square"]).rsqrt() * grad
-        update /= (update.square().mean().sqrt() / group["clip"]).clamp(
-            min=1.0
-        )  # section 6: clip its RMS
-        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
-            part_like(update, p), alpha=group["lr"]
-        )
+        root_mean_square = update.square().mean().sqrt()
+        update /= (root_mean_square / group["clip"]).clamp(min=1.0)  # section 6
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(part_like(update, p), alpha=group["lr"])
+
+    @staticmethod
+    def _begin(p: Tensor, square: Tensor, state: dict) -> None:
+        state["step"] = torch.zeros(())
+        if p.dim() > 1:
+            state["rows"] = torch.zeros_like(square.mean(-1))
+            state["columns"] = torch.zeros_like(square.mean(-2))
+        else:
+            state["square"] = torch.zeros_like(p)
 
 
-def build_optimizers(
-    model: nn.Module, name: str, lr: float, weight_decay: float
-) -> list[Optimizer]:
-    """The optimizers of one name: "muon" (two of them), "adamw" or "adafactor". Biases and norms are not decayed.
+# ---- the table of optimizers
 
-    With Muon, `lr` is that of the matrices; embedding, head, biases and norms train with AdamW at half of it.
+
+def muon(model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
+    """Muon at `lr` for the matrices of the blocks; AdamW at half of it for embedding, head, biases
+    and norms.
     """
-    in_blocks = {id(p) for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n}
-    params = [p for p in model.parameters() if p.requires_grad]
-    if name == "muon":
-        matrices = [p for p in params if id(p) in in_blocks]
-        return [
-            Muon(matrices, lr=lr, weight_decay=weight_decay, rising=300),
-            _adamw([p for p in params if id(p) not in in_blocks], lr / 2, weight_decay),
-        ]
-    if name == "adamw":
-        return [_adamw(params, lr, weight_decay)]
-    assert name == "adafactor", name
-    return [Adafactor(_groups(params, weight_decay), lr=lr)]
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_matrix = p.dim() == 2 and ".layers." in name
+            (matrices if is_matrix else others).append(p)
+    return [
+        Muon(matrices, lr=lr, weight_decay=weight_decay, rising=300),
+        _adamw(others, lr / 2, weight_decay),
+    ]
 
 
-def _groups(params: list[Tensor], weight_decay: float) -> list[dict]:
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
+    return [_adamw(_trained(model), lr, weight_decay)]
+
+
+def adafactor(model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
+    return [Adafactor(decay_groups(_trained(model), weight_decay), lr=lr)]
+
+
+def _adamw(params: list[Tensor], lr: float, weight_decay: float) -> Optimizer:
+    groups = decay_groups(params, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def decay_groups(params: list[Tensor], weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices decay, biases and norms do not."""
     return [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
 
 
-def _adamw(params: list[Tensor], lr: float, weight_decay: float) -> Optimizer:
-    return torch.optim.AdamW(_groups(params, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """A row of OPTIMIZERS: (model, lr, weight_decay) -> optimizers, and their bytes of state per
+    parameter.
+    """
+
+    build: Callable[[nn.Module, float, float], list[Optimizer]]
+    state_bytes: float  # the estimate of memory before training asks it
+
+
+OPTIMIZERS = {
+    "muon": OptimizerChoice(muon, 4.6),  # one momentum for matrices, two for the rest
+    "adamw": OptimizerChoice(adamw, 8),  # two moments in fp32
+    "adafactor": OptimizerChoice(adafactor, 0.1),  # a number per row and per column
+}
+
+
+def build_optimizers(
+    model: nn.Module, name: str, lr: float, weight_decay: float
+) -> list[Optimizer]:
+    """The optimizers of one name of OPTIMIZERS, which together train every parameter once."""
+    return row_named(OPTIMIZERS, name, "optimizer").build(model, lr, weight_decay)
+
+
+# ---- learning rates
+
+
+def peak_rates(optimizers: list[Optimizer]) -> list[list[float]]:
+    """The learning rates of all groups as they were built: the peaks of the schedule."""
+    return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def set_rates(optimizers: list[Optimizer], peaks: list[list[float]], factor: float) -> float:
+    """Set every learning rate to `factor` times its peak; returns the first, to be logged."""
+    for optimizer, optimizer_peaks in zip(optimizers, peaks, strict=True):
+        for group, peak in zip(optimizer.param_groups, optimizer_peaks, strict=True):
+            group["lr"] = peak * factor
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def wsd(step: int, steps: int, warmup: int, decay: float) -> float:
+    """Stable, then a linear decay over the last share `decay` of the steps (Hu et al. 2024,
+    MiniCPM).
+    """
+    decay_steps = max(round(steps * decay), 1)
+    return min(1.0, (steps - step) / decay_steps)
+
+
+def cosine(step: int, steps: int, warmup: int, decay: float) -> float:
+    """Half a cosine from the end of the warm-up to the end of training."""
+    phase = (step - warmup) / max(steps - warmup, 1)
+    return 0.5 + 0.5 * math.cos(math.pi * phase)
+
+
+def constant(step: int, steps: int, warmup: int, decay: float) -> float:
+    return 1.0
+
+
+# What follows the warm-up: (step, steps, warmup, decay) -> share of the peak. A row more is a
+# choice more.
+SCHEDULES = {"wsd": wsd, "cosine": cosine, "constant": constant}
 
 
 def schedule(name: str, step: int, steps: int, warmup: int, decay: float = 0.3) -> float:
     """The learning rate of `step` (from 0) as a share of its peak, never 0 within the run.
 
-    wsd: warm-up, stable, then linear decay over the last share `decay` of the steps (Hu et al. 2024, MiniCPM);
-    cosine: warm-up, then half a cosine; constant: warm-up only.
+    It rises in a line during the warm-up, then follows a schedule of SCHEDULES.
+
+    >>> [round(schedule("wsd", step, steps=10, warmup=2), 2) for step in range(10)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.67, 0.33]
     """
+    after_warmup = row_named(SCHEDULES, name, "schedule")
     if step < warmup:
         return (step + 1) / warmup
-    if name == "constant":
-        return 1.0
-    if name == "cosine":
-        phase = (step - warmup) / max(steps - warmup, 1)
-        return 0.5 + 0.5 * math.cos(math.pi * phase)
-    assert name == "wsd", name
-    decay_steps = max(round(steps * decay), 1)
-    return min(1.0, (steps - step) / decay_steps)
+    return after_warmup(step, steps, warmup, decay)

@@ -1,13 +1,24 @@
-"""metrics.jsonl of one or more runs -> a picture, and whether a run's loss is as it should be.
+"""Draw the losses of runs as a picture, and tell whether a run's loss is as it should be.
 
-python -m nanophi.train.plot out/pretrain out/other --out loss.png
-python -m nanophi.train.plot out/demo/pretrain --compare docs/reference/demo-pretrain.json
+    python -m nanophi.train.plot out/pretrain out/other --out loss.png
+    python -m nanophi.train.plot out/demo/pretrain --compare docs/reference/demo-pretrain.json
 
-A reference is what runs of several seeds had in common: at each step the lowest and the highest of their smoothed
-losses, 2 % added on both sides, with the settings and versions that gave them. `--reference FILE` makes one.
+A run writes one line of JSON per step into metrics.jsonl:
+
+    {"step": 100, "loss": 3.41, "lr": 0.006, ..., "val_loss": 3.52}
+
+A reference is the band in which runs of several seeds lay. At each step it holds the lowest and the
+highest of their smoothed losses, with 2 % added on both sides, and the settings and versions that
+gave them. `--reference FILE` makes one.
+
+    loss │ ▒▒▒
+         │  ▒▒▒▒▒            ▒ the band: a run of other seeds, and of the same settings, lies in it
+         │     ▒▒▒▒▒▒▒▒
+         └────────────── step
+
+Read in this order: reading a run, the picture, the reference, the command.
 """
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +26,94 @@ from pathlib import Path
 from nanophi.cli import UserError, flag, run_command
 from nanophi.files import replacing, write_text
 
+MARGIN = 0.02  # added on both sides of a band, as a share of the loss
+
+# What is drawn beside the loss, where a run has it: key in metrics.jsonl -> (line style, label).
+OTHER_CURVES = {"val_loss": ("o", "validation loss"), "margin": ("--", "reward margin")}
+
+# Settings that say where files lie, or in which runs of one reference differ.
+NOT_OF_A_REFERENCE = {
+    "out",
+    "data",
+    "val_data",
+    "tokenizer",
+    "init_from",
+    "seed",
+    "overwrite",
+    "resume",
+}
+
+
+# ---- reading a run
+
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl; a UserError where there is no such file."""
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run_dir} is no run: it has no metrics.jsonl")
-    found = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(
-            json.JSONDecodeError
-        ):  # half a line, of a killed run or a full disk
-            found.append(json.loads(line))
-    return found
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # A killed run, or a full disk, leaves half a line.
+    return lines
+
+
+def steps_with_loss(run_dir: str | Path) -> list[dict]:
+    """The lines of a run without those whose loss is null: it was infinite or nan there."""
+    return [line for line in read_metrics(run_dir) if line["loss"] is not None]
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Mean over the last `window` values, fewer at the start."""
-    return [
-        sum(part) / len(part)
-        for i in range(len(values))
-        if (part := values[max(0, i - window + 1) : i + 1])
-    ]
+    """Mean over the last `window` values, over fewer at the start.
+
+    >>> smooth([1, 2, 3, 4], window=2)
+    [1.0, 1.5, 2.5, 3.5]
+    """
+    means = []
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - window) : end]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def smoothed_losses(lines: list[dict]) -> list[float]:
+    """The loss of each line, averaged over the last fortieth of all lines."""
+    losses = [line["loss"] for line in lines]
+    return smooth(losses, window=max(len(losses) // 40, 1))
+
+
+def smoothed_curve(run_dir: str | Path) -> dict[int, float]:
+    """Step -> smoothed loss of a run."""
+    lines = steps_with_loss(run_dir)
+    steps = [line["step"] for line in lines]
+    return dict(zip(steps, smoothed_losses(lines), strict=True))
+
+
+# ---- the picture
 
 
 def draw(panels: dict[str, list[str | Path]], out: str | Path, band: dict | None = None) -> None:
-    """One panel per title, with the loss of its runs over their steps; validation loss as dots, DPO's margin dashed."""
+    """Write a .png with one panel for each title, side by side.
+
+    panels: title -> run directories, drawn over each other
+    band: a reference, drawn as a grey area
+    """
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
+        draw_panel(axis, title, runs, band)
+    with replacing(out) as beside:
+        figure.savefig(beside, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def import_pyplot():
+    """matplotlib.pyplot, set up to write files and to open no window."""
     try:
         import matplotlib
     except ImportError:
@@ -48,97 +121,102 @@ def draw(panels: dict[str, list[str | Path]], out: str | Path, band: dict | None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False, layout="constrained"
-    )
-    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
-        for number, run_dir in enumerate(runs):
-            lines, color = (
-                [line for line in read_metrics(run_dir) if line["loss"] is not None],
-                f"C{number}",
-            )
-            steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-            axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-            name = Path(run_dir).name
-            axis.plot(
-                steps,
-                smooth(losses, max(len(losses) // 40, 1)),
-                color=color,
-                label=f"{name}: loss, smoothed",
-            )
-            for key, style, label in (
-                ("val_loss", "o", "validation loss"),
-                ("margin", "--", "reward margin"),
-            ):
-                points = [(line["step"], line[key]) for line in lines if key in line]
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        style,
-                        color=color,
-                        markersize=4,
-                        label=f"{name}: {label}",
-                    )
-        if band is not None:
-            axis.fill_between(
-                band["steps"], band["low"], band["high"], color="0.5", alpha=0.25, label="reference"
-            )
-        dpo = any("margin" in line for line in lines)
-        axis.set(title=title, xlabel="step", ylabel="loss" if dpo else "loss (nats per token)")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    with replacing(out) as beside:
-        figure.savefig(beside, format="png", dpi=110)
-    pyplot.close(figure)
+    return pyplot
 
 
-MARGIN = 0.02  # of a band, beyond what the runs that made it differ
+def draw_panel(axis, title: str, runs: list[str | Path], band: dict | None) -> None:
+    """Draw the curves of all runs, the band, and the labels of one panel."""
+    for number, run_dir in enumerate(runs):
+        lines = steps_with_loss(run_dir)
+        draw_run(axis, Path(run_dir).name, lines, color=f"C{number}")
+    if band is not None:
+        axis.fill_between(
+            band["steps"], band["low"], band["high"], color="0.5", alpha=0.25, label="reference"
+        )
+    # A panel holds runs of one kind, so the last one tells the unit of all. DPO's loss is per pair.
+    is_dpo = any("margin" in line for line in lines)
+    axis.set(title=title, xlabel="step", ylabel="loss" if is_dpo else "loss (nats per token)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
 
 
-def smoothed(run_dir: str | Path) -> dict[int, float]:
-    """Step -> mean loss of the last fortieth of all steps."""
-    lines = [line for line in read_metrics(run_dir) if line["loss"] is not None]
-    values = smooth([line["loss"] for line in lines], max(len(lines) // 40, 1))
-    return {line["step"]: value for line, value in zip(lines, values, strict=True)}
+def draw_run(axis, name: str, lines: list[dict], color: str) -> None:
+    """Draw one run: the loss pale, the smoothed loss, validation loss as dots, DPO's margin
+    dashed.
+    """
+    steps = [line["step"] for line in lines]
+    losses = [line["loss"] for line in lines]
+    axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, smoothed_losses(lines), color=color, label=f"{name}: loss, smoothed")
+    for key, (style, label) in OTHER_CURVES.items():
+        measured = [line for line in lines if key in line]
+        if measured:
+            x = [line["step"] for line in measured]
+            y = [line[key] for line in measured]
+            axis.plot(x, y, style, color=color, markersize=4, label=f"{name}: {label}")
+
+
+# ---- the reference
 
 
 def make_reference(runs: list[str]) -> dict:
-    """The band of several runs of the same settings."""
-    curves = [smoothed(run_dir) for run_dir in runs]
+    """The band of several runs of the same settings, as a dict for JSON."""
+    curves = [smoothed_curve(run_dir) for run_dir in runs]
     steps = sorted(set.intersection(*map(set, curves)))
-    told = [
-        json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8")) for run_dir in runs
-    ]
-    paths = {"out", "data", "val_data", "tokenizer", "init_from", "seed", "overwrite", "resume"}
+    lows = [min(curve[step] for curve in curves) for step in steps]
+    highs = [max(curve[step] for curve in curves) for step in steps]
+
+    records = [read_json(Path(run_dir) / "run.json") for run_dir in runs]
+    settings = records[0]["config"]
     return {
-        "seeds": [one["config"]["seed"] for one in told],
-        "versions": told[0]["versions"],
-        "config": {name: value for name, value in told[0]["config"].items() if name not in paths},
+        "seeds": [record["config"]["seed"] for record in records],
+        "versions": records[0]["versions"],
+        "config": {
+            name: value for name, value in settings.items() if name not in NOT_OF_A_REFERENCE
+        },
         "steps": steps,
-        "low": [round(min(curve[step] for curve in curves) * (1 - MARGIN), 4) for step in steps],
-        "high": [round(max(curve[step] for curve in curves) * (1 + MARGIN), 4) for step in steps],
+        "low": [round(low * (1 - MARGIN), 4) for low in lows],
+        "high": [round(high * (1 + MARGIN), 4) for high in highs],
     }
 
 
+def read_json(path: Path):
+    """What a .json file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_reference(path: str, reference: dict) -> None:
+    """Write a reference as JSON with one line for each key, however long its list is."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def compare(run_dir: str, reference: dict) -> str:
-    """Where a run is outside of the band of a reference, in words."""
-    curve = smoothed(run_dir)
+    """One sentence: whether a run is inside of the band, and otherwise where it leaves it.
+
+    A run is inside when its last step is, and at least 95 % of the steps that both have.
+    """
+    curve = smoothed_curve(run_dir)
     band = zip(reference["steps"], reference["low"], reference["high"], strict=True)
-    both = [(step, curve[step], low, high) for step, low, high in band if step in curve]
-    if not both:
+    common = [(step, curve[step], low, high) for step, low, high in band if step in curve]
+    if not common:
         raise UserError(f"{run_dir} and the reference have no step in common")
-    outside = [
-        (step, "above" if loss > high else "below")
-        for step, loss, low, high in both
-        if not low <= loss <= high
-    ]
-    step, loss, low, high = both[-1]
+
+    outside = []
+    for step, loss, low, high in common:
+        if not low <= loss <= high:
+            outside.append((step, "above" if loss > high else "below"))
+
+    step, loss, low, high = common[-1]
     last = f"at step {step:,} {loss:.3f}, the band is {low:.3f} to {high:.3f}"
-    if len(outside) <= len(both) / 20 and low <= loss <= high:
+    if len(outside) <= len(common) / 20 and low <= loss <= high:
         return f"{run_dir}: inside the band ({last})"
     first, side = outside[0]
-    often = f"in {len(outside):,} of {len(both):,} steps"
-    return f"{run_dir}: OUTSIDE the band {often}, first {side} it at {first:,} ({last})"
+    share = f"in {len(outside):,} of {len(common):,} steps"
+    return f"{run_dir}: OUTSIDE the band {share}, first {side} it at {first:,} ({last})"
+
+
+# ---- the command
 
 
 @dataclass(kw_only=True)
@@ -154,27 +232,29 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    band = None
     if cfg.reference:
-        made = (
-            f"{json.dumps(name)}: {json.dumps(value)}"
-            for name, value in make_reference(cfg.runs).items()
-        )
-        write_text(
-            cfg.reference, "{\n" + ",\n".join(made) + "\n}\n"
-        )  # a line for each, long lists too
+        write_reference(cfg.reference, make_reference(cfg.runs))
         print(f"plot: a reference of {len(cfg.runs)} runs -> {cfg.reference}")
+    band = None
     if cfg.compare:
-        try:
-            band = json.loads(Path(cfg.compare).read_text(encoding="utf-8"))
-            verdicts = [compare(run_dir, band) for run_dir in cfg.runs]
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{cfg.compare} is no reference: {error}") from None
-        print("\n".join(verdicts))
-    draw({"training loss": cfg.runs}, cfg.out, band)
+        band = compare_all(cfg.runs, cfg.compare)
+    draw({"training loss": list(cfg.runs)}, cfg.out, band)
     print(f"plot: {len(cfg.runs)} runs -> {cfg.out}")
+
+
+def compare_all(runs: list[str], path: str) -> dict:
+    """Print for each run whether it is inside of the band of the reference in `path`; returns the
+    reference.
+    """
+    try:
+        reference = read_json(Path(path))
+        verdicts = [compare(run_dir, reference) for run_dir in runs]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no reference: {error}") from None
+    print("\n".join(verdicts))
+    return reference
 
 
 if __name__ == "__main__":

@@ -1,76 +1,118 @@
-"""Before the first step: will it fit, how long will it take, does the batch look as it should?"""
+"""Before the first step: does it fit, how long does it take, does the batch look as it should?
 
-import os
+The estimates ask the network and the table of optimizers, so that a changed block or a new
+optimizer changes them too.
+"""
+
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
-from nanophi.cli import UserError, duration
-from nanophi.model.checkpoint import pick_device
+from nanophi.cli import UserError, duration, row_named
 from nanophi.model.config import PhiConfig
-from nanophi.model.phi import Phi
+from nanophi.model.phi import MLP, Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.distributed import World, computes_in
+from nanophi.train.distributed import World
 from nanophi.train.losses import chunk_size
-from nanophi.train.optim import NS_NUMBERS
+from nanophi.train.optim import NS_NUMBERS, OPTIMIZERS
 from nanophi.train.packing import IGNORE, PAD, Batch
 
-# Dense bf16 FLOP/s that the makers state; what MFU is measured against.
+if TYPE_CHECKING:
+    from nanophi.train.setup import Setup
+
+
+# ---- operations
+
+
+# Dense bf16 FLOP/s that the makers state: what model FLOPs utilisation (MFU) is measured against.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
-    "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
-}  # fmt: skip
-# Bytes of optimizer state a parameter: Muon keeps momentum (of matrices), AdamW two moments, Adafactor next to nothing.
-STATE_BYTES = {"muon": 4.6, "adamw": 8, "adafactor": 0.1}
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
-def contradictions(cfg) -> list[str]:
-    """What no run can do: flags that exclude each other, or the device. cfg: a TrainConfig (loop.py)."""
-    device = pick_device(cfg.device)
-    varlen, cuda = cfg.attention == "varlen", device.startswith("cuda")
-    impossible = {
-        "give --steps or --epochs, not both": cfg.steps is not None and cfg.epochs is not None,
-        f"--resume {cfg.resume}: it stands alone, or is `--resume auto`": cfg.resume
-        not in (None, "yes", "auto"),
-        "--resume goes on with what --overwrite would delete": cfg.resume == "yes"
-        and cfg.overwrite,
-        "--show-batch does not train, --overfit-one-batch does": cfg.show_batch
-        and cfg.overfit_one_batch,
-        "--shard splits the model over ranks: start them with torchrun --nproc-per-node N": cfg.shard
-        and os.environ.get("WORLD_SIZE", "1") == "1",
-        f"--attention varlen needs a GPU, and this is {device}": varlen and not cuda,
-        "--attention varlen computes in bfloat16 or float16": varlen
-        and cuda
-        and computes_in(cfg, device) == "float32",
-        "--attention varlen has no dropout": varlen and bool(cfg.dropout),
-    }
-    return [said for said, true in impossible.items() if true]
+@dataclass(frozen=True)
+class Size:
+    """What the estimates need to know of a network."""
+
+    parameters: int  # all
+    matrices: int  # those that each token is multiplied with: the blocks' matrices and the head
+    mlp: int  # numbers a token that the MLP of one block keeps for backward
+
+
+def size_of(cfg: PhiConfig) -> Size:
+    """Counted from the network itself, built without memory."""
+    with torch.device("meta"):
+        return _size_of(Phi(cfg))
+
+
+def _size_of(model: Phi) -> Size:
+    parameters = dict(model.named_parameters())
+    matrices = sum(
+        p.numel() for name, p in parameters.items() if p.dim() == 2 and "embed" not in name
+    )
+    return Size(model.num_parameters(), matrices, _kept_by_mlp(model.model.layers[0]))
+
+
+def _kept_by_mlp(block: nn.Module) -> int:
+    """Numbers a token that backward needs of the MLP of a block: what its layers but the last give.
+
+    The MLP of phi.py computes its activation again (see speed.py). One without `contract` keeps
+    what it makes of each layer too.
+    """
+    mlp = block.mlp
+    assert isinstance(mlp, nn.Module)
+    layers = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)]
+    inner = sum(layer.out_features for layer in layers[:-1])
+    recomputed = isinstance(mlp, MLP) and "contract" in type(mlp).forward.__code__.co_names
+    return inner if recomputed else 2 * inner
 
 
 def matrix_parameters(cfg: PhiConfig) -> int:
-    """Parameters that are multiplied with each token: those of the blocks' matrices and the head, not the embedding."""
-    kv = cfg.num_key_value_heads * cfg.head_dim
-    block = (
-        2 * cfg.hidden_size**2
-        + 2 * cfg.hidden_size * kv
-        + 2 * cfg.hidden_size * cfg.intermediate_size
-    )
-    return cfg.num_hidden_layers * block + cfg.hidden_size * cfg.vocab_size
+    """Parameters that each token is multiplied with: those of the blocks' matrices and the head."""
+    return size_of(cfg).matrices
 
 
 def flops_per_token(cfg: PhiConfig, context: int) -> float:
-    """Forward and backward: 6 a parameter, and 12 L D T for attention (PaLM, appendix B; not halved for causality)."""
-    return 6 * matrix_parameters(cfg) + 12 * cfg.num_hidden_layers * cfg.hidden_size * context
+    """Forward and backward: 6 per matrix parameter, and 12 L D T for attention (PaLM, appendix B;
+    not halved for causality).
+    """
+    attention = 12 * cfg.num_hidden_layers * cfg.hidden_size * context
+    return 6 * matrix_parameters(cfg) + attention
 
 
 def peak_flops(device: str) -> float | None:
-    """What MFU is a share of; None for a device whose peak is not in the table, such as a CPU."""
+    """The peak of a device; None where the table lacks it, as for a CPU."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def mfu_by_speed(model: Phi, batch: Batch, world: World) -> Callable[[float], dict[str, float]]:
+    """A function tokens/s -> {"mfu": share of the peak}; {} where the peak is not known."""
+    flops = flops_per_token(model.cfg, batch.ids.shape[1])
+    peak = peak_flops(world.device)
+    if peak is None:
+        return lambda tokens_per_s: {}
+    return lambda tokens_per_s: {"mfu": round(tokens_per_s * flops / (peak * world.size), 4)}
+
+
+# ---- memory
 
 
 def training_bytes(
@@ -83,29 +125,42 @@ def training_bytes(
     shards: int = 1,
     device: str = "cpu",
 ) -> int:
-    """Estimate of the peak: fp32 weights, gradients, optimizer states; what backward needs: the half-precision copies
-    of the matrices, and of `rows` rows at once per token and layer some 10 D + F numbers, or D with --recompute; the
-    head's gradient and one chunk of logits, or else what Muon computes with. Of a model in several shards each rank has
-    its part of the first, and embedding and head whole while it computes."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Phi(cfg).parameters())
-    width, mlp, tokens = cfg.hidden_size, cfg.intermediate_size, rows * context
-    of_a_layer = (10 * width + mlp) * (2 if half else 4)
+    """Estimate of the peak, in bytes, of one of `shards` ranks that split the model.
+
+    rows: of `context` tokens, computed at once. half: in bf16 or fp16.
+    """
+    size = size_of(cfg)
+    tokens = rows * context
+    width = cfg.hidden_size
     layers = cfg.num_hidden_layers
-    kept = layers * width * 4 + of_a_layer if recompute else layers * of_a_layer
-    chunk = min(
-        chunk_size(cfg.vocab_size, device.split(":")[0], torch.bfloat16 if half else torch.float32),
-        tokens,
-    )
-    head = cfg.vocab_size * (width * 4 + chunk * 12)
-    held = parameters * (8 + STATE_BYTES[optimizer]) / shards
-    held += 2 * matrix_parameters(cfg) if half and not recompute else 0
+    head = cfg.vocab_size * width
+
+    # Held all the time: fp32 weights and gradients, and what the optimizer keeps.
+    state_bytes = row_named(OPTIMIZERS, optimizer, "optimizer").state_bytes
+    held = size.parameters * (4 + 4 + state_bytes) / shards
+    if half and not recompute:
+        held += size.matrices * 2  # the half-precision copies that backward needs
     if shards > 1:
-        held += 2 * cfg.vocab_size * width * 8
-    iterated = (
-        36 * min(max(NS_NUMBERS, width * mlp), layers * width * mlp) if optimizer == "muon" else 0
-    )
-    return int(held + max(tokens * kept + head, iterated))
+        held += 2 * head * 8  # embedding and head are whole while the model computes
+
+    # Held from forward to backward, for each token: some 10 numbers of the width and what the MLP
+    # keeps, in each layer. With --recompute the layer's input alone, and one layer at a time in
+    # full.
+    of_a_layer = (10 * width + size.mlp) * (2 if half else 4)
+    kept = layers * of_a_layer
+    if recompute:
+        kept = layers * width * 4 + of_a_layer
+    dtype = torch.bfloat16 if half else torch.float32
+    chunk = min(chunk_size(cfg.vocab_size, device.split(":")[0], dtype), tokens)
+    loss = head * 4 + cfg.vocab_size * chunk * 12  # the head's gradient; a chunk of logits, thrice
+    passes = tokens * kept + loss
+
+    # After backward, Muon iterates with many matrices at once.
+    iterated = 0
+    if optimizer == "muon":
+        largest = width * cfg.intermediate_size
+        iterated = 36 * min(max(NS_NUMBERS, largest), layers * largest)
+    return int(held + max(passes, iterated))
 
 
 def available_bytes(device: str) -> int | None:
@@ -129,93 +184,109 @@ def check_memory(
     device: str,
     shards: int = 1,
 ) -> int:
-    """The estimate, or a UserError that says what would fit."""
+    """The estimate of `training_bytes`, or a UserError that says what would fit."""
 
     def needs(optimizer: str, rows: int, recompute: bool) -> int:
         return training_bytes(cfg, optimizer, rows, context, half, recompute, shards, device)
 
-    wanted = needs(optimizer, rows, recompute)
+    needed = needs(optimizer, rows, recompute)
     free = available_bytes(device)
-    if free is None or wanted <= free:
-        return wanted
-    advice = [
-        f"{words} ({less / 1e9:.1f} GB)"
-        for words, less in (
-            ("--micro-batch 1", needs(optimizer, 1, recompute)),
-            ("--micro-batch 1 --recompute", needs(optimizer, 1, True)),
-            ("--micro-batch 1 --recompute --optimizer adafactor", needs("adafactor", 1, True)),
-        )
-        if less <= free
-    ]
+    if free is None or needed <= free:
+        return needed
+    smaller = {
+        "--micro-batch 1": needs(optimizer, 1, recompute),
+        "--micro-batch 1 --recompute": needs(optimizer, 1, True),
+        "--micro-batch 1 --recompute --optimizer adafactor": needs("adafactor", 1, True),
+    }
+    fits = [f"{flags} ({size / 1e9:.1f} GB)" for flags, size in smaller.items() if size <= free]
+    advice = f"try {fits[0]}" if fits else "take a smaller --preset, or --layers and --width"
     raise UserError(
-        f"training this model takes about {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}: "
-        + (f"try {advice[0]}" if advice else "take a smaller --preset, or --layers and --width")
+        f"training this model takes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on "
+        f"{device}: {advice}"
     )
+
+
+# ---- time
 
 
 def matrix_flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products on this device, measured for a tenth of a second or so."""
-    size = (
-        8192 if device.startswith("cuda") else 1024
-    )  # large enough that waiting for the result does not count
+    size = 8192 if device.startswith("cuda") else 1024  # so large that waiting does not count
     a = torch.randn(size, size, device=device, dtype=dtype)
     (a @ a)[0, 0].item()
-    started, products = time.perf_counter(), 0
+    products = 0
+    started = time.perf_counter()
     while time.perf_counter() - started < 0.1:
-        (a @ a)[0, 0].item()
+        (a @ a)[0, 0].item()  # .item() waits for the device
         products += 1
     return products * 2 * size**3 / (time.perf_counter() - started)
 
 
-def outlook(model: Phi, optimizers, cfg, batch: Batch, steps: int, world: World) -> str:
-    """What a run prints before it begins: parameter groups, memory, time. cfg: a TrainConfig."""
+REACHED = 0.5  # of the speed of matrix products, as small models do
+
+
+def outlook(
+    model: Phi, optimizers: list[Optimizer], setup: "Setup", batch: Batch, steps: int
+) -> str:
+    """What a run prints before it begins: parameter groups, steps, time, memory."""
     groups = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             count = sum(p.numel() for p in group["params"])
             decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
-            groups.append(
-                f"{type(optimizer).__name__} {count:,} in {len(group['params'])} tensors ({decay})"
-            )
-    context, dtype = batch.ids.shape[1], computes_in(cfg, world.device)
-    rows = min(cfg.micro_batch, -(-len(batch) // world.size)) * batch.rows_per_sample
-    shards = world.size if cfg.shard else 1
-    shape = (
+            name = type(optimizer).__name__
+            groups.append(f"{name} {count:,} in {len(group['params'])} tensors ({decay})")
+
+    cfg = setup.cfg
+    world = setup.world
+    context = batch.ids.shape[1]
+    step_tokens = batch.ids.numel()
+    work = steps * step_tokens * flops_per_token(model.cfg, context)
+    speed = REACHED * matrix_flops(world.device, getattr(torch, setup.dtype)) * world.size
+    samples = min(cfg.micro_batch, -(-len(batch) // world.size))  # at once
+    memory = training_bytes(
         model.cfg,
         cfg.optimizer,
-        rows,
+        samples * batch.rows_per_sample,
         context,
-        dtype != "float32",
-        cfg.recompute,
-        shards,
-        world.device,
+        half=setup.dtype != "float32",
+        recompute=cfg.recompute,
+        shards=setup.ranks_of_model,
+        device=world.device,
     )
-    work = steps * batch.ids.numel() * flops_per_token(model.cfg, context)
-    reached = 0.5  # of the speed of matrix products, as small models do
-    seconds = work / (reached * matrix_flops(world.device, getattr(torch, dtype)) * world.size)
     return (
         f"parameters: {'; '.join(groups)}\n"
-        f"ahead: {steps:,} steps of {batch.ids.numel():,} tokens on {world.device}, about {duration(seconds)}, "
-        f"peak memory about {training_bytes(*shape) / 1e9:.2f} GB"
+        f"ahead: {steps:,} steps of {step_tokens:,} tokens on {world.device}, "
+        f"about {duration(work / speed)}, peak memory about {memory / 1e9:.2f} GB"
     )
+
+
+# ---- the batch
 
 
 def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
-    """The first documents of a batch as text: `┃` where one begins, what is learned between ⟦ and ⟧."""
-    ids, targets, lines = batch.ids.flatten().tolist(), batch.targets.flatten().tolist(), []
+    """The first documents of a batch as text: `┃` where one begins, what is learned between ⟦ and
+    ⟧.
+    """
+    ids = batch.ids.flatten().tolist()
+    targets = batch.targets.flatten().tolist()
+    shown = []
     for begin, end in pairwise(batch.cu_seqlens.tolist()):
         if ids[begin] == PAD:
             continue
-        last = [] if targets[end - 1] == IGNORE else [targets[end - 1]]  # it stands in no input
+        tokens = ids[begin:end]
+        if targets[end - 1] != IGNORE:
+            tokens.append(targets[end - 1])  # the last target is no input
         learned = [target != IGNORE for target in targets[begin:end]]
-        learned.insert(
-            0, learned[0]
-        )  # nothing predicts the first one; it may be part of the second's character
-        marked = groupby(
-            zip(ids[begin:end] + last, learned, strict=False), key=lambda pair: pair[1]
-        )
-        pieces = [(flag, tok.decode([token for token, _ in group])) for flag, group in marked]
-        lines.append("┃" + "".join(f"⟦{text}⟧" if flag else text for flag, text in pieces))
-        if len(lines) == documents:
+        # Nothing predicts the first token. It is marked as the second: both may be of one
+        # character.
+        learned.insert(0, learned[0])
+        text = "┃"
+        marked = zip(tokens, learned, strict=False)
+        for is_learned, group in groupby(marked, key=lambda pair: pair[1]):
+            piece = tok.decode([token for token, _ in group])
+            text += f"⟦{piece}⟧" if is_learned else piece
+        shown.append(text)
+        if len(shown) == documents:
             break
-    return "\n\n".join(lines)
+    return "\n\n".join(shown)

@@ -1,4 +1,7 @@
-"""Evaluation: every token is scored once, with as much context as it can have; choices against a rigged model."""
+"""Evaluation: every token is scored once, with as much context as it can have.
+
+Multiple choice is tested with a model whose choice is known.
+"""
 
 import math
 
@@ -56,8 +59,9 @@ def test_score_is_transformers_loss_converted(tok):
 
 
 def test_sliding_window_sees_more_than_blocks(tok):
-    """With stride = context each block starts blind; a smaller stride can only give tokens more context."""
-    model, text = tiny_model(max_position_embeddings=16), TEXTS[0] + TEXTS[2]
+    """With stride = context each block starts without context; a smaller stride gives more."""
+    model = tiny_model(max_position_embeddings=16)
+    text = TEXTS[0] + TEXTS[2]
     ids = torch.tensor([*tok.encode(text), tok.eos_id])
     by_hand = 0.0
     for start, first, stop in windows(len(ids), 16, 4):

@@ -1,4 +1,4 @@
-"""Generation: transformers' tokens, cached as uncached, batched as single, and never half a character."""
+"""Generation: transformers' tokens, cached = uncached, batched = single, whole characters only."""
 
 import itertools
 
@@ -59,7 +59,10 @@ def test_eos_ends_the_answer_and_is_in_it():
 
 
 def force(model, ids):
-    """Make the model say `ids`, whatever the prompt: each token's embedding points at the next one's row."""
+    """Make the model say `ids` one after the other, whatever the prompt.
+
+    Each token's embedding points at the row of the next one in the head.
+    """
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -72,10 +75,9 @@ def force(model, ids):
 
 
 def test_stream_yields_whole_characters_only(tok):
-    """A byte-level token may end within a character; printing at once showed � in the middle of 鱻."""
-    text = (
-        "鱻😀好"  # neither of the first two was in the training text: three and four single bytes
-    )
+    """A byte-level token may end within a character; printed at once, 鱻 had � in its middle."""
+    # Neither 鱻 nor 😀 was in the training text: they are three and four tokens of one byte.
+    text = "鱻😀好"
     ids = [tok.encode("a")[0], *tok.encode(text), tok.eos_id]
     assert len(set(ids)) == len(ids) > 8
     model = force(tiny_model(hidden_size=64), ids)
@@ -93,3 +95,26 @@ def test_empty_prompts_are_refused(tok):
             generate(tiny_model(), prompt)
     with pytest.raises(UserError, match="prompt is empty"):
         next(stream(tiny_model(), tok, ""))
+
+
+def test_text_is_refused_where_ids_are_needed():
+    for prompt in ("你", "你好吗", ["你好", "春天"]):
+        with pytest.raises(UserError, match=r"is text: encode it first, .*or use stream"):
+            generate(tiny_model(), prompt)
+
+
+def test_prompts_beyond_the_context_are_refused_and_answers_may_outgrow_it(tok):
+    model = tiny_model(spread=0.3)
+    with pytest.raises(UserError, match="prompt has 65 tokens, the model was made for 64"):
+        generate(model, [7] * 65)
+    with pytest.raises(UserError, match="prompt has 65 tokens, the model was made for 64"):
+        next(stream(model, tok, [7] * 65))
+    assert len(generate(model, [7] * 64, max_new_tokens=5, eos_token_id=None)) == 5
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tok):
+    for prompt in ([7, 448], [[7], [-1]]):
+        with pytest.raises(UserError, match="the model knows ids 0 to 447"):
+            generate(tiny_model(), prompt)
+    with pytest.raises(UserError, match="the model knows ids 0 to 447"):
+        next(stream(tiny_model(), tok, [448]))

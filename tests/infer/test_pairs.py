@@ -67,3 +67,17 @@ def test_command_writes_what_dpo_reads(tok, tmp_path, capsys):
     assert counts["pairs"] == len(written) > 0
     assert all(set(row) == {"prompt", "chosen", "rejected"} for row in written)
     assert f"wrote {len(written)} pairs" in capsys.readouterr().out
+
+
+def test_prompts_longer_than_the_context_are_dropped_and_counted(tok, tmp_path, capsys):
+    model = tiny_model(spread=0.3)  # context 64
+    nanophi.save(tmp_path / "early", model, tok)
+    rows = [{"instruction": text, "output": "这是一个回答。"} for text in ("问题？", "很长" * 50)]
+    data = tmp_path / "sft.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out = str(tmp_path / "pairs.jsonl")
+    counts = main(
+        Config(model=str(tmp_path / "early"), data=[str(data)], out=out, max_new_tokens=12)
+    )
+    assert (counts["prompts"], counts["long"]) == (2, 1)
+    assert "1 longer than the context of 64 tokens" in capsys.readouterr().out

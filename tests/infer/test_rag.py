@@ -1,4 +1,4 @@
-"""Chunks by the model's tokens, BM25 by hand, and an answer only where there is something to answer from."""
+"""Passages by the model's tokens, BM25 by hand, and an answer only where a passage gives one."""
 
 import math
 
@@ -7,16 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.infer.modes import (
-    chatting,
-    comparing,
-    converse,
-    display_width,
-    retrieving,
-    side_by_side,
-    wrap,
+from nanophi.infer.chat_modes import chatting, comparing, converse, retrieving
+from nanophi.infer.columns import display_width, side_by_side, wrap
+from nanophi.infer.rag import (
+    BM25,
+    NOT_FOUND,
+    Index,
+    build_index,
+    cut_passages,
+    grams,
+    question_with,
 )
-from nanophi.infer.rag import BM25, NOT_FOUND, Index, build_index, chunk, grams, question_with
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt
@@ -26,20 +27,20 @@ from nanophi.tokenizer.chat import chat_prompt
     text=st.text(st.sampled_from("感冒了要多喝水。\n春天来ab "), max_size=200),
     size=st.integers(12, 40),
 )
-def test_chunks_are_small_and_lose_nothing(tok, text, size):
-    chunks = chunk(text, tok, size, overlap=4)
-    assert all(len(tok.encode(part)) <= size for part in chunks)
-    rest = text
-    for part in chunks:  # each chunk stands in the text, none of the characters between them is more than white space
+def test_passages_are_small_and_lose_nothing(tok, text, size):
+    passages = cut_passages(text, tok, size, overlap=4)
+    assert all(len(tok.encode(part)) <= size for part in passages)
+    # Each passage stands in the text; between two passages there is only white space.
+    for part in passages:
         assert part in text
-    assert set("".join(text.split())) == set("".join("".join(chunks).split()))
-    assert sum(len("".join(part.split())) for part in chunks) >= len("".join(rest.split()))
+    assert set("".join(text.split())) == set("".join("".join(passages).split()))
+    assert sum(len("".join(part.split())) for part in passages) >= len("".join(text.split()))
 
 
-def test_chunks_end_at_sentences_where_they_can(tok):
+def test_passages_end_at_sentences_where_they_can(tok):
     text = "感冒了要多喝水。好好休息。发烧超过三天。应该去看医生。\n\n春天来了。小草发芽。"
     size = len(tok.encode("感冒了要多喝水。好好休息。")) + 1
-    assert all(part.endswith("。") for part in chunk(text, tok, size, overlap=0))
+    assert all(part.endswith("。") for part in cut_passages(text, tok, size, overlap=0))
 
 
 def test_grams():
@@ -47,15 +48,18 @@ def test_grams():
 
 
 def test_bm25_by_hand():
-    """Two texts of 1 and 3 grams; the question is 甲丁, of 3 grams, one of which is found; all weigh the same here."""
+    """Two texts of 1 and 3 grams. The question 甲丁 has 3 grams, and one of them is in a text.
+
+    All grams weigh the same here.
+    """
     scores = BM25(["甲", "乙丙"]).scores("甲丁")
     idf = math.log(1 + (2 - 1 + 0.5) / 1.5)
     expected = idf * 1 * 2.2 / (1 + 1.2 * (1 - 0.75 + 0.75 * 1 / 2)) / (3 * idf * 2.2)
     assert scores == pytest.approx({0: expected})
 
 
-def test_a_chunk_gains_from_its_document(tok):
-    """Both have a chunk on 高度; only the document says which mountain it is about."""
+def test_a_passage_gains_from_its_document(tok):
+    """Both have a passage on 高度; only the document says which mountain it is about."""
     filler = "这里风景很好，每年都有许多人来。"
     documents = [
         (name, f"{name}是一座名山。{filler * 3}\n它的高度是一千米。") for name in ("泰山", "华山")
@@ -95,7 +99,7 @@ def test_the_right_document_is_found(index):
 
 def test_background_goes_into_the_question_and_sources_are_named(index, tok, capsys):
     said = []
-    reply = retrieving(lambda ids: said.append(ids) or "", tok, index, chunks=1, threshold=0.17)
+    reply = retrieving(lambda ids: said.append(ids) or "", tok, index, passages=1, threshold=0.17)
     reply("月亮为什么会发光？")
     found = index.search("月亮为什么会发光？", 1)
     assert said == [chat_prompt(question_with(found, "月亮为什么会发光？"), tok)]

@@ -7,17 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nanophi.model import attention
-from nanophi.model.attention import (
+from nanophi.model import backends
+from nanophi.model.attention import attend, same_document
+from nanophi.model.backends import (
     BACKENDS,
-    attend,
     choose_backend,
     flash_kernel,
     preferred_kernels,
-    same_document,
     varlen,
 )
 from nanophi.model.phi import KVCache
+from nanophi.model.speed import speed_up
 from tests.conftest import tiny_model
 
 BOUNDARIES = torch.tensor(
@@ -57,7 +57,7 @@ def by_hand(q, k, v):
 
 @pytest.mark.parametrize("backend", ["sdpa", "documents", "varlen"])
 def test_backends_agree_forward_and_backward(backend, monkeypatch):
-    monkeypatch.setattr(attention, "flash_kernel", lambda: stand_in)
+    monkeypatch.setattr(backends, "flash_kernel", lambda: stand_in)
     results = []
     for name in ("manual", backend):
         q, k, v = inputs()
@@ -125,7 +125,7 @@ def test_without_any_kernel_there_is_none(monkeypatch):
 
 
 def test_auto_chooses_by_device_and_dtype(monkeypatch):
-    monkeypatch.setattr(attention, "flash_kernel", lambda: stand_in)
+    monkeypatch.setattr(backends, "flash_kernel", lambda: stand_in)
     capability = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
@@ -178,7 +178,9 @@ def test_causal_lets_the_documents_of_a_row_see_each_other():
 
 
 def test_varlen_is_plain_causal_where_nothing_is_packed():
-    """Sampling during bf16 training on a GPU would have ended in an AttributeError: there are no boundaries to mark."""
+    """Sampling during bf16 training on a GPU would have ended in an AttributeError: there are no
+    boundaries to mark.
+    """
     ids = torch.arange(7, 39).view(2, 16)
     model, manual = tiny_model(), tiny_model()
     model.attention, manual.attention = "varlen", "manual"
@@ -188,8 +190,11 @@ def test_varlen_is_plain_causal_where_nothing_is_packed():
 
 
 def test_in_half_precision_the_branches_share_one_copy_of_their_input():
-    """Autocast would make one for each of q, k, v and fc1, and backward keeps them all: a fifth of the activations."""
+    """Autocast would make one for each of q, k, v and fc1, and backward keeps them all: a fifth of
+    the activations.
+    """
     model, kept = tiny_model().train(), {}
+    speed_up(model)
 
     def saved(x):
         kept[x.untyped_storage().data_ptr()] = x
@@ -215,7 +220,7 @@ def test_recomputing_changes_no_number():
     gradients = []
     for recompute in (False, True):
         model = tiny_model().train()
-        model.recompute = recompute
+        speed_up(model, recompute=recompute)
         model(ids, BOUNDARIES).logsumexp(-1).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -43,7 +43,9 @@ def test_we_read_what_transformers_saves(tmp_path, shard_size):
 
 
 def test_legacy_rope_keys_are_read(tmp_path):
-    """transformers 4 wrote rope_theta and partial_rotary_factor at the top level, and null for rope_scaling."""
+    """transformers 4 wrote rope_theta and partial_rotary_factor at the top level, and null for
+    rope_scaling.
+    """
     model = tiny_model(partial_rotary_factor=0.25)
     nanophi.save(tmp_path, model)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -10,7 +10,7 @@ from transformers import PhiForCausalLM
 from nanophi.cli import UserError
 from nanophi.model.attention import document_index, document_positions
 from nanophi.model.config import PRESETS, PhiConfig
-from nanophi.model.phi import KVCache, Phi
+from nanophi.model.phi import KVCache, Phi, Record
 from tests.conftest import tiny_config, tiny_model
 
 SHAPES = {
@@ -50,7 +50,8 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape, attention):
     named = dict(hf.named_parameters())
     for name, p in model.named_parameters():
         difference = (p.grad - named[name].grad).norm()
-        # A gradient that is zero in exact arithmetic (k_proj.bias shifts all scores alike) has no relative error.
+        # A gradient that is zero in exact arithmetic (k_proj.bias shifts all scores alike) has no
+        # relative error.
         assert difference <= 1e-4 * named[name].grad.norm() + 1e-7, name
 
 
@@ -195,3 +196,41 @@ def test_impossible_shapes_say_why(changes, message):
 def test_unknown_preset_names_the_known():
     with pytest.raises(UserError, match=r"no preset 'phi3'; there are demo, .*phi-2"):
         PhiConfig.preset("phi3")
+
+
+def test_positions_beyond_the_context_are_refused():
+    """Rotation goes on to any position, so a row too long gave logits that nobody had trained."""
+    model = tiny_model(max_position_embeddings=16)
+    with pytest.raises(UserError, match="a row has 17 tokens, the model was made for 16 positions"):
+        model(tokens(1, 17))
+
+
+def test_a_name_is_no_configuration():
+    with pytest.raises(UserError, match=r"PhiConfig\.preset\('demo'\)"):
+        Phi("demo")
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_record_holds_what_transformers_computes_inside(shape):
+    model = tiny_model(**shape)
+    ids = tokens(2, 20)
+    record = Record()
+    logits = model(ids, record=record)
+    theirs = hf_twin(model)(ids, output_hidden_states=True, output_attentions=True)
+    assert (logits - theirs.logits).abs().max() < 1e-5
+    for ours, their in zip(record.attention, theirs.attentions, strict=True):
+        assert (ours - their).abs().max() < 1e-5
+    last = model.model.final_layernorm(record.hidden[-1])  # transformers' last is normalised
+    for ours, their in zip([*record.hidden[:-1], last], theirs.hidden_states, strict=True):
+        assert (ours - their).abs().max() < 1e-5
+
+
+def test_a_record_of_packed_documents_has_no_weight_between_them():
+    model, (ids, cu) = tiny_model(), packed()
+    record = Record()
+    model(ids, cu, record=record)
+    between = record.attention[0][
+        0, :, 7:, :7
+    ]  # of row 0, the second document looking at the first
+    assert between.abs().max() == 0
+    assert len(record.hidden) == 3

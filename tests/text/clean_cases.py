@@ -1,4 +1,7 @@
-"""Golden cases of the cleaner by an editor's judgement: what changes and into what, what stays, what is dropped."""
+"""Golden cases of the cleaner by an editor's judgement.
+
+CHANGES: what changes, and into what; SAME: what stays; DROPPED and KEPT: what the filters do.
+"""
 
 # (the rule which the case is about, raw, what all rules together make of it)
 CHANGES: list[tuple[str, str, str]] = [
@@ -409,7 +412,8 @@ SAME: list[str] = [
     "```python\ndef f(): ...\n\n\ndef g(): ...\n```",
 ]
 
-# (filter, document): short with min_length=20, language with min_han=0.3, which drop none of the others sooner
+# (filter, document). `short` is tested with min_length=20 and `language` with min_han=0.3; neither
+# drops a case of the other filters sooner.
 DROPPED: list[tuple[str, str]] = [
     ("empty", ""),
     ("empty", "   \n\t\n"),
@@ -463,7 +467,10 @@ DROPPED: list[tuple[str, str]] = [
     ),
     (
         "language",
-        "function add(a, b) { return a + b; } // 加法\nconsole.log(add(1, 2)); console.log(add(3, 4));",
+        (
+            "function add(a, b) { return a + b; } // 加法\n"
+            "console.log(add(1, 2)); console.log(add(3, 4));"
+        ),
     ),
     ("symbols", "=-" * 40),
     ("symbols", "★☆★☆ 好 ★☆★☆\n★☆★☆ 好 ★☆★☆\n★☆★☆ 好 ★☆★☆\n★☆★☆ 好 ★☆★☆\n◆◇◆◇◆◇◆◇◆◇"),
@@ -522,15 +529,18 @@ KEPT: list[str] = [
     ),
     "- 苹果\n- 香蕉\n- 梨\n- 桃子\n- 葡萄\n- 西瓜\n- 草莓\n- 樱桃\n- 芒果\n- 菠萝",
     (
-        "| 城市 | 人口 | 面积 |\n|------|------|------|\n| 北京 | 2189 | 16411 |\n| 上海 | 2487 | 6341 |\n"
+        "| 城市 | 人口 | 面积 |\n|------|------|------|\n"
+        "| 北京 | 2189 | 16411 |\n| 上海 | 2487 | 6341 |\n"
         "| 广州 | 1868 | 7434 |"
     ),
     (
-        "def fib(n):\n    a, b = 0, 1\n    while n > 0:\n        a, b, n = b, a + b, n - 1\n    return a\n\n\n"
+        "def fib(n):\n    a, b = 0, 1\n    while n > 0:\n        a, b, n = b, a + b, n - 1\n"
+        "    return a\n\n\n"
         "print([fib(i) for i in range(10)])"
     ),
     (
-        '<!DOCTYPE html>\n```html\n<ul>\n  <li><a href="/">首页</a></li>\n  <li><a href="/x">关于</a></li>\n</ul>\n```'
+        '<!DOCTYPE html>\n```html\n<ul>\n  <li><a href="/">首页</a></li>\n'
+        '  <li><a href="/x">关于</a></li>\n</ul>\n```'
     ),
     "(define (map f xs)\n  (if (null? xs)\n      '()\n      (cons (f (car xs)) (map f (cdr xs)))))",
     "甲：“去吗？”\n乙：“不去。”\n甲：“为什么？”\n乙：“累。”\n甲：“真的？”\n乙：“真的。”\n甲：“那……好吧。”",
@@ -542,12 +552,18 @@ KEPT: list[str] = [
         "3.141592653589793238462643383279502884197169399375105820974944592307816406286208998628034825342117"
         "06798214808651"
     ),
-    "project/\n├── src/\n│   ├── main.py\n│   └── util.py\n├── tests/\n│   └── test_main.py\n└── README.md",
     (
-        "$$\\sum_{i=1}^{n} i = \\frac{n(n+1)}{2}, \\quad \\int_{0}^{1} x^2 \\, dx = \\frac{1}{3}, \\quad e^"
-        "{i\\pi} + 1 = 0$$"
+        "project/\n├── src/\n│   ├── main.py\n│   └── util.py\n├── tests/\n"
+        "│   └── test_main.py\n└── README.md"
     ),
-    "1. e4 e5 2. Nf3 Nc6 3. Bb5 a6 4. Ba4 Nf6 5. O-O Be7 6. Re1 b5 7. Bb3 d6 8. c3 O-O 9. h3 Nb8 10. d4 Nbd7",
+    (
+        "$$\\sum_{i=1}^{n} i = \\frac{n(n+1)}{2}, \\quad \\int_{0}^{1} x^2 \\, dx = \\frac{1}{3}, "
+        "\\quad e^{i\\pi} + 1 = 0$$"
+    ),
+    (
+        "1. e4 e5 2. Nf3 Nc6 3. Bb5 a6 4. Ba4 Nf6 5. O-O Be7 6. Re1 b5 7. Bb3 d6 8. c3 O-O 9. h3 "
+        "Nb8 10. d4 Nbd7"
+    ),
     "常用表情：😀大笑，😢哭，😡生气，👍赞，👎踩，❤\ufe0f爱心，🎉庆祝，🙏感谢，🌹玫瑰，☕咖啡。",
     (
         "周一：晴，25度。\n周二：晴，26度。\n周三：晴，25度。\n周四：雨，20度。\n周五：晴，24度。\n"
@@ -562,6 +578,9 @@ KEPT: list[str] = [
     "5×5单位矩阵：\n1 0 0 0 0\n0 1 0 0 0\n0 0 1 0 0\n0 0 0 1 0\n0 0 0 0 1",
     "😂😂😂笑死我了，这猫也太可爱了吧！！！🐱🐱🐱❤\ufe0f❤\ufe0f❤\ufe0f",
     "“嗯？”“嗯。”“嗯！”“……”“——”“啊？”“哦。”“哦！”“好？”“好！”“走？”“走。”“真？”“真！”",
-    '{"a": [1, 2, 3], "b": {"c": null, "d": true}, "e": [{"x": 1, "y": 2}, {"x": 3, "y": 4}], "名": "值"}',
+    (
+        '{"a": [1, 2, 3], "b": {"c": null, "d": true}, '
+        '"e": [{"x": 1, "y": 2}, {"x": 3, "y": 4}], "名": "值"}'
+    ),
     "| A | B | A∧B |\n|---|---|---|\n| 0 | 0 | 0 |\n| 0 | 1 | 0 |\n| 1 | 0 | 0 |\n| 1 | 1 | 1 |",
 ]

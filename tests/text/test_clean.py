@@ -15,7 +15,7 @@ from nanophi.text import clean as clean_module
 from nanophi.text import rules
 from nanophi.text.clean import Config, Report, clean, clean_row, main
 from nanophi.text.corpus import read_rows, write_rows
-from nanophi.text.filters import Limits, why_dropped
+from nanophi.text.filters import FILTERS, Filter, Limits, why_dropped
 from tests.text.clean_cases import CHANGES, DROPPED, KEPT, SAME
 
 
@@ -51,6 +51,17 @@ def test_what_the_filters_keep(text):
     assert why_dropped(text, clean(text), Limits()) is None
 
 
+def test_a_filter_is_a_function_and_a_row(monkeypatch):
+    """A new one needs no other line; here it shares a limit, otherwise Limits gets a flag."""
+
+    def digit_share(text: str) -> float:
+        return sum(char.isdigit() for char in text) / len(text)
+
+    monkeypatch.setitem(FILTERS, "digits", Filter(digit_share, at_most="max_symbols"))
+    assert why_dropped("12345", "12345", Limits()) == "digits"
+    assert why_dropped("第12345页", "第12345页", Limits()) is None
+
+
 def test_questions_get_no_final_punctuation():
     assert clean("怎样才能睡得好", final=False) == "怎样才能睡得好"
     row = {"instruction": "怎样才能睡得好", "input": "", "output": "早点睡", "source": "Ａ"}
@@ -66,7 +77,8 @@ def test_questions_get_no_final_punctuation():
     assert [m["content"] for m in clean_row(turns)["messages"]] == ["你好", "你好。"]
 
 
-SOUP = "，。！？…—!?.:,()（）“”`s \n\t<>&;#br/p=\"'ａＡ１²㎡薴么麼幺隻頭髮乾里后后面a3\u3000\u200b\u0301"
+SOUP = "，。！？…—!?.:,()（）“”`s \n\t<>&;#br/p=\"'"
+SOUP += "ａＡ１²㎡薴么麼幺隻頭髮乾里后后面a3\u3000\u200b\u0301"
 soup = st.text(st.sampled_from(SOUP), max_size=40)
 
 
@@ -82,7 +94,8 @@ def test_cleaning_twice_changes_nothing_more(text):
 
 
 def check_letters(text):
-    """Outside tags, entities and what NFKC is kept from, every ASCII letter and digit of NFKC(x) is still there."""
+    """Outside of tags, entities and what NFKC is kept from, every ASCII letter and digit of NFKC(x)
+    is still there."""
     text = rules.KEPT_BY_NFKC.sub("", re.sub("[<>&＜＞＆]", "", text))
     expected = unicodedata.normalize("NFKC", text)
     assert re.sub("[^A-Za-z0-9]", "", clean(text)) == re.sub("[^A-Za-z0-9]", "", expected)
@@ -94,7 +107,8 @@ def test_letters_and_digits_survive_in_order(text):
 
 
 def test_report_and_dedup(tmp_path, capsys):
-    raw, out = tmp_path / "raw.jsonl", tmp_path / "new" / "clean.jsonl"  # a folder that --out makes
+    raw = tmp_path / "raw.jsonl"
+    out = tmp_path / "new" / "clean.jsonl"  # a folder that --out makes
     long = "春天来了，小草从土里探出头来，孩子们在公园里放风筝，风筝越飞越高，大家都很开心"
     texts = [long, "１２３，你好", "   ", long + "！", "另外一篇完全不同的文章，讲的是怎样泡茶"]
     raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -117,7 +131,8 @@ def test_report_counts_by_rule():
 
 
 def test_sample_is_by_content_and_seed(tmp_path):
-    raw, out = tmp_path / "raw.jsonl", tmp_path / "out.jsonl"
+    raw = tmp_path / "raw.jsonl"
+    out = tmp_path / "out.jsonl"
     lines = [json.dumps({"text": f"第{i}篇。"}) + "\n" for i in range(400)]
     taken = []
     for order, seed in ((lines, 0), (lines[::-1], 0), (lines, 1)):
@@ -129,7 +144,7 @@ def test_sample_is_by_content_and_seed(tmp_path):
 
 
 def test_dedup_sees_the_texts_of_every_schema(tmp_path):
-    """Rows of messages once looked all alike to it, and one of fifty was left."""
+    """Once all rows of messages were the same text to --dedup, and one of fifty was left."""
     raw = tmp_path / "raw.jsonl"
     turns = [
         [
@@ -186,7 +201,8 @@ def test_workers_change_nothing(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(clean_module, "BATCH", 100)  # many batches for each process
     outputs = []
     for workers in (1, 2):
-        out, dropped = tmp_path / f"{workers}.jsonl", tmp_path / f"dropped-{workers}.jsonl.gz"
+        out = tmp_path / f"{workers}.jsonl"
+        dropped = tmp_path / f"dropped-{workers}.jsonl.gz"
         counts = main(Config(input=[str(raw)], out=str(out), workers=workers, dropped=str(dropped)))
         assert counts == {"read": 102, "written": 100, "repeated": 0, "skipped": 0, "dropped": 2}
         outputs.append((out.read_bytes(), list(read_rows([dropped]))))
@@ -196,7 +212,7 @@ def test_workers_change_nothing(raw, tmp_path, monkeypatch):
 
 
 def test_shards_and_resuming(raw, tmp_path, capsys):
-    """A run that was killed goes on behind its complete shards and gives the same files."""
+    """A command that was killed goes on behind its complete files and gives the same files."""
     out = tmp_path / "out" / "clean.jsonl"
     arguments = {"input": [str(raw)], "out": str(out), "shard_rows": 30}
     main(Config(**arguments))
@@ -242,7 +258,8 @@ def test_rules_can_be_left_out_and_added(raw, tmp_path):
 
 
 def test_long_texts_take_no_more_than_their_time():
-    """Expressions that look again from each place of a run take hours on these; ten megabytes take seconds."""
+    """An expression that is tried again from each place of a run takes hours on these texts; ten
+    megabytes must take seconds."""
     for piece in (
         " ",
         "\u3000",

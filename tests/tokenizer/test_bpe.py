@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from nanophi.cli import UserError
-from nanophi.tokenizer.bpe import learn_merges_naive, merge_pair, train_bpe
+from nanophi.tokenizer.bpe import encode_word_naive, learn_merges_naive, merge_pair, train_bpe
 from nanophi.tokenizer.fast import merges as numpy_merges
 from nanophi.tokenizer.fast import words as numpy_words
 from nanophi.tokenizer.fast.merges import Trainer
 from nanophi.tokenizer.fast.table import Table
 from nanophi.tokenizer.fast.words import WordCounter, count_words
 from nanophi.tokenizer.levels import ByteLevel, CharLevel
-from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, merge_word
 from tests.conftest import TEXTS
 
 
@@ -74,7 +75,7 @@ def test_numpy_equals_naive(words, min_frequency, floor, positions, few_symbols)
     slots, weights = counted.lay_out({symbol: i for i, symbol in enumerate("abcd")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_merges, "BATCH_POSITIONS", positions)
-        patch.setattr(numpy_merges, "CHUNK", 64)
+        patch.setattr(numpy_merges, "SLOTS_AT_ONCE", 64)
         trainer = Trainer(slots, weights, 4, 40, min_frequency)
         trainer.floor = max(trainer.lowest, floor)
         if not few_symbols:
@@ -94,7 +95,10 @@ def words_of(counter: WordCounter) -> Counter:
 @pytest.mark.parametrize("different_hashes", [1, 3, 2**64])
 @given(texts=st.lists(st.text(st.sampled_from("ab 哈呀，1'st!\n😀"), max_size=20), max_size=12))
 def test_words_are_counted_exactly_whatever_the_hash(level, different_hashes, texts):
-    """Two words of one hash must not be taken for each other: with one hash for all, each is still counted apart."""
+    """Two words of one hash must not be taken for each other.
+
+    Even if all words have the same hash, each is counted by itself.
+    """
     true_keys, few = numpy_words.keys_of, np.uint64(different_hashes % 2**64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_words, "BLOCK_CHARACTERS", 30)
@@ -136,3 +140,33 @@ def test_mistakes():
         train_bpe([])
     with pytest.raises(UserError, match="level 'word'"):
         train_bpe(TEXTS, 300, level="word")
+    with pytest.raises(UserError, match=r"takes a list of strings.* write train_bpe\(\[text\]\)"):
+        train_bpe("感冒了要多喝水", 300)
+
+
+pairs_of_ids = st.tuples(st.integers(0, 4), st.integers(0, 4))
+
+
+@given(ids=st.lists(st.integers(0, 4), max_size=40), pairs=st.lists(pairs_of_ids, unique=True))
+@example(ids=[0] * 7, pairs=[(0, 0), (1, 1), (1, 0)])
+@example(ids=[0, 1, 0, 1, 1], pairs=[(1, 1), (0, 1)])
+def test_the_heap_merges_as_the_naive_encoder(ids, pairs):
+    """Whatever the merges make: here even a token that an earlier merge takes up."""
+    merges = {pair: (rank, rank % 5) for rank, pair in enumerate(pairs)}
+    before = list(ids)
+    assert merge_word(ids, merges) == encode_word_naive(ids, merges)
+    assert ids == before
+
+
+@pytest.mark.parametrize("level", ["byte", "char"])
+@given(word=st.text(st.sampled_from("感冒了要多喝水月光a's 1哈"), max_size=40))
+def test_encode_word_is_the_naive_encoding(level, word):
+    tok = trained(level)
+    word = tok.level.normalized(word)
+    symbols = [tok.vocab[symbol] for symbol in tok.level.symbols(word)]
+    assert tok.encode_word(word) == encode_word_naive(symbols, tok.merges)
+
+
+@cache
+def trained(level: str):
+    return train_bpe(TEXTS, 600, level=level)

@@ -21,7 +21,9 @@ def test_ids_and_mask_of_one_turn(tok):
 
 @given(question=st.text(min_size=1), answer=st.text(min_size=1))
 def test_training_and_inference_share_the_prompt(tok, question, answer):
-    """The original found the mask by searching for the ids of `##回答:\\n`; BPE may merge `:` with what follows it."""
+    """The original found the mask by searching for the ids of `##回答:\\n`; BPE may merge `:` with
+    what follows it.
+    """
     ids, mask = encode_chat(turns(question, answer), tok)
     prompt = chat_prompt(question, tok)
     assert ids[: len(prompt)] == prompt

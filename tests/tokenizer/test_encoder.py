@@ -1,4 +1,7 @@
-"""Encoding in batches gives the ids of encoding one by one, which are HF's (test_tokenizer.py, test_splits.py)."""
+"""Encoding in batches gives the ids of encoding one by one.
+
+Those are the ids of HF tokenizers: see test_tokenizer.py and test_splits.py.
+"""
 
 import numpy as np
 import pytest
@@ -63,9 +66,16 @@ def test_a_hash_that_is_anothers_changes_nothing(texts):
 def test_memory_of_parts_is_bounded(tok, monkeypatch):
     monkeypatch.setattr(encoder, "MOST_PARTS", 3)
     monkeypatch.setattr(words, "BLOCK_CHARACTERS", 10)
-    found = tok.encode_batch(TEXTS)
-    assert found == [tok.encode(text) for text in TEXTS]
+    ids = tok.encode_batch(TEXTS)
+    assert ids == [tok.encode(text) for text in TEXTS]
     assert len(tok._encoder.store) < sum(map(len, TEXTS)) / 4
+
+
+@pytest.mark.parametrize("level", ["byte", "char"])
+def test_a_tokenizer_without_merges(level):
+    tok = train_bpe(TEXTS, 2000, min_frequency=10**6, level=level)
+    assert tok.merges == {}
+    assert tok.encode_batch(TEXTS) == [tok.encode(text) for text in TEXTS]
 
 
 def test_added_tokens_are_found_in_batches_too(tok):
@@ -78,7 +88,7 @@ def test_added_tokens_are_found_in_batches_too(tok):
 
 
 def test_specials_are_sought_in_the_text_as_it_stands():
-    """At char level a blank becomes "▁": batches sought [MY TOK] in the text after that and did not find it."""
+    """At char level a blank becomes "▁", and batches looked for [MY TOK] only then, in vain."""
     tok = train_bpe(TEXTS, 700, level="char")
     tok.added["[MY TOK]"] = len(tok)
     tok.specials.add("[MY TOK]")

@@ -1,4 +1,7 @@
-"""The char level against HF's pipeline of the same parts; the byte level is in test_tokenizer.py and test_bpe.py."""
+"""The char level against HF's pipeline of the same parts.
+
+The byte level is tested in test_tokenizer.py and test_bpe.py.
+"""
 
 import json
 import unicodedata
@@ -16,8 +19,8 @@ from nanophi.tokenizer.levels import BYTE_TOKENS
 from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.conftest import TEXTS
 
-# Characters assigned in Unicode 3.2: newer ones are split as each library's Unicode tables have it. U+166D has moved
-# from punctuation to symbols since.
+# Characters assigned in Unicode 3.2. Each library splits newer characters as its own Unicode tables
+# have it. U+166D has moved from punctuation to symbols since then.
 old_characters = st.characters(exclude_categories=["Cs"], exclude_characters="\u166d").filter(
     lambda char: unicodedata.ucd_3_2_0.category(char) != "Cn"
 )
@@ -96,7 +99,10 @@ def test_ids_and_text_are_those_of_hf(both, text):
 
 @given(text=any_text)
 def test_byte_fallback_loses_nothing_but_width(text):
-    """The original's pipeline decoded 你好，世界123。 to 你好 , 世界 1 2 3 。: a space before every piece."""
+    """The original's pipeline put a space before every piece.
+
+    It decoded 你好，世界123。 to 你好 , 世界 1 2 3 。
+    """
     tok = train_bpe(TEXTS, 500, level="char", byte_fallback=True)
     assert tok.decode(tok.encode(text)) == unicodedata.normalize("NFKC", text).replace("▁", " ")
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from nanophi.cli import UserError
+from nanophi.tokenizer import tokenizer
 from nanophi.tokenizer.bpe import train_bpe
-from nanophi.tokenizer.levels import QWEN2_SPLIT, ByteLevel, CharLevel
-from nanophi.tokenizer.splits import BREAK
+from nanophi.tokenizer.levels import ByteLevel, CharLevel
+from nanophi.tokenizer.splits import BREAK, QWEN2_SPLIT, SPLITS, Split, changes
 from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.conftest import TEXTS
 
@@ -74,7 +76,7 @@ def test_qwen2_ids_are_those_of_hf(qwen2, text):
 
 
 def test_a_file_in_qwens_own_form_is_read(qwen2, tmp_path):
-    """With NFC, ByteLevel as post-processor, merges as strings, and tokens that are added but not special."""
+    """It has NFC, a ByteLevel post-processor, merges as strings, and added tokens not special."""
     data = qwen2.to_dict()
     data["normalizer"] = {"type": "NFC"}
     data["post_processor"] = {
@@ -90,3 +92,35 @@ def test_a_file_in_qwens_own_form_is_read(qwen2, tmp_path):
     tok, hf = Tokenizer.load(tmp_path), HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("e\u0301<tool>café", TEXTS[3]):
         assert tok.encode(text, specials=True) == hf.encode(text).ids
+
+
+def line_starts(codes: np.ndarray) -> np.ndarray:
+    """A word is a line with its line break."""
+    is_break = codes == BREAK
+    starts = is_break | changes(is_break)
+    starts[1:] |= codes[:-1] == ord("\n")
+    return starts
+
+
+def test_a_split_from_outside_works_everywhere(monkeypatch, tmp_path):
+    """Training, encoding one text and many, saving, loading; and HF reads the file."""
+    monkeypatch.setitem(SPLITS, "lines", Split(r"[^\n]*\n|[^\n]+", line_starts))
+    monkeypatch.setattr(tokenizer, "FEW_CHARACTERS", 0)
+    tok = train_bpe(TEXTS, 500, split="lines")
+    assert tok.level.words("一，二\n\n三") == ["一，二\n", "\n", "三"]
+    tok.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    hf = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert loaded.level == ByteLevel("lines")
+    assert loaded.fingerprint == tok.fingerprint
+    ids = [hf.encode(text).ids for text in TEXTS]
+    assert tok.encode_batch(TEXTS) == ids
+    assert [loaded.encode(text) for text in TEXTS] == ids
+
+
+def test_a_file_with_an_unknown_split_names_the_known_ones(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setitem(SPLITS, "lines", Split(r"[^\n]*\n|[^\n]+", line_starts))
+        train_bpe(TEXTS, 500, split="lines").save(tmp_path)
+    with pytest.raises(UserError, match="splits otherwise than gpt2, qwen2, or the char level"):
+        Tokenizer.load(tmp_path)

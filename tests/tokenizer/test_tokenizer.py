@@ -74,6 +74,34 @@ def test_an_id_that_is_no_token_is_named(tok):
         tok.decode_bytes([-1])
 
 
+def test_one_text_and_many_are_not_mistaken_for_each_other(tok):
+    """To Python a string is also a list of texts, one for each character."""
+    for value in (123, None, ["感冒"], b"a"):
+        with pytest.raises(UserError, match=r"encode takes one string, .*; encode_batch takes a"):
+            tok.encode(value)
+    with pytest.raises(UserError, match="encode_batch takes a list of strings"):
+        tok.encode_batch("感冒")
+    with pytest.raises(UserError, match="add_tokens takes a list of strings"):
+        tok.add_tokens("<工具>")
+
+
+def test_repr_informs():
+    tok = train_bpe(TEXTS, 400, split="qwen2")
+    tok.add_tokens(["<工具>"])
+    shown = repr(tok)
+    for part in (
+        "401 tokens",
+        "ByteLevel(split='qwen2'",
+        "'wenda'",
+        "8 special",
+        "[EOS]",
+        "<工具>",
+    ):
+        assert part in shown
+    tok.add_tokens([f"<{i}>" for i in range(500)])
+    assert len(repr(tok)) < 400
+
+
 def test_special_ids_are_the_originals(tok):
     assert [tok.special_id(name) for name in SPECIAL_TOKENS] == list(range(7))
     assert tok.encode("[EOS]") != [1]
@@ -153,7 +181,7 @@ def test_settings_that_would_give_other_ids_are_refused(tok, tmp_path, changes, 
 
 
 def changed(data, path, value):
-    """A copy of nested dicts in which the entry at `path` is `value`, or missing where that is `...`."""
+    """A copy of nested dicts with `value` at `path`; if `value` is `...`, the entry is missing."""
     copy = json.loads(json.dumps(data))
     inner = copy
     for key in path[:-1]:
@@ -187,12 +215,22 @@ ODD = [
 @pytest.mark.parametrize(
     "path",
     [
-        ("model",), ("added_tokens",), ("pre_tokenizer",), ("normalizer",), ("post_processor",), ("model", "vocab"),
-        ("model", "merges"), ("model", "type"), ("added_tokens", 0), ("added_tokens", 0, "id"),
-        ("added_tokens", 0, "content"), ("added_tokens", 0, "special"), ("pre_tokenizer", "pretokenizers"),
+        ("model",),
+        ("added_tokens",),
+        ("pre_tokenizer",),
+        ("normalizer",),
+        ("post_processor",),
+        ("model", "vocab"),
+        ("model", "merges"),
+        ("model", "type"),
+        ("added_tokens", 0),
+        ("added_tokens", 0, "id"),
+        ("added_tokens", 0, "content"),
+        ("added_tokens", 0, "special"),
+        ("pre_tokenizer", "pretokenizers"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_damaged_file_is_one_clear_error_or_a_tokenizer(path, level, tmp_path):
     """There were seventy kinds of traceback."""
     data = train_bpe(TEXTS, 500, level=level).to_dict()
@@ -215,11 +253,15 @@ def test_a_damaged_file_is_one_clear_error_or_a_tokenizer(path, level, tmp_path)
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("model", "fuse_unk"), True), (("model", "continuing_subword_prefix"), "##"), (("model", "dropout"), 0.5),
-        (("truncation",), {"max_length": 2}), (("padding",), {"length": 9}), (("added_tokens", 1, "normalized"), True),
+        (("model", "fuse_unk"), True),
+        (("model", "continuing_subword_prefix"), "##"),
+        (("model", "dropout"), 0.5),
+        (("truncation",), {"max_length": 2}),
+        (("padding",), {"length": 9}),
+        (("added_tokens", 1, "normalized"), True),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_that_would_change_ids_are_refused(path, value, tmp_path):
     data = train_bpe(TEXTS, 500, level="char").to_dict()
     (tmp_path / "tokenizer.json").write_text(
@@ -237,7 +279,10 @@ def test_an_added_stand_in_character_leaves_other_texts_alone(tmp_path):
 
 
 def test_ids_with_gaps(tmp_path):
-    """A file from elsewhere may have [EOS] at 1000: a new token gets 1001, and shards must hold such ids."""
+    """A file from elsewhere may have [EOS] at 1000.
+
+    A new token then gets 1001, and shards must hold such ids.
+    """
     data = train_bpe(TEXTS, 400).to_dict()
     del data["model"]["vocab"]["[EOS]"]
     data["added_tokens"][1]["id"] = 1000

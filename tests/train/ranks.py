@@ -12,9 +12,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanophi.train.distributed import join
-from nanophi.train.loop import accumulate, train
+from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss, validate
 from nanophi.train.packing import Packed
+from nanophi.train.step import training_step
 from tests.conftest import tiny_model
 from tests.train.test_loop import config, random_documents
 
@@ -63,10 +64,11 @@ if task == "gradients":
     for dtype in (torch.float32, torch.float64):
         for micro_batch in (8, 4, 1):
             model = tiny_model().to(dtype)
-            line = accumulate(model, next_token_loss, data.batch_at(0), micro_batch, world)
+            batch = data.batch_at(0)
+            means = training_step(model, [], next_token_loss, batch, micro_batch, world).means
             if world.first:
                 gradients = {name: p.grad for name, p in model.named_parameters()} | {
-                    "loss": torch.tensor(line["loss"])
+                    "loss": torch.tensor(means["loss"])
                 }
                 torch.save(gradients, out / f"{dtype}-{micro_batch}.pt")
     run(

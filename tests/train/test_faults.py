@@ -10,12 +10,13 @@ import torch
 
 from nanophi.cli import UserError
 from nanophi.infer.generate import generate
-from nanophi.train import loop, rundir
+from nanophi.model.speed import speed_up
+from nanophi.train import loop, precision, setup
 from nanophi.train.distributed import World
 from nanophi.train.faults import BAD_BATCH, MEMORY, STREAK, Faults
 from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss
-from nanophi.train.rundir import STATE, Run
+from nanophi.train.rundir import STATE, RunDirectory
 from tests.conftest import tiny_model
 from tests.train.test_loop import config, pretraining, state, tensors
 
@@ -80,7 +81,7 @@ def test_a_jump_of_the_loss_is_said_once_it_is_known_what_is_usual():
 
 
 def test_fp16_scales_the_loss_and_learns_from_overflow(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir, "GROW_AFTER", 4)
+    monkeypatch.setattr(precision, "GROW_AFTER", 4)
     model, (_, data) = tiny_model(), pretraining(None)
     train(
         model,
@@ -89,7 +90,7 @@ def test_fp16_scales_the_loss_and_learns_from_overflow(tmp_path, monkeypatch):
         config(tmp_path, steps=8, dtype="float16"),
     )
     assert state(tmp_path)["scale"] == [
-        rundir.FIRST_SCALE / 4 * 2,
+        precision.FIRST_SCALE / 4 * 2,
         1,
     ]  # halved twice, doubled after four sound steps
     plain, scaled = tmp_path / "plain", tmp_path / "scaled"
@@ -103,7 +104,7 @@ def test_fp16_scales_the_loss_and_learns_from_overflow(tmp_path, monkeypatch):
 def test_a_full_disk_ends_the_run_or_is_only_said(tmp_path, monkeypatch, capsys):
     """The checkpoint before stays; with --keep-going training does too."""
     _, data = pretraining(None)
-    save, export, failing = Run.save, Run.export, {14}
+    save, export, failing = RunDirectory.save, RunDirectory.export, {14}
 
     def full(run):
         if run.step in failing:
@@ -115,8 +116,8 @@ def test_a_full_disk_ends_the_run_or_is_only_said(tmp_path, monkeypatch, capsys)
             raise OSError(28, "No space left on device")
         export(run, directory)
 
-    monkeypatch.setattr(Run, "save", full)
-    monkeypatch.setattr(Run, "export", full_too)
+    monkeypatch.setattr(RunDirectory, "save", full)
+    monkeypatch.setattr(RunDirectory, "export", full_too)
     with pytest.raises(UserError, match="No space left"):
         train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))
     assert state(tmp_path)["step"] == 7
@@ -139,7 +140,7 @@ def test_saving_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     _, data = pretraining(None)
     saved = []
-    monkeypatch.setattr(Run, "save", lambda run: saved.append(run.step))
+    monkeypatch.setattr(RunDirectory, "save", lambda run: saved.append(run.step))
     train(
         tiny_model(),
         next_token_loss,
@@ -200,7 +201,7 @@ def test_sampling_from_a_compiled_model_compiles_nothing():
     from torch._dynamo.utils import counters
 
     model = tiny_model()
-    model.compile_blocks()
+    speed_up(model, compile=True)
     ids = torch.arange(7, 39).view(2, 16)
     model(ids)
     compiled = counters["stats"]["unique_graphs"]
@@ -237,7 +238,7 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
 
 def test_more_ranks_than_samples_are_refused(tmp_path, monkeypatch):
     """An empty part would have other metrics than the rest, and the ranks would wait for each other for ever."""
-    monkeypatch.setattr(loop, "join", lambda device: World(0, 8, "cpu"))
+    monkeypatch.setattr(setup, "join", lambda device: World(0, 8, "cpu"))
     _, data = pretraining(None)
     with pytest.raises(UserError, match="a step has 4 samples for 8 ranks: raise --batch-tokens"):
         train(tiny_model(), next_token_loss, data.batch_at, config(tmp_path))
@@ -248,7 +249,7 @@ def test_ranks_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
         def gather(self, value):
             return [value, 500]
 
-    monkeypatch.setattr(loop, "join", lambda device: Parted(0, 2, "cpu"))
+    monkeypatch.setattr(setup, "join", lambda device: Parted(0, 2, "cpu"))
     _, data = pretraining(None)
     with pytest.raises(
         UserError,

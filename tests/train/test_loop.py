@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from nanophi.cli import UserError
+from nanophi.train.config import TrainConfig, total_steps
 from nanophi.train.distributed import World
-from nanophi.train.loop import TrainConfig, accumulate, total_steps, train
+from nanophi.train.loop import train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, next_token_loss
-from nanophi.train.packing import Packed, Pair, Pairs
+from nanophi.train.packing import Packed
+from nanophi.train.preferences import Pairs, Preference
 from nanophi.train.rundir import STATE
+from nanophi.train.step import training_step
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +52,9 @@ def fine_tuning(model):
 
 def preferences(model):
     sides = [(d.tolist(), [i >= 2 for i in range(len(d))]) for d in random_documents()]
-    data = Pairs([Pair(*pair) for pair in zip(sides[::2], sides[1::2], strict=True)], 4, seed=1)
+    data = Pairs(
+        [Preference(*pair) for pair in zip(sides[::2], sides[1::2], strict=True)], 4, seed=1
+    )
     with torch.no_grad():
         data.reference = answer_logps(model, data.batch(range(len(data)))).view(-1, 2)
     return make_dpo_loss_fn(0.1), data
@@ -154,8 +159,8 @@ def test_micro_batches_do_not_change_the_result():
         loss_fn, data = stage(model)
         found = []
         for micro_batch in (4, 3, 1):
-            line = accumulate(model, loss_fn, data.batch_at(0), micro_batch, ALONE)
-            found.append((line, [p.grad.clone() for p in model.parameters()]))
+            result = training_step(model, [], loss_fn, data.batch_at(0), micro_batch, ALONE)
+            found.append((result.means, [p.grad.clone() for p in model.parameters()]))
         for line, grads in found[1:]:
             assert line == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)
             torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-6)

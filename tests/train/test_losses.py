@@ -15,7 +15,8 @@ from nanophi.train.losses import (
     next_token_loss,
     validation_loss,
 )
-from nanophi.train.packing import IGNORE, Packed, Pair, Pairs
+from nanophi.train.packing import IGNORE, Packed
+from nanophi.train.preferences import Pairs, Preference
 from tests.conftest import TEXTS, tiny_model
 
 
@@ -68,13 +69,13 @@ def preference_pairs(tok, n=4):
         )
 
     return [
-        Pair(side(f"问题{i}？", TEXTS[i % 6]), side(f"问题{i}？", "不知道" * (i + 1)))
+        Preference(side(f"问题{i}？", TEXTS[i % 6]), side(f"问题{i}？", "不知道" * (i + 1)))
         for i in range(n)
     ]
 
 
 def test_answer_logps_sum_over_the_answer_alone(tok):
-    model, pairs = tiny_model(), preference_pairs(tok)
+    model, pairs = tiny_model(max_position_embeddings=128), preference_pairs(tok)
     logps = answer_logps(model, Pairs(pairs, 4, 0).batch(range(4)))
     for i, pair in enumerate(pairs):
         for j, (ids, mask) in enumerate((pair.chosen, pair.rejected)):
@@ -176,7 +177,7 @@ def test_dpo_loss_is_trls(tok, tmp_path):
             [{"role": "user", "content": question}, {"role": "assistant", "content": row[key]}], tok
         )
 
-    data = Pairs([Pair(side(row, "chosen"), side(row, "rejected")) for row in rows], 4, 0)
+    data = Pairs([Preference(side(row, "chosen"), side(row, "rejected")) for row in rows], 4, 0)
     with torch.no_grad():
         data.reference = answer_logps(reference, data.batch(range(4))).view(-1, 2)
         loss, _, sums = make_dpo_loss_fn(0.1)(policy, data.batch(range(4)))

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.train.packing import IGNORE, Packed, Pair, Pairs, best_fit
+from nanophi.train.packing import IGNORE, Packed, best_fit
+from nanophi.train.preferences import Pairs, Preference
 
 DOCUMENTS = [
     np.arange(100 * i, 100 * i + n) for i, n in enumerate((5, 40, 2, 17, 1, 16, 33, 9), start=1)
@@ -147,7 +148,7 @@ def test_best_fit_places_each_piece_once_in_the_fullest_row_with_room(lengths):
 def test_pairs_share_a_batch_row_by_row():
     a = ([11, 12, 13, 1], [False, False, True, True])
     b = ([11, 12, 14, 15, 16, 1], [False, False, True, True, True, True])
-    data = Pairs([Pair(a, b), Pair(b, a)], batch_pairs=2, seed=0)
+    data = Pairs([Preference(a, b), Preference(b, a)], batch_pairs=2, seed=0)
     data.reference = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
     batch = data.batch([0, 1])
     assert len(batch) == 2

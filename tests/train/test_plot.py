@@ -12,8 +12,8 @@ def a_run(path, losses, seed=0):
     path.mkdir()
     lines = [{"step": i + 1, "loss": loss, "val_loss": loss} for i, loss in enumerate(losses)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = {"config": {"seed": seed, "lr": 1e-3, "out": str(path)}, "versions": {"torch": "x"}}
-    (path / "run.json").write_text(json.dumps(told))
+    record = {"config": {"seed": seed, "lr": 1e-3, "out": str(path)}, "versions": {"torch": "x"}}
+    (path / "run.json").write_text(json.dumps(record))
     return str(path)
 
 
@@ -34,17 +34,15 @@ def test_a_run_is_compared_with_a_band(tmp_path, capsys):
     assert reference["config"] == {"lr": 1e-3}
     assert reference == make_reference(runs)
     assert (tmp_path / "x.png").stat().st_size > 5000
-    good, high = (
-        a_run(tmp_path / "good", curve(6.1)),
-        a_run(tmp_path / "high", curve(6.1, slope=0.015)),
-    )
+    good = a_run(tmp_path / "good", curve(6.1))
+    high = a_run(tmp_path / "high", curve(6.1, slope=0.015))
     broken = a_run(tmp_path / "broken", [None, *curve(6.1)[1:]])
     main(Config(runs=[good, high, broken], out=str(tmp_path / "y.png"), compare=str(band)))
-    said = capsys.readouterr().out
-    assert f"{good}: inside the band (at step 100 " in said
-    assert f"{broken}: inside the band" in said
-    assert f"{high}: OUTSIDE the band in " in said
-    assert "first above it at " in said
+    printed = capsys.readouterr().out
+    assert f"{good}: inside the band (at step 100 " in printed
+    assert f"{broken}: inside the band" in printed
+    assert f"{high}: OUTSIDE the band in " in printed
+    assert "first above it at " in printed
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):

@@ -14,13 +14,12 @@ from nanophi.train.losses import next_token_loss
 from nanophi.train.packing import Packed
 from nanophi.train.preflight import (
     check_memory,
-    contradictions,
     flops_per_token,
     matrix_parameters,
     show_batch,
     training_bytes,
 )
-from nanophi.train.rundir import claim
+from nanophi.train.setup import begin, contradictions
 from tests.conftest import tiny_model
 from tests.train.test_loop import config, pretraining
 
@@ -82,13 +81,13 @@ def test_contradictions_are_told_all_at_once(tmp_path, monkeypatch):
         "dropout": 0.1,
     }
     with pytest.raises(UserError) as raised:
-        claim(config(tmp_path, **wrong))
+        begin(config(tmp_path, **wrong))
     assert str(raised.value) == (
         "give --steps or --epochs, not both; --resume goes on with what --overwrite would delete; --shard splits the "
         "model over ranks: start them with torchrun --nproc-per-node N; --attention varlen needs a GPU, and this is "
         "cpu; --attention varlen has no dropout"
     )
-    assert contradictions(config(tmp_path)) == []
+    assert contradictions(config(tmp_path), "cpu") == []
 
 
 def test_the_batch_is_shown_with_borders_and_mask(tok):

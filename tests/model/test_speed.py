@@ -1,4 +1,4 @@
-"""The linear layer by oneDNN: torch's own is the oracle, for what comes out and for every gradient."""
+"""What speed.py puts on computes what the plain network computes: outputs and every gradient."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nanophi.model.linear import HAS_BOTH, ROWS, Linear
+from nanophi.model.speed import HAS_BOTH, ROWS, FastLinear, speed_up
 from nanophi.train.losses import next_token_loss
 from nanophi.train.packing import Packed
 from tests.conftest import tiny_model
@@ -16,9 +16,9 @@ needs_both = pytest.mark.skipif(not HAS_BOTH, reason="this torch has not both MK
 
 def pair(
     inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[Linear, nn.Linear]:
+) -> tuple[FastLinear, nn.Linear]:
     torch.manual_seed(0)
-    ours, oracle = (kind(inputs, outputs, bias, dtype=dtype) for kind in (Linear, nn.Linear))
+    ours, oracle = (kind(inputs, outputs, bias, dtype=dtype) for kind in (FastLinear, nn.Linear))
     oracle.load_state_dict(ours.state_dict())
     return ours, oracle
 
@@ -44,7 +44,7 @@ def test_outputs_and_gradients_are_those_of_torch(
         layer_x = x.clone(memory_format=torch.preserve_format).requires_grad_()
         torch.manual_seed(1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nanophi.model.linear.ROWS", 1)
+            patch.setattr("nanophi.model.speed.ROWS", 1)
             out = layer(layer_x)
             # the gradient of a sum has no memory of its own
             out.sum().backward() if expanded else out.backward(torch.randn_like(out))
@@ -68,8 +68,10 @@ def test_what_is_frozen_costs_no_product_in_backward():
 
 
 def test_all_else_is_left_to_torch(monkeypatch):
-    """Other dtypes, autocast, decoding, a compiler, the user who turned oneDNN off; and rows of any number: oneDNN
-    keeps code for each, and the demo, with answers of all lengths, once took twice its memory."""
+    """Other dtypes, autocast, decoding, a compiler, the user who turned oneDNN off; and rows of any
+    number: oneDNN keeps code for each, and the demo, with answers of all lengths, once took twice
+    its memory.
+    """
     x = torch.randn(2, ROWS, 8)
     ours, oracle = pair(8, 8)
     assert is_ours(ours(x)) == HAS_BOTH
@@ -110,6 +112,7 @@ def test_a_step_of_training_is_the_same_either_way(monkeypatch):
     for on in (True, False):
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", on)
         model = tiny_model()
+        speed_up(model)
         model.model.layers[0].mlp.fc1.register_forward_hook(
             lambda module, x, out: used.append(is_ours(out))
         )
@@ -119,3 +122,46 @@ def test_a_step_of_training_is_the_same_either_way(monkeypatch):
     for mine, wanted in zip(*results, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
     assert used == [True, False]
+
+
+def gradients(model, ids, cu_seqlens) -> list[torch.Tensor]:
+    model.zero_grad()
+    model.train()
+    model(ids, cu_seqlens).logsumexp(-1).sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_sped_up_is_the_plain_one(recompute):
+    """Without oneDNN's products the bits are the same, and it can be taken back by a new model
+    alone.
+    """
+    model = tiny_model(resid_pdrop=0.0)
+    names = list(model.state_dict())
+    ids = torch.arange(7, 71).view(2, 32)
+    cu_seqlens = torch.tensor([0, 10, 32, 64], dtype=torch.int32)
+    plain = gradients(model, ids, cu_seqlens)
+    logits = model.eval()(ids, cu_seqlens)
+    speed_up(model, recompute=recompute)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model.eval()(ids, cu_seqlens), logits)
+    fast = gradients(model, ids, cu_seqlens)
+    assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert {"FastLinear", "FrugalMLP", "FastBlock", "CastingLayerNorm"} <= kinds
+
+
+def test_a_changed_mlp_is_not_overruled():
+    """A class swapped in from outside must not bring back the MLP that its reader has replaced."""
+    model = tiny_model()
+
+    class Doubled(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for block in model.model.layers:
+        block.mlp.__class__ = Doubled
+    ids = torch.arange(7, 39).view(2, 16)
+    before = model(ids)
+    speed_up(model)
+    assert torch.equal(model(ids), before)

@@ -1,0 +1,33 @@
+"""A sample of what the model writes, printed at each evaluation of a training run.
+
+sample: 春天来了，小草从土里探出头来……
+"""
+
+from collections.abc import Callable
+
+from nanophi.infer.generate import generate
+from nanophi.model.phi import Phi
+from nanophi.tokenizer.tokenizer import Tokenizer
+
+
+def evaluating_aloud(
+    evaluate: Callable | None, tok: Tokenizer, prompt: list[int], tokens: int = 60
+) -> Callable:
+    """An `evaluate` for the training loop that first prints how the model continues a prompt.
+
+    evaluate: model -> figures, called after the sample; None: there are no figures
+    prompt: its ids; a prompt longer than the context loses its beginning, because a sample must
+        not stop a training run
+    tokens: of the continuation, which is greedy, so that samples of different steps compare
+    """
+
+    def evaluated(model: Phi) -> dict[str, float]:
+        was_training = model.training
+        model.eval()
+        ids = generate(model, prompt[-model.cfg.max_position_embeddings :], max_new_tokens=tokens)
+        model.train(was_training)
+        text = tok.decode(prompt) + tok.decode(ids, skip_special_tokens=True)
+        print("sample:", text.replace("\n", "⏎"))
+        return evaluate(model) if evaluate is not None else {}
+
+    return evaluated

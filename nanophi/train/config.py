@@ -1,0 +1,138 @@
+"""The flags that pretrain.py, sft.py and dpo.py share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanophi.cli import UserError, flag
+from nanophi.model.backends import BACKENDS
+from nanophi.model.phi import Phi
+from nanophi.train.optim import OPTIMIZERS, SCHEDULES
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What pretrain.py, sft.py and dpo.py have in common. Each script adds its own flags."""
+
+    # where, and how long
+    out: str = flag(help="run directory: the newest checkpoint and its history")
+    steps: int | None = flag(
+        None, at_least=1, help="optimizer steps; --epochs instead counts passes over the data"
+    )
+    epochs: float | None = flag(
+        None, above=0, help="passes over the data (1 where --steps is not given either)"
+    )
+
+    # the batch
+    micro_batch: int = flag(
+        8, at_least=1, help="rows (or pairs) a device holds at once; changes memory alone"
+    )
+    context: int | None = flag(None, at_least=2, help="tokens of a row (default: the model's)")
+    bos: bool = flag(False, help="put [BOS] before every document")
+
+    # the optimizer
+    lr: float = flag(
+        2e-3,
+        above=0,
+        help="peak learning rate; with muon that of the matrices, the rest has half of it",
+    )
+    optimizer: str = flag("muon", choices=OPTIMIZERS, help="adafactor is the original's")
+    weight_decay: float = flag(0.1, at_least=0, help="decoupled; biases and norms have none")
+    schedule: str = flag("wsd", choices=SCHEDULES, help="of the learning rate, after the warm-up")
+    warmup: int = flag(20, at_least=0, help="steps until the peak learning rate")
+    decay: float = flag(
+        0.3, at_least=0, at_most=1, help="share of the steps in which wsd falls to zero"
+    )
+    clip: float = flag(1.0, above=0, help="largest norm of the gradient")
+    dropout: float | None = flag(
+        None,
+        at_least=0,
+        at_most=0.9,
+        help="of embeddings, attention and both branches (default: the model's)",
+    )
+    seed: int = flag(0, at_least=0, help="of weights, data order and dropout")
+
+    # the device
+    device: str = flag("auto", help="auto: cuda where there is one, else cpu")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", help="compute; weights are fp32. auto: bf16 on CUDA"
+    )
+    attention: str = flag(
+        "auto",
+        choices=BACKENDS,
+        help="; ".join(f"{name}: {meaning}" for name, meaning in BACKENDS.items()),
+    )
+    recompute: bool = flag(
+        False, help="keep each block's input alone and compute it again: less memory, more time"
+    )
+    shard: bool = flag(
+        False,
+        help="under torchrun, for large models: split weights and optimizer over ranks (FSDP)",
+    )
+    compile: bool = flag(
+        False, help="torch.compile the blocks; where that fails, it is said and left"
+    )
+
+    # what is kept, and when
+    save_every: int = flag(500, at_least=1, help="steps between checkpoints")
+    save_minutes: float | None = flag(
+        None, above=0, help="also save when so many minutes have passed"
+    )
+    keep_going: bool = flag(
+        False, help="where a checkpoint cannot be written (a full disk), say so and train on"
+    )
+    keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
+    keep_at: float | None = flag(
+        None, above=0, at_most=1, help="keep the model of this share of the steps in <out>-early"
+    )
+    eval_every: int = flag(100, at_least=1, help="steps between validations")
+    overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
+    resume: str | None = flag(
+        None,
+        const="yes",
+        help="go on from --out; `--resume auto` starts afresh where it is empty",
+    )
+
+    # self-tests
+    show_batch: bool = flag(
+        False, help="print the first batch, its documents and what is learned, and do not train"
+    )
+    overfit_one_batch: bool = flag(
+        False, help="self-test: learn the first batch by heart, and keep nothing"
+    )
+
+
+def total_steps(
+    cfg: TrainConfig, steps_per_epoch: float, batch_flag: str = "--batch-tokens", batch: int = 1
+) -> int:
+    """--steps, or as many as --epochs needs. A UserError where the data do not fill one batch of
+    `batch` (the value of `batch_flag`).
+    """
+    if steps_per_epoch < 1:
+        fits = max(int(batch * steps_per_epoch), 1)
+        raise UserError(
+            f"too little data for one batch of {batch_flag} {batch:,}: give {batch_flag} {fits} "
+            "or more data"
+        )
+    if cfg.steps is not None:
+        steps = cfg.steps
+    else:
+        epochs = 1 if cfg.epochs is None else cfg.epochs
+        steps = max(round(epochs * steps_per_epoch), 1)
+    if steps <= cfg.warmup:
+        print(
+            f"note: {steps} steps end within the warm-up of {cfg.warmup}, so little will be "
+            "learned; raise --epochs or take fewer tokens (or pairs) a step"
+        )
+    return steps
+
+
+def context_of(cfg: TrainConfig, model: Phi) -> int:
+    """--context, or the model's. A longer one is refused: it would train positions that the model
+    has never seen.
+    """
+    longest = model.cfg.max_position_embeddings
+    if cfg.context is not None and cfg.context > longest:
+        raise UserError(
+            f"--context {cfg.context} exceeds the {longest} tokens the model was made for"
+        )
+    return cfg.context or longest

@@ -1,0 +1,103 @@
+"""Preference pairs as batches: `batch_at(step)`, for DPO.
+
+Row 2i of a batch holds the conversation with the chosen answer of pair i, row 2i + 1 that with the
+rejected one:
+
+    row 0    prompt chosen [EOS]
+    row 1    prompt rejected [EOS] _ _ _      padded to the longest of the batch
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from nanophi.cli import UserError
+from nanophi.train.packing import IGNORE, Batch, as_batch, digest, empty_rows, shuffled
+
+Conversation = tuple[list[int], list[bool]]  # ids, and where they are learned
+
+
+@dataclass
+class Preference:
+    """One preference pair, encoded."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+class Pairs:
+    """Preference pairs as batches.
+
+    batch_pairs: pairs of a step
+    multiple: the length of the rows, that of the longest conversation of a batch, is rounded up to
+    a multiple of it;
+        128, for example, where torch.compile would compile each new length
+    reference: (pairs, 2) log-probabilities of both answers under the reference; dpo.py fills it
+    before training
+    """
+
+    def __init__(self, pairs: list[Preference], batch_pairs: int, seed: int, multiple: int = 1):
+        if not pairs:
+            raise UserError("there is no preference pair to learn from")
+        self.pairs = pairs
+        self.batch_pairs = batch_pairs
+        self.seed = seed
+        self.multiple = multiple
+        self.reference: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        return f"Pairs({len(self):,} pairs, {self.steps_per_epoch:.1f} steps an epoch)"
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.pairs) / self.batch_pairs
+
+    @property
+    def data_id(self) -> str:
+        """Names the pairs and how they are cut into steps.
+
+        What the reference thinks of them is left out: its last bits depend on device and
+        micro-batch. dpo.py adds the weights of the reference instead.
+        """
+        sides = [side for pair in self.pairs for side in (*pair.chosen, *pair.rejected)]
+        return digest([self.batch_pairs, self.seed], *sides)
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of a step, from 0."""
+        first = step * self.batch_pairs
+        places = range(first, first + self.batch_pairs)
+        epochs = {place // len(self) for place in places}
+        orders = {epoch: shuffled(self.seed, epoch, len(self)) for epoch in epochs}
+        indices = [int(orders[place // len(self)][place % len(self)]) for place in places]
+        return self.batch(indices)
+
+    def in_order(self) -> Iterator[Batch]:
+        """Each pair once, in batches: for validation."""
+        for first in range(0, len(self.pairs), self.batch_pairs):
+            yield self.batch(range(first, min(first + self.batch_pairs, len(self.pairs))))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """These pairs as one batch."""
+        rows = []
+        for index in indices:
+            rows += [self.pairs[index].chosen, self.pairs[index].rejected]
+        longest = max(len(tokens) for tokens, _ in rows) - 1  # inputs
+        time = -(-longest // self.multiple) * self.multiple  # rounded up
+        ids, targets = empty_rows(len(rows), time)
+        boundaries = [0]
+        for i, (tokens, mask) in enumerate(rows):
+            inputs = len(tokens) - 1
+            ids[i, :inputs] = tokens[:-1]
+            targets[i, :inputs] = np.where(mask[1:], tokens[1:], IGNORE)
+            if inputs < time:
+                boundaries.append(i * time + inputs)
+            boundaries.append((i + 1) * time)
+        reference = None
+        if self.reference is not None:
+            reference = self.reference[list(indices)].flatten()
+        return as_batch(ids, targets, boundaries, rows_per_sample=2, reference=reference)

@@ -1,0 +1,97 @@
+"""The one door to a run: what follows from the flags is derived here, once, and passed on.
+
+setup = begin(cfg)          the flags do not contradict each other, --out may be written, all
+ranks have come setup.world  setup.dtype    who this process is, and what it computes in
+"""
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanophi.cli import UserError
+from nanophi.model.checkpoint import pick_device
+from nanophi.train import precision
+from nanophi.train.config import TrainConfig
+from nanophi.train.distributed import World, join
+from nanophi.train.rundir import claim
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that may begin. Only `begin` makes one."""
+
+    cfg: TrainConfig
+    world: World  # rank, number of ranks, device
+    dtype: str  # "float32", "bfloat16" or "float16"
+
+    @property
+    def out(self) -> Path:
+        return Path(self.cfg.out)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the run keeps anything: the self-tests do not."""
+        return not (self.cfg.show_batch or self.cfg.overfit_one_batch)
+
+    @property
+    def ranks_of_model(self) -> int:
+        """Over how many ranks the model is split."""
+        return self.world.size if self.cfg.shard else 1
+
+    def autocast(self, cache: bool = False) -> AbstractContextManager:
+        """The context of forward passes; see precision.autocast."""
+        return precision.autocast(self.dtype, self.world.device, cache)
+
+
+def begin(cfg: TrainConfig, resume: str | None = None, starts_from: str | None = None) -> Setup:
+    """Check the flags, claim --out, and meet the other ranks.
+
+    resume: overrides cfg.resume. starts_from: the checkpoint that the run starts from; --out must
+    not be there. Flags that contradict each other are named all at once, in one UserError.
+    """
+    if resume is not None:
+        cfg = replace(cfg, resume=resume)
+    device = pick_device(cfg.device)
+    if faults := contradictions(cfg, device):
+        raise UserError("; ".join(faults))
+    claim(cfg, starts_from)
+    world = join(device)
+    return Setup(cfg, world, precision.compute_dtype(cfg.dtype, world.device))
+
+
+def contradictions(cfg: TrainConfig, device: str) -> list[str]:
+    """What no run can do: flags that exclude each other, or the device."""
+    on_cuda = device.startswith("cuda")
+    varlen = cfg.attention == "varlen"
+    in_fp32 = varlen and on_cuda and precision.compute_dtype(cfg.dtype, device) == "float32"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    rules = [
+        (
+            cfg.steps is not None and cfg.epochs is not None,
+            "give --steps or --epochs, not both",
+        ),
+        (
+            cfg.resume not in (None, "yes", "auto"),
+            f"--resume {cfg.resume}: it stands alone, or is `--resume auto`",
+        ),
+        (
+            cfg.resume == "yes" and cfg.overwrite,
+            "--resume goes on with what --overwrite would delete",
+        ),
+        (
+            cfg.show_batch and cfg.overfit_one_batch,
+            "--show-batch does not train, --overfit-one-batch does",
+        ),
+        (
+            cfg.shard and alone,
+            "--shard splits the model over ranks: start them with torchrun --nproc-per-node N",
+        ),
+        (
+            varlen and not on_cuda,
+            f"--attention varlen needs a GPU, and this is {device}",
+        ),
+        (in_fp32, "--attention varlen computes in bfloat16 or float16"),
+        (varlen and bool(cfg.dropout), "--attention varlen has no dropout"),
+    ]
+    return [message for broken, message in rules if broken]

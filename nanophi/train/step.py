@@ -1,0 +1,88 @@
+"""One optimizer step, from top to bottom. Everything else in this room is around it.
+
+batch ──cut──> micro-batches ──loss_fn──> sums of losses ──backward──> sums of gradients
+                                                                            │  + other ranks, /
+                                                                            count v
+                                                     clip ──> optimizers ──> new weights
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nanophi.model.phi import Phi
+from nanophi.train.distributed import World
+from nanophi.train.losses import LossFn
+from nanophi.train.packing import Batch
+
+
+@dataclass
+class StepResult:
+    """What a step has to say."""
+
+    means: dict[str, float]  # of the loss, and of what else the loss function measures
+    grad_norm: float  # before clipping
+    sound: bool  # loss and gradient are finite; otherwise the weights are as before
+
+
+def training_step(
+    model: Phi,
+    optimizers: list[Optimizer],
+    loss_fn: LossFn,
+    batch: Batch,
+    micro_batch: int,
+    world: World,
+    clip: float = math.inf,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    scale: float = 1.0,
+) -> StepResult:
+    """Change the weights once, by the mean loss over all samples of `batch`, on all ranks together.
+
+    micro_batch: samples that this device computes at once. It changes memory and rounding, not the
+    result clip: the largest norm of the gradient autocast: the context of forward passes in half
+    precision scale: what the loss is multiplied by before backward, so that small fp16 gradients do
+    not become 0
+    """
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad = None
+
+    # 1. Forward and backward, a micro-batch at a time. Each loss is a sum over tokens (or pairs),
+    # so the gradients add up to the gradient of the sum over the whole step.
+    sums: dict[str, Tensor | float] = {}
+    count = 0
+    begin, end = world.part(len(batch))
+    for start in range(begin, end, micro_batch):
+        part = batch.cut(start, min(start + micro_batch, end)).to(world.device)
+        with autocast():
+            loss, part_count, metrics = loss_fn(model, part)
+        (loss * scale).backward()
+        count += part_count
+        for name, value in ({"loss": loss.detach()} | metrics).items():
+            sums[name] = sums.get(name, 0.0) + value
+
+    # 2. The sums of all ranks.
+    world.add_gradients(parameters)
+    *totals, counted = world.add([*map(float, sums.values()), count])
+
+    # 3. Divide once, by the count of the whole step: every token weighs the same, however the step
+    # was cut.
+    counted = max(counted, 1)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_div_(gradients, counted * scale)
+    means = {name: total / counted for name, total in zip(sums, totals, strict=True)}
+
+    # 4. Clip.
+    grad_norm = world.clip(parameters, clip)
+
+    # 5. Update, unless a number has become infinite or nan.
+    sound = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
+    if sound:
+        for optimizer in optimizers:
+            optimizer.step()
+    return StepResult(means, grad_norm, sound)
