@@ -23,7 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,9 +127,9 @@ def prepare(cfg: Config, out: Path) -> None:
     with replacing(out / "documents.npz") as beside, open(beside, "wb") as file:
         np.savez(
             file,
-            held_out=np.concatenate(held_out),
+            held=np.concatenate(held_out),
             train=np.concatenate(train),
-            held_out_lengths=[len(piece) for piece in held_out],
+            held_lengths=[len(piece) for piece in held_out],
             train_lengths=[len(piece) for piece in train],
         )
 
@@ -148,7 +148,7 @@ def take_pieces(texts: list[str], tok: Tokenizer, tokens: int) -> list[np.ndarra
 
 
 def load_pieces(root: Path, name: str) -> list[np.ndarray]:
-    """The documents that `prepare` wrote. name: train or held_out"""
+    """The documents that `prepare` wrote. name: "train", or "held" for those held out"""
     stored = np.load(root / "documents.npz")
     ends = np.cumsum(stored[f"{name}_lengths"])
     return np.split(stored[name], ends[:-1])
@@ -223,7 +223,7 @@ def original(
 
     peer = hf_model(model)
     optimizer = adafactor(peer, lr)
-    queue = Queue(documents, random.Random(seed))
+    fours = endless_fours(documents, random.Random(seed))
     warmup = max(steps // 20, 1)
     tokens = 0
     seconds = 0.0
@@ -234,7 +234,7 @@ def original(
         batches = []
         useful = 0
         while tokens + useful < (step + 1) * STEP:
-            four = queue.next_four()
+            four = next(fours)
             batches.append(padded(four))
             useful += sum(map(len, four)) - 4  # the first token of a document is no target
 
@@ -286,20 +286,14 @@ def adafactor(peer, lr: float):
     return Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
 
 
-class Queue:
+def endless_fours(documents: list[np.ndarray], rng) -> Iterator[list[np.ndarray]]:
     """The documents in random order, four at a time; when fewer are left, a new epoch follows."""
-
-    def __init__(self, documents: list[np.ndarray], rng):
-        self.documents = documents
-        self.rng = rng
-        self.waiting: list[np.ndarray] = []
-
-    def next_four(self) -> list[np.ndarray]:
-        if len(self.waiting) < 4:
-            self.waiting += self.rng.sample(self.documents, len(self.documents))
-        four = self.waiting[:4]
-        self.waiting = self.waiting[4:]
-        return four
+    waiting: list[np.ndarray] = []
+    while True:
+        if len(waiting) < 4:
+            waiting += rng.sample(documents, len(documents))
+        yield waiting[:4]
+        waiting = waiting[4:]
 
 
 def padded(documents: list[np.ndarray]):
@@ -345,7 +339,7 @@ def work(recipe: str, out: str, lr: str, seed: str, steps: str) -> None:
     torch.manual_seed(int(seed))
     model = Phi(PhiConfig(**SHAPE))
     root = Path(out).parent
-    evaluate = judge(load_pieces(root, "held_out"), Tokenizer.load(root / "tokenizer"))
+    evaluate = judge(load_pieces(root, "held"), Tokenizer.load(root / "tokenizer"))
     documents = load_pieces(root, "train")
     Path(out).mkdir(exist_ok=True)
     RECIPES[recipe](model, documents, evaluate, Path(out), float(lr), int(seed), int(steps))
@@ -367,9 +361,7 @@ def curve(out: Path, recipe: str, lr: float, seed: int, tokens: int) -> list[dic
             )
     lines = [line for line in read_metrics(folder) if "val_bits_per_byte" in line]
     last = lines[-1]
-    print(
-        f"{folder.name}: {last['val_bits_per_byte']:.3f} in {last['seconds']:.0f} s", flush=True
-    )
+    print(f"{folder.name}: {last['val_bits_per_byte']:.3f} in {last['seconds']:.0f} s", flush=True)
     return lines
 
 
@@ -377,7 +369,7 @@ def curve(out: Path, recipe: str, lr: float, seed: int, tokens: int) -> list[dic
 
 
 def print_table(curves: dict[str, list[list[dict]]], rates: dict[str, float]) -> None:
-    """A row for each final. curves: name -> for each seed its judged lines"""
+    """A row for each final. curves: name -> the judged lines of each of its runs"""
     print()
     print_head(
         "run",
@@ -391,15 +383,15 @@ def print_table(curves: dict[str, list[list[dict]]], rates: dict[str, float]) ->
     goals = []
     for name in ("original", "retuned"):
         goals.append(statistics.mean(lines[-1]["val_bits_per_byte"] for lines in curves[name]))
-    for name, seeds in curves.items():
-        last_lines = [lines[-1] for lines in seeds]
+    for name, runs in curves.items():
+        last_lines = [lines[-1] for lines in runs]
         print_row(
             name,
             f"{rates[name]:g}",
             f"{last_lines[0]['tokens']:,}",
             ", ".join(f"{line['val_bits_per_byte']:.3f}" for line in last_lines),
             f"{statistics.mean(line['seconds'] for line in last_lines):.0f}",
-            *[" / ".join(when_reached(lines, goal) for lines in seeds) for goal in goals],
+            *[" / ".join(when_reached(lines, goal) for lines in runs) for goal in goals],
         )
 
 
@@ -411,15 +403,13 @@ def when_reached(lines: list[dict], bits: float) -> str:
     return "no"
 
 
-def write_curves(
-    path: str, curves: dict[str, list[list[dict]]], rates: dict[str, float]
-) -> None:
+def write_curves(path: str, curves: dict[str, list[list[dict]]], rates: dict[str, float]) -> None:
     """Write the judged lines of the finals as JSON, one line for each final."""
     columns = ("tokens", "seconds", "val_bits_per_byte")
     values: dict[str, object] = {"columns": columns}
-    for name, seeds in curves.items():
+    for name, runs in curves.items():
         rounded = [
-            [[round(line[column], 4) for column in columns] for line in lines] for lines in seeds
+            [[round(line[column], 4) for column in columns] for line in lines] for lines in runs
         ]
         values[name] = {"lr": rates[name], "seeds": rounded}
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()]

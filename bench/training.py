@@ -1,11 +1,18 @@
-"""Training speed and memory beside transformers' PhiForCausalLM: the same shape, data, batch and optimizer.
+"""Training speed and memory beside transformers' PhiForCausalLM: the same shape, data, batch and
+optimizer.
 
     python bench/training.py --shapes mid tiny --dtypes float32 bfloat16
 
-Each side is a process of its own on the same core(s), sides taking turns; forward, loss, backward, clipping and one
-optimizer step on rows of random tokens without padding. HF: sdpa attention, its own loss; once plain, once under
-torch.compile, once with the original's Adafactor. Speed: median of the steps behind the first two. Memory: the peak
-beyond what the process held with everything imported.
+Each side is a process of its own on the same core(s), and the sides take turns. A step is forward,
+loss, backward, clipping and one optimizer step on rows of random tokens without padding.
+
+    nanophi        this repository
+    hf             transformers with sdpa attention and its own loss
+    hf-compile     the same under torch.compile
+    hf-adafactor   the same with the original's Adafactor instead of AdamW
+
+Speed is the median of the steps behind the first two. Memory is the peak beyond what the process
+held with everything imported.
 """
 
 import json
@@ -14,13 +21,52 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+
+from machine import cpu_has, cpu_name, memory_gb, run_pinned
+from table import print_head, print_row
 
 from nanophi.cli import flag, run_command
 
-# width, layers, heads, MLP, vocabulary, rows, tokens of a row
-SHAPES = {"mid": (960, 4, 16, 4096, 32768, 4, 512), "tiny": (256, 6, 8, 1024, 6400, 16, 256)}
+
+@dataclass
+class Shape:
+    """A model and its batch; the names of the model's fields are those of both PhiConfigs."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int  # also the tokens of a row
+    rows: int
+
+    def config(self) -> dict:
+        fields = asdict(self)
+        del fields["rows"]
+        return fields
+
+
+SHAPES = {
+    "mid": Shape(
+        hidden_size=960,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        vocab_size=32768,
+        max_position_embeddings=512,
+        rows=4,
+    ),
+    "tiny": Shape(
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        intermediate_size=1024,
+        vocab_size=6400,
+        max_position_embeddings=256,
+        rows=16,
+    ),
+}
 SIDES = ("nanophi", "hf", "hf-compile", "hf-adafactor")
 
 
@@ -34,127 +80,155 @@ class Config:
     repeats: int = flag(2, at_least=1, help="runs of each side")
 
 
-def build(side: str, shape: str):
-    """(model, one step as a function of ids, optimizer) of a side."""
+def main(cfg: Config) -> None:
+    cores = sorted(os.sched_getaffinity(0))[-cfg.cores :]
+    features = [name for name in ("avx512f", "avx512_bf16", "avx2") if cpu_has(name)]
+    print(
+        f"{len(cores)} core(s) of {cpu_name()} ({', '.join(features)}), "
+        f"medians of {cfg.repeats} runs of {cfg.steps} steps\n"
+    )
+    print_head("shape", "dtype", "side", "tokens/s", "x HF", "peak GB", "of HF's")
+    for shape in cfg.shapes:
+        for dtype in cfg.dtypes:
+            medians = compete(cfg, shape, dtype, cores)
+            for side in medians:
+                print_row(shape, dtype, side, *cells(medians, side))
+
+
+def compete(cfg: Config, shape: str, dtype: str, cores: list[int]) -> dict[str, dict]:
+    """Run all sides in turns: side -> the medians of what `work` has printed."""
+    runs: dict[str, list[dict]] = {}
+    for _ in range(cfg.repeats):
+        for side in cfg.sides or SIDES:
+            arguments = [side, shape, dtype, str(cfg.steps), str(cfg.cores)]
+            measured = run_once(arguments, cores)
+            if measured is not None:
+                runs.setdefault(side, []).append(measured)
+    medians = {}
+    for side, measurements in runs.items():
+        medians[side] = {
+            key: statistics.median(one[key] for one in measurements)
+            for key in ("tokens_per_s", "gb")
+        }
+    return medians
+
+
+def run_once(arguments: list[str], cores: list[int]) -> dict | None:
+    """Run `work` in a process of its own. None where it fails, after printing why."""
+    done = run_pinned(
+        [sys.executable, __file__, "--work", *arguments],
+        cores,
+        threads=int(arguments[-1]),
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode != 0:
+        print(f"{arguments[0]}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cells(medians: dict[str, dict], side: str) -> list[str]:
+    """Speed and memory of a side, each with its ratio to HF's; without a ratio where HF failed."""
+    speed = medians[side]["tokens_per_s"]
+    gb = medians[side]["gb"]
+    hf = medians.get("hf")
+    if hf is None:
+        return [f"{speed:,.0f}", "", f"{gb:.2f}", ""]
+    return [
+        f"{speed:,.0f}",
+        f"{speed / hf['tokens_per_s']:.2f}",
+        f"{gb:.2f}",
+        f"{gb / hf['gb']:.2f}",
+    ]
+
+
+# ---- one run, in a process of its own
+
+
+def work(side: str, shape_name: str, dtype: str, steps: int, cores: int) -> None:
+    """Train for some steps, and print speed and memory as JSON."""
     import torch
 
-    width, layers, heads, mlp, vocabulary, rows, time_ = SHAPES[shape]
-    settings = {
-        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp,
-        "vocab_size": vocabulary, "max_position_embeddings": time_,
-    }  # fmt: skip
-    if side == "nanophi":
-        from nanophi.model.config import PhiConfig
-        from nanophi.model.phi import Phi
-        from nanophi.model.speed import speed_up
-        from nanophi.train.losses import next_token_loss
-        from nanophi.train.packing import Packed
-
-        model = Phi(PhiConfig(**settings))
-        speed_up(model)
-
-        def step(ids):
-            batch = Packed(list(ids.numpy()), time_, rows, 0).batch_at(0)
-            loss, count, _ = next_token_loss(model, batch)
-            (loss / count).backward()
-
-    else:
-        from transformers import PhiConfig, PhiForCausalLM
-
-        model = PhiForCausalLM._from_config(
-            PhiConfig(**settings, use_cache=False), attn_implementation="sdpa"
-        )
-        call = torch.compile(model) if side == "hf-compile" else model
-
-        def step(ids):
-            inputs = ids[:, :-1]
-            call(
-                input_ids=inputs, labels=inputs, shift_labels=ids[:, 1:].contiguous()
-            ).loss.backward()
-
-    if side == "hf-adafactor":
-        from transformers.optimization import Adafactor
-
-        optimizer = Adafactor(
-            model.parameters(), lr=1e-4, scale_parameter=False, relative_step=False
-        )
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return model.train(), step, optimizer
-
-
-def memory_gb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
-
-
-def work(side: str, shape: str, dtype: str, steps: int, cores: int) -> None:
-    """One side's run, in a process of its own."""
-    import torch
+    if side != "nanophi":
+        # Imported here, because an import is no part of what training takes.
+        import transformers.models.phi.modeling_phi  # noqa: F401
 
     torch.set_num_threads(cores)
     torch.manual_seed(0)
-    if side != "nanophi":
-        import transformers.models.phi.modeling_phi  # noqa: F401 - not part of what training takes
-    *_, vocabulary, rows, time_ = SHAPES[shape]
-    before = memory_gb("VmRSS")
-    model, step, optimizer = build(side, shape)
+    shape = SHAPES[shape_name]
+    before_gb = memory_gb("VmRSS")
+    model, backward = nanophi(shape) if side == "nanophi" else huggingface(shape, side)
+    model.train()
+    optimizer = optimizer_of(side, model)
     times = []
     for number in range(steps):
-        ids = torch.randint(
-            7, vocabulary, (rows, time_ + 1), generator=torch.Generator().manual_seed(number)
-        )
+        ids = random_ids(shape, seed=number)
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            step(ids)
+            backward(ids)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - started)
-    speed = rows * time_ / statistics.median(times[2:])
-    print(json.dumps({"tokens_per_s": speed, "gb": memory_gb("VmHWM") - before}))
+    tokens_per_s = shape.rows * shape.max_position_embeddings / statistics.median(times[2:])
+    print(json.dumps({"tokens_per_s": tokens_per_s, "gb": memory_gb("VmHWM") - before_gb}))
 
 
-def main(cfg: Config) -> None:
-    cores = sorted(os.sched_getaffinity(0))[-cfg.cores :]
-    info = Path("/proc/cpuinfo").read_text()
-    model = next(
-        (line.split(": ")[-1] for line in info.splitlines() if "model name" in line), "unknown CPU"
-    )
-    kinds = [kind for kind in ("avx512f", "avx512_bf16", "avx2") if kind in info]
-    print(
-        f"{len(cores)} core(s) of {model} ({', '.join(kinds)}), medians of {cfg.repeats} runs of {cfg.steps} steps\n"
-    )
-    print("| shape | dtype | side | tokens/s | x HF | peak GB | of HF's |")
-    print("|---|---|---|---|---|---|---|")
-    for shape in cfg.shapes:
-        for dtype in cfg.dtypes:
-            found: dict[str, list[dict]] = {}
-            for _ in range(cfg.repeats):
-                for side in cfg.sides or SIDES:
-                    arguments = [side, shape, dtype, str(cfg.steps), str(cfg.cores)]
-                    done = subprocess.run(
-                        [sys.executable, __file__, "--work", *arguments], capture_output=True, text=True,
-                        env=os.environ | {"OMP_NUM_THREADS": str(cfg.cores)}, check=False,
-                        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-                    )  # fmt: skip
-                    if done.returncode:
-                        print(f"{side}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                    else:
-                        found.setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
-            hf = found.get("hf")
-            for side, rows in found.items():
-                speed, gb = (
-                    statistics.median(row[key] for row in rows) for key in ("tokens_per_s", "gb")
-                )
-                ratios = ["", ""]
-                if hf:
-                    ratios = [f"{speed / statistics.median(row['tokens_per_s'] for row in hf):.2f}"]
-                    ratios.append(f"{gb / statistics.median(row['gb'] for row in hf):.2f}")
-                print(
-                    f"| {shape} | {dtype} | {side} | {speed:,.0f} | {ratios[0]} | {gb:.2f} | {ratios[1]} |",
-                    flush=True,
-                )
+def random_ids(shape: Shape, seed: int):
+    """(rows, tokens of a row + 1); the last token of a row is a target alone."""
+    import torch
+
+    size = (shape.rows, shape.max_position_embeddings + 1)
+    return torch.randint(7, shape.vocab_size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def nanophi(shape: Shape):
+    """(our model, a function that adds the gradients of ids)."""
+    from nanophi.model.config import PhiConfig
+    from nanophi.model.phi import Phi
+    from nanophi.model.speed import speed_up
+    from nanophi.train.losses import next_token_loss
+    from nanophi.train.packing import Packed
+
+    model = Phi(PhiConfig(**shape.config()))
+    speed_up(model)
+
+    def backward(ids) -> None:
+        data = Packed(list(ids.numpy()), shape.max_position_embeddings, shape.rows, 0)
+        loss, count, _ = next_token_loss(model, data.batch_at(0))
+        (loss / count).backward()
+
+    return model, backward
+
+
+def huggingface(shape: Shape, side: str):
+    """(transformers' model, a function that adds the gradients of ids)."""
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    config = PhiConfig(**shape.config(), use_cache=False)
+    model = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
+    forward = torch.compile(model) if side == "hf-compile" else model
+
+    def backward(ids) -> None:
+        inputs = ids[:, :-1]
+        targets = ids[:, 1:].contiguous()
+        output = forward(input_ids=inputs, labels=inputs, shift_labels=targets)
+        output.loss.backward()
+
+    return model, backward
+
+
+def optimizer_of(side: str, model):
+    """AdamW, or the original's Adafactor."""
+    if side == "hf-adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(model.parameters(), lr=1e-4, scale_parameter=False, relative_step=False)
+    import torch
+
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,9 @@ def house(tmp_path_factory):
     )
     pretrain.main(
         pretrain.Config(
-            data=str(out / "tokens"), tokenizer=str(out / "tokenizer"), out=str(out / "pretrain"), preset="demo",
-            width=64, layers=2, heads=2, mlp=128, steps=30, lr=1e-2, eval_every=10, batch_tokens=128, **common,
+            data=str(out / "tokens"), tokenizer=str(out / "tokenizer"), out=str(out / "pretrain"),
+            preset="demo", width=64, layers=2, heads=2, mlp=128, steps=30, lr=1e-2, eval_every=10,
+            batch_tokens=128, **common,
         )
     )  # fmt: skip
     sft.main(

@@ -120,7 +120,10 @@ def test_a_reader_that_goes_away_is_no_success(tmp_path):
     """`pretrain.py | head && sft.py` went on with half a model: the broken pipe had ended in exit
     code 0.
     """
-    code = "from tests.test_cli import *; run_command(Config, lambda cfg: [print(i) for i in range(10**5)], ['--data', 'x'])"
+    code = (
+        "from tests.test_cli import *; "
+        "run_command(Config, lambda cfg: [print(i) for i in range(10**5)], ['--data', 'x'])"
+    )
     writer = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

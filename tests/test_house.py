@@ -95,7 +95,8 @@ def run_python(code: str) -> str:
 
 
 def test_import_nanophi_is_light():
-    code = "import sys, nanophi; print([m for m in ('torch', 'numpy', 'opencc', 'regex') if m in sys.modules])"
+    heavy = ("torch", "numpy", "opencc", "regex")
+    code = f"import sys, nanophi; print([name for name in {heavy} if name in sys.modules])"
     assert run_python(code) == "[]"
 
 
@@ -105,8 +106,10 @@ def test_model_and_loop_need_only_torch_numpy_safetensors():
     """
     code = (
         "import sys\n"
-        "for name in ('opencc', 'sentencepiece', 'regex', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
-        "import nanophi.train.loop, nanophi.infer.generate, nanophi.text.clean, nanophi.tokenizer.bpe\n"
+        "for name in ('opencc', 'sentencepiece', 'regex', 'tqdm', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import nanophi.train.loop, nanophi.infer.generate\n"
+        "import nanophi.text.clean, nanophi.tokenizer.bpe\n"
         "print('imported')"
     )
     assert run_python(code) == "imported"
@@ -138,7 +141,8 @@ def test_readme_tells_presets_and_files_as_they_are(name_of_readme):
         cfg = PhiConfig.preset(name)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Phi(cfg).parameters())
-        shape = f"{cfg.hidden_size}, {cfg.num_attention_heads}, {cfg.num_hidden_layers}, {cfg.intermediate_size}"
+        numbers = (cfg.hidden_size, cfg.num_attention_heads, cfg.num_hidden_layers)
+        shape = ", ".join(map(str, (*numbers, cfg.intermediate_size)))
         assert f"| `{name}` | {shape} | {cfg.vocab_size:,} | {parameters:,} |" in readme
     for path in PACKAGE.rglob("*.py"):
         if path.parent != PACKAGE and path.name != "__init__.py":
@@ -156,3 +160,27 @@ def test_nothing_of_this_machine_is_in_the_repository():
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".txt") and path.exists():
             assert not pattern.search(path.read_text(encoding="utf-8")), name
+
+
+TOUR_ROW = re.compile(r"\| \d+ \| \[`(?P<file>[^`]+)`\]\([^)]*\) \| (?P<read>[^|]*) \|")
+BEGIN = re.compile(r"(?:from|从) `([^`]+)`")
+END = re.compile(r"(?:to|到) `([^`]+)`")
+
+
+def lines_to_read(file: str, read: str) -> int:
+    """The lines of one row of the reading tour; a name in it must stand in the file."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    begin = BEGIN.search(read)
+    end = END.search(read)
+    first = next(i for i, line in enumerate(lines) if begin[1] in line) if begin else 0
+    last = next(i for i, line in enumerate(lines) if end[1] in line) if end else len(lines)
+    assert first < last
+    return last - first
+
+
+@pytest.mark.parametrize("name_of_readme", ["README.md", "README_zh.md"])
+def test_the_reading_tour_is_as_short_as_it_says(name_of_readme):
+    rows = TOUR_ROW.finditer((ROOT / name_of_readme).read_text(encoding="utf-8"))
+    tour = [lines_to_read(row["file"], row["read"]) for row in rows]
+    assert len(tour) == 12
+    assert sum(tour) < 2000

@@ -25,8 +25,8 @@ from nanophi.tokenizer.bpe import train_bpe
 from tests.conftest import QUESTION, SFT, TEXTS, write
 
 COMMANDS = {
-    "clean": clean, "train_tokenizer": train_tokenizer, "shards": shards, "pretrain": pretrain, "sft": sft,
-    "pairs": pairs, "dpo": dpo, "generate": generate, "evaluate": evaluate,
+    "clean": clean, "train_tokenizer": train_tokenizer, "shards": shards, "pretrain": pretrain,
+    "sft": sft, "pairs": pairs, "dpo": dpo, "generate": generate, "evaluate": evaluate,
 }  # fmt: skip
 
 
@@ -226,8 +226,8 @@ CASES = [
         "only safetensors weights are read .pytorch_model.bin.* may run code",
     ),
     (
-        "sft --init-from {house}/pretrain --context 128 --batch-tokens 128 --data {house}/sft.jsonl --resume"
-        " --out {bad}/evil",
+        "sft --init-from {house}/pretrain --context 128 --batch-tokens 128 "
+        "--data {house}/sft.jsonl --resume --out {bad}/evil",
         "train_state.pt is damaged",
     ),
     # output

@@ -56,8 +56,9 @@ def test_the_trained_question_is_answered_as_taught(house):
 def test_checkpoint_directories_are_complete(house):
     for name in ("pretrain", "sft", "dpo"):
         assert {p.name for p in (house / name).iterdir() if p.is_file()} == {
-            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "special_tokens_map.json", "run.json", "metrics.jsonl", "train_state.pt",
+            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json", "special_tokens_map.json", "run.json",
+            "metrics.jsonl", "train_state.pt",
         }  # fmt: skip
     described = json.loads((house / "sft" / "run.json").read_text())
     assert described["config"]["lr"] == 1e-2
@@ -108,12 +109,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 directory, question = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(directory)
 model = AutoModelForCausalLM.from_pretrained(directory)
-settings = GenerationConfig(num_beams=1, do_sample=False, max_length=320, max_new_tokens=256, no_repeat_ngram_size=4,
-                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+settings = GenerationConfig(
+    num_beams=1, do_sample=False, max_length=320, max_new_tokens=256, no_repeat_ngram_size=4,
+    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+)
 encoded = tokenizer{encode}(text=f"##提问:\\n{{question}}\\n##回答:\\n")
 ids, mask = torch.LongTensor([encoded.input_ids]), torch.LongTensor([encoded.attention_mask])
 outputs = model.generate(inputs=ids, attention_mask=mask, generation_config=settings)
-print(tokenizer.decode(outputs[0].cpu().numpy(), clean_up_tokenization_spaces=True, skip_special_tokens=True))
+answer = outputs[0].cpu().numpy()
+print(tokenizer.decode(answer, clean_up_tokenization_spaces=True, skip_special_tokens=True))
 """
 
 

@@ -5,7 +5,7 @@ The default, "wenda" (问答), is the original's. One turn is two segments:
     ##提问:\\n{question}\\n##回答:\\n     encoded as one string, not learned
     {answer}[EOS]                       learned
 
-Why segments: the loss mask then comes from joining them. Searching the ids for "##回答:" would fail,
+Why segments: the loss mask then comes from joining them. To search the ids for "##回答:" fails,
 because BPE may merge its ":" with the text that follows.
 """
 
@@ -48,8 +48,9 @@ PROMPT = "##提问:\n{question}\n##回答:\n"
 def wenda(messages: list[dict]) -> list[Segment]:
     """The original's template; a system message joins the question after it.
 
-    >>> for segment in wenda([{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content":
-    "小助手。"}]):
+    >>> question = {"role": "user", "content": "你是谁？"}
+    >>> answer = {"role": "assistant", "content": "小助手。"}
+    >>> for segment in wenda([question, answer]):
     ...     print(repr(segment.text), segment.learned)
     '##提问:\\n你是谁？\\n##回答:\\n' False
     '小助手。' True

@@ -1,4 +1,4 @@
-"""Every backend against the manual one: the same documents, the same numbers, forward and backward."""
+"""Every backend against the manual one: the same numbers, forward and backward."""
 
 import sys
 import types

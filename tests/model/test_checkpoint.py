@@ -31,8 +31,10 @@ def test_auto_model_reads_ours(tok, tmp_path):
 @pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
 def test_we_read_what_transformers_saves(tmp_path, shard_size):
     cfg = HFConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, rope_parameters={
+            "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25
+        },
     )  # fmt: skip
     hf = PhiForCausalLM(cfg).eval()
     hf.save_pretrained(tmp_path, max_shard_size=shard_size)
@@ -109,7 +111,7 @@ def test_unknown_devices_are_named():
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
-    """With several metadata keys, safetensors files of one model differed from process to process."""
+    """With several metadata keys, the files of one model differed from process to process."""
     for name in ("a", "b"):
         nanophi.save(tmp_path / name, tiny_model())
     assert (tmp_path / "a/model.safetensors").read_bytes() == (

@@ -29,7 +29,8 @@ def is_ours(out: torch.Tensor) -> bool:
 
 @needs_both
 @given(
-    shape=st.lists(st.integers(0, 9), min_size=1, max_size=3), inputs=st.integers(1, 40), outputs=st.integers(1, 40),
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=3), inputs=st.integers(1, 40),
+    outputs=st.integers(1, 40),
     bias=st.booleans(), expanded=st.booleans(), transposed=st.booleans(),
 )  # fmt: skip
 def test_outputs_and_gradients_are_those_of_torch(

@@ -1,4 +1,6 @@
-"""Two ranks train as one process would: the same gradients, exact resume, one of them killed or interrupted."""
+"""Two ranks train as one process would: the same gradients, exact resume, one of them killed or
+interrupted.
+"""
 
 import json
 import os
@@ -87,8 +89,10 @@ def test_resumed_equals_unbroken_on_two_ranks(folders):
 
 
 def assert_no_threads_of_gloo(out):
-    """Two of ten runs ended in SIGABRT with all their files written: a thread of gloo's let go of its last tensor while
-    the interpreter was already on its way out. The group was never taken down, because something still held it."""
+    """Two of ten runs ended in SIGABRT with all their files written: a thread of gloo's let go of
+    its last tensor while the interpreter was already on its way out. The group was never taken
+    down, because something still held it.
+    """
     for rank in (0, 1):
         threads = (out / f"threads-{rank}").read_text()
         assert "gloo" not in threads
@@ -123,7 +127,9 @@ def test_an_interrupt_that_one_rank_hears_stops_all(tmp_path):
     ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "adafactor"))],
 )
 def test_sharded_equals_one_process(tmp_path, name):
-    """Weights, losses, what is resumed, what is exported on the way: the same files as one process writes."""
+    """Weights, losses, what is resumed, what is exported on the way: the same files as one process
+    writes.
+    """
     for ranks in (1, 2):
         done = torchrun(tmp_path / str(ranks), f"sharded {name}", ranks=ranks)
         assert done.returncode == 0, done.stderr

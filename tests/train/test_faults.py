@@ -1,4 +1,4 @@
-"""A loss that is no number costs a step, not the run; a streak of them ends it with the batch kept."""
+"""A loss that is no number costs a step, not the run; a streak ends it with the batch kept."""
 
 import json
 import sys
@@ -197,7 +197,9 @@ def test_compiled_blocks_learn_the_same(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
 def test_sampling_from_a_compiled_model_compiles_nothing():
-    """Each length of the cache was compiled, until the limit of recompilations also left validation uncompiled."""
+    """Each length of the cache was compiled, until the limit of recompilations also left validation
+    uncompiled.
+    """
     from torch._dynamo.utils import counters
 
     model = tiny_model()
@@ -237,7 +239,9 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
 
 
 def test_more_ranks_than_samples_are_refused(tmp_path, monkeypatch):
-    """An empty part would have other metrics than the rest, and the ranks would wait for each other for ever."""
+    """An empty part would have other metrics than the rest, and the ranks would wait for each other
+    for ever.
+    """
     monkeypatch.setattr(setup, "join", lambda device: World(0, 8, "cpu"))
     _, data = pretraining(None)
     with pytest.raises(UserError, match="a step has 4 samples for 8 ranks: raise --batch-tokens"):

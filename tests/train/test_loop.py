@@ -145,7 +145,9 @@ def test_dpo_logs_rewards_and_widens_the_margin(tmp_path):
 
 
 def test_a_run_too_short_to_learn_is_said(capsys):
-    """A small text with the default batch gave six steps, all of them warm-up, and a model that had learned nothing."""
+    """A small text with the default batch gave six steps, all of them warm-up, and a model that had
+    learned nothing.
+    """
     assert total_steps(config("x", steps=None, epochs=2.0, warmup=20), steps_per_epoch=3.2) == 6
     assert "6 steps end within the warm-up of 20" in capsys.readouterr().out
     assert total_steps(config("x", steps=30, warmup=20), 1) == 30
@@ -231,7 +233,9 @@ def test_resume_needs_a_state_and_auto_does_not(tmp_path):
     ],
 )
 def test_what_would_give_another_model_is_not_resumed(changes, message, tmp_path):
-    """A forgotten --epochs ended in success with half a model, another --weight-decay was ignored in silence."""
+    """A forgotten --epochs ended in success with half a model, another --weight-decay was ignored
+    in silence.
+    """
     run(tmp_path, pretraining, stop_at=2)
     before = (tmp_path / STATE).read_bytes()
     with pytest.raises(UserError, match=message):
@@ -243,9 +247,11 @@ def test_what_would_give_another_model_is_not_resumed(changes, message, tmp_path
 
 
 def test_the_loop_is_the_loop_written_out(tmp_path):
-    """Schedule, clipping and weight decay as ten plain lines have them; nothing else happens to the weights.
+    """Schedule, clipping and weight decay as ten plain lines have them; nothing else happens to the
+    weights.
 
-    In fp64: AdamW makes a step of any gradient, so where one is zero but for rounding, in fp32 two libraries part.
+    In fp64: AdamW makes a step of any gradient, so where one is zero but for rounding, in fp32 two
+    libraries part.
     """
     ours, plain = tiny_model().double(), tiny_model().double()
     cfg = config(
@@ -300,7 +306,9 @@ def test_the_seed_reaches_dropout_and_the_callers_config_stays(tmp_path):
 
 
 def test_leftovers_of_an_interrupted_deletion_are_still_a_run(tmp_path):
-    """Only step-000900 was left; the new run was let in, and rotated its own checkpoints away behind it."""
+    """Only step-000900 was left; the new run was let in, and rotated its own checkpoints away
+    behind it.
+    """
     run(tmp_path, pretraining, steps=9)
     for path in tmp_path.iterdir():
         if path.name != "step-000007":
@@ -424,7 +432,9 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path):
-    """The same with twenty, at least five of them between the first byte and the last rename of a checkpoint."""
+    """The same with twenty, at least five of them between the first byte and the last rename of a
+    checkpoint.
+    """
     start(tmp_path / "unbroken").communicate(timeout=120)
     broken, moments, within_a_save = tmp_path / "broken", random.Random(0), 0
     for number in range(20):

@@ -54,7 +54,9 @@ def test_next_token_loss_counts_targets_and_equals_transformers(tok):
 
 
 def test_dpo_loss_by_hand():
-    """One pair whose chosen answer gained 2 nats and whose rejected one lost 3: margin 5, loss log(1 + e^-0.5)."""
+    """One pair whose chosen answer gained 2 nats and whose rejected one lost 3: margin 5, loss
+    log(1 + e^-0.5).
+    """
     loss = dpo_loss(*(torch.tensor([x]) for x in (-8.0, -13.0, -10.0, -10.0)), beta=0.1)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.5)))
     assert dpo_loss(*[torch.zeros(4)] * 4).tolist() == pytest.approx([math.log(2)] * 4)
@@ -85,7 +87,9 @@ def test_answer_logps_sum_over_the_answer_alone(tok):
 
 
 def test_answer_logps_hold_one_chunk_of_logits(tok, monkeypatch):
-    """DPO once kept the logits of all answers, at a vocabulary of 32,768 more than all else together."""
+    """DPO once kept the logits of all answers, at a vocabulary of 32,768 more than all else
+    together.
+    """
     batch, found = Pairs(preference_pairs(tok), 4, 0).batch(range(4)), {}
     for chunk in (CHUNK, 7):
         monkeypatch.setattr("nanophi.train.losses.CHUNK", chunk)
@@ -123,7 +127,7 @@ def test_dpo_starts_at_ln_2_and_reports_rewards(tok):
 
 
 def test_validation_loss_in_bits_per_byte(tok):
-    """A model that knows nothing needs log2(V) bits a token; [EOS] costs bits but spells no byte."""
+    """A model that knows nothing needs log2(V) bits a token; [EOS] costs bits but has no byte."""
     model = tiny_model(spread=0.0, resid_pdrop=0.5).train()
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -160,13 +164,16 @@ def test_dpo_loss_is_trls(tok, tmp_path):
             for i in range(4)
         ]
         args = DPOConfig(
-            output_dir=str(tmp_path / "trl"), beta=0.1, loss_type=["sigmoid"], disable_dropout=True, bf16=False,
-            gradient_checkpointing=False, use_cpu=True, report_to=[], per_device_train_batch_size=4,
+            output_dir=str(tmp_path / "trl"), beta=0.1, loss_type=["sigmoid"],
+            disable_dropout=True, bf16=False, gradient_checkpointing=False, use_cpu=True,
+            report_to=[],
+            per_device_train_batch_size=4,
             per_device_eval_batch_size=4, max_length=None, dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = DPOTrainer(
             hf_twin(policy), hf_twin(reference), args=args, train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(tmp_path),
+            eval_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(tmp_path),
         )  # fmt: skip
         theirs = trainer.evaluate()
     from nanophi.tokenizer.chat import encode_chat

@@ -1,4 +1,6 @@
-"""Sources are drawn by their weights, each through epochs of its own, and a batch still depends on the step alone."""
+"""Sources are drawn by their weights, each through epochs of its own, and a batch still depends on
+the step alone.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from nanophi.train.packing import Packed
 
 
 def source(first: int, documents: int, batch_rows: int = 4) -> Packed:
-    """Documents of 17 tokens that fill a row of 16 each; every token is `first` + its document's number."""
+    """Documents of 17 tokens that fill a row of 16 each; every token is `first` + its document's
+    number.
+    """
     return Packed([np.full(17, first + i) for i in range(documents)], 16, batch_rows, seed=1)
 
 

@@ -68,7 +68,9 @@ def test_a_state_saved_before_momentum_rose_goes_on_as_it_was():
 
 
 def test_muon_iterates_a_few_matrices_at_once(monkeypatch):
-    """All of one shape at once took tens of bytes for each of their numbers: more than 13 GB for Phi-2."""
+    """All of one shape at once took tens of bytes for each of their numbers: more than 13 GB for
+    Phi-2.
+    """
     found, together = [], []
 
     def counted(matrices, iterate=optim.orthogonalize):
@@ -91,7 +93,7 @@ def test_muon_iterates_a_few_matrices_at_once(monkeypatch):
 
 
 def test_adafactor_is_that_of_transformers():
-    """torch.optim.Adafactor scales the rate by the parameter's size and moves some 50 times less."""
+    """torch.optim.Adafactor scales the rate by the parameter's size: it moves 50 times less."""
     from transformers.optimization import Adafactor as HFAdafactor
 
     torch.manual_seed(0)

@@ -53,7 +53,9 @@ def test_all_tokens_once_per_epoch_whatever_the_documents():
 
 
 def test_ranks_joined_are_the_step():
-    """The batch of a step does not know how many ranks there are: they cut it, and nothing is lost or doubled."""
+    """The batch of a step does not know how many ranks there are: they cut it, and nothing is lost
+    or doubled.
+    """
     data = Packed(DOCUMENTS, 16, batch_rows=4, seed=0)
     whole = data.batch_at(5)
     for world in (1, 2, 4):
@@ -67,7 +69,9 @@ def test_ranks_joined_are_the_step():
 
 @pytest.mark.parametrize("context", [4, 16, 64])
 def test_each_token_after_a_documents_first_is_a_target_once_per_epoch(context):
-    """A long document's next piece begins with the last token of the one before, or one target a cut would be lost."""
+    """A long document's next piece begins with the last token of the one before, or one target a
+    cut would be lost.
+    """
     data = Packed(DOCUMENTS, context, batch_rows=1, seed=0)
     seen = Counter(t for step in range(len(data)) for t in transitions(data.batch_at(step)))
     assert seen == Counter(expected_transitions(DOCUMENTS))

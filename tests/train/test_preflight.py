@@ -1,4 +1,6 @@
-"""What a run says before it begins is true, and refuses what cannot work before it takes the memory."""
+"""What a run says before it begins is true, and refuses what cannot work before it takes the
+memory.
+"""
 
 import json
 
@@ -83,9 +85,9 @@ def test_contradictions_are_told_all_at_once(tmp_path, monkeypatch):
     with pytest.raises(UserError) as raised:
         begin(config(tmp_path, **wrong))
     assert str(raised.value) == (
-        "give --steps or --epochs, not both; --resume goes on with what --overwrite would delete; --shard splits the "
-        "model over ranks: start them with torchrun --nproc-per-node N; --attention varlen needs a GPU, and this is "
-        "cpu; --attention varlen has no dropout"
+        "give --steps or --epochs, not both; --resume goes on with what --overwrite would delete; "
+        "--shard splits the model over ranks: start them with torchrun --nproc-per-node N; "
+        "--attention varlen needs a GPU, and this is cpu; --attention varlen has no dropout"
     )
     assert contradictions(config(tmp_path), "cpu") == []
 
