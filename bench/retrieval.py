@@ -1,5 +1,5 @@
-"""How often retrieval puts the passage that holds the answer first, and which score tells that there
-is none.
+"""How often retrieval puts the passage that holds the answer first, and from which score on there
+is an answer at all.
 
     python bench/retrieval.py --docs docs.jsonl --qa qa.jsonl --tokenizer out/tokenizer
 

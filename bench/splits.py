@@ -1,4 +1,5 @@
-"""How to cut text into words before BPE: compression of held-out text, time and memory of training.
+"""How to cut text into words before BPE: compression of held-out text, tokens used there, time and
+memory of training.
 
     python bench/splits.py --input DIR --characters 10000000
 
@@ -66,6 +67,8 @@ def measure(cfg: Config) -> None:
     texts = take(documents, cfg.characters)
     held_out = take(documents, cfg.held_out)
     documents.clear()
+    for name, pattern in OTHERS.items():
+        SPLITS[name] = Split(pattern, starts_by_regex(pattern))
     started = time.perf_counter()
     tok = train(cfg.kind, texts, cfg.vocab_size)
     seconds = time.perf_counter() - started
@@ -92,8 +95,6 @@ def train(kind: str, texts: list[str], vocab_size: int) -> Tokenizer:
         return train_sentencepiece(texts, vocab_size)
     if kind == "char":
         return train_bpe(texts, vocab_size, level="char")
-    for name, pattern in OTHERS.items():
-        SPLITS[name] = Split(pattern, starts_by_regex(pattern))
     return train_bpe(texts, vocab_size, split=kind)
 
 

@@ -21,52 +21,33 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from machine import cpu_has, cpu_name, memory_gb, run_pinned
 from table import print_head, print_row
 
 from nanophi.cli import flag, run_command
 
-
-@dataclass
-class Shape:
-    """A model and its batch; the names of the model's fields are those of both PhiConfigs."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int  # also the tokens of a row
-    rows: int
-
-    def config(self) -> dict:
-        fields = asdict(self)
-        del fields["rows"]
-        return fields
-
-
+# Name -> fields that both PhiConfigs have. A row has max_position_embeddings tokens.
 SHAPES = {
-    "mid": Shape(
-        hidden_size=960,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        vocab_size=32768,
-        max_position_embeddings=512,
-        rows=4,
-    ),
-    "tiny": Shape(
-        hidden_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        intermediate_size=1024,
-        vocab_size=6400,
-        max_position_embeddings=256,
-        rows=16,
-    ),
+    "mid": {
+        "hidden_size": 960,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "vocab_size": 32768,
+        "max_position_embeddings": 512,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "intermediate_size": 1024,
+        "vocab_size": 6400,
+        "max_position_embeddings": 256,
+    },
 }
+ROWS = {"mid": 4, "tiny": 16}  # of a step
 SIDES = ("nanophi", "hf", "hf-compile", "hf-adafactor")
 
 
@@ -146,17 +127,16 @@ def cells(medians: dict[str, dict], side: str) -> list[str]:
 # ---- one run, in a process of its own
 
 
-def work(side: str, shape_name: str, dtype: str, steps: int, cores: int) -> None:
+def work(side: str, shape: str, dtype: str, steps: int, cores: int) -> None:
     """Train for some steps, and print speed and memory as JSON."""
     import torch
 
+    torch.set_num_threads(cores)
+    torch.manual_seed(0)
     if side != "nanophi":
         # Imported here, because an import is no part of what training takes.
         import transformers.models.phi.modeling_phi  # noqa: F401
 
-    torch.set_num_threads(cores)
-    torch.manual_seed(0)
-    shape = SHAPES[shape_name]
     before_gb = memory_gb("VmRSS")
     model, backward = nanophi(shape) if side == "nanophi" else huggingface(shape, side)
     model.train()
@@ -171,19 +151,21 @@ def work(side: str, shape_name: str, dtype: str, steps: int, cores: int) -> None
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - started)
-    tokens_per_s = shape.rows * shape.max_position_embeddings / statistics.median(times[2:])
-    print(json.dumps({"tokens_per_s": tokens_per_s, "gb": memory_gb("VmHWM") - before_gb}))
+    tokens = ROWS[shape] * SHAPES[shape]["max_position_embeddings"]
+    speed = tokens / statistics.median(times[2:])
+    print(json.dumps({"tokens_per_s": speed, "gb": memory_gb("VmHWM") - before_gb}))
 
 
-def random_ids(shape: Shape, seed: int):
+def random_ids(shape: str, seed: int):
     """(rows, tokens of a row + 1); the last token of a row is a target alone."""
     import torch
 
-    size = (shape.rows, shape.max_position_embeddings + 1)
-    return torch.randint(7, shape.vocab_size, size, generator=torch.Generator().manual_seed(seed))
+    size = (ROWS[shape], SHAPES[shape]["max_position_embeddings"] + 1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(7, SHAPES[shape]["vocab_size"], size, generator=generator)
 
 
-def nanophi(shape: Shape):
+def nanophi(shape: str):
     """(our model, a function that adds the gradients of ids)."""
     from nanophi.model.config import PhiConfig
     from nanophi.model.phi import Phi
@@ -191,23 +173,24 @@ def nanophi(shape: Shape):
     from nanophi.train.losses import next_token_loss
     from nanophi.train.packing import Packed
 
-    model = Phi(PhiConfig(**shape.config()))
+    model = Phi(PhiConfig(**SHAPES[shape]))
     speed_up(model)
+    context = SHAPES[shape]["max_position_embeddings"]
 
     def backward(ids) -> None:
-        data = Packed(list(ids.numpy()), shape.max_position_embeddings, shape.rows, 0)
-        loss, count, _ = next_token_loss(model, data.batch_at(0))
+        batch = Packed(list(ids.numpy()), context, ROWS[shape], 0).batch_at(0)
+        loss, count, _ = next_token_loss(model, batch)
         (loss / count).backward()
 
     return model, backward
 
 
-def huggingface(shape: Shape, side: str):
+def huggingface(shape: str, side: str):
     """(transformers' model, a function that adds the gradients of ids)."""
     import torch
     from transformers import PhiConfig, PhiForCausalLM
 
-    config = PhiConfig(**shape.config(), use_cache=False)
+    config = PhiConfig(**SHAPES[shape], use_cache=False)
     model = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
     forward = torch.compile(model) if side == "hf-compile" else model
 
