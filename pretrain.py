@@ -157,6 +157,7 @@ def refuse_what_does_not_fit(shape: PhiConfig, setup: Setup, rows: int) -> None:
         recompute=cfg.recompute,
         device=setup.world.device,
         shards=setup.ranks_of_model,
+        attention=cfg.attention,
     )
 
 

@@ -93,7 +93,8 @@ def use_template(model: Phi, tok: Tokenizer, name: str) -> None:
     if len(tok) > model.cfg.vocab_size:
         raise UserError(
             f"--template {name} needs {len(tok):,} tokens, the model has {model.cfg.vocab_size:,}: "
-            "add its special tokens before pretraining"
+            f"train_tokenizer.py --special-tokens {' '.join(template.specials)} makes room before "
+            "pretraining"
         )
     model.set_vocabulary(len(tok))
     model.cfg.eos_token_id = tok.special_id(template.stop)

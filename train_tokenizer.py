@@ -45,6 +45,9 @@ class Config(Reading):
     byte_fallback: bool = flag(
         False, help="char level: a character that the text lacks becomes its bytes, not [UNK]"
     )
+    special_tokens: list[str] | None = flag(
+        None, help="special tokens beside the 7, such as those of a chat template"
+    )
     min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
     held_out: list[str] | None = flag(
         None, help="texts to report on (default: a sample of the training text)"
@@ -72,6 +75,7 @@ def main(cfg: Config) -> dict[str, int]:
     # 3. Training.
     started = time.monotonic()
     tok = train(cfg, texts)
+    tok.add_tokens(cfg.special_tokens or [], special=True)
     seconds = time.monotonic() - started
 
     # 4. What is kept: tokenizer.json and its companions, and a table to read.
@@ -155,11 +159,10 @@ class TrainingText:
 
 
 def train(cfg: Config, texts: TrainingText) -> Tokenizer:
+    vocab_size = cfg.vocab_size - len(cfg.special_tokens or [])
     if cfg.trainer == "sentencepiece":
-        return train_sentencepiece(texts, cfg.vocab_size, Path(cfg.out) / "sentencepiece.model")
-    return train_bpe(
-        texts, cfg.vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split
-    )
+        return train_sentencepiece(texts, vocab_size, Path(cfg.out) / "sentencepiece.model")
+    return train_bpe(texts, vocab_size, cfg.min_frequency, cfg.level, cfg.byte_fallback, cfg.split)
 
 
 def say_what_was_learned(cfg: Config, tok: Tokenizer, texts: TrainingText, seconds: float) -> None:

@@ -38,13 +38,15 @@ class UserError(ValueError):
 def flag(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     """A dataclass field that becomes the flag `--name`; a flag without a default is required.
 
-    help: what the flag does
-    choices: the values it may take; a table (dict) gives its keys, so that a new row is a new
-    choice at_least, above, at_most: the range of a number const: the value where the flag stands
-    alone, as in `--resume` positional: the values are given without the flag's name table: the
-    field is a dict, and each row of this table is a flag of its own. A row has the attributes kind,
-        default, help, at_least, above and at_most. The dict holds the rows whose value differs from
-        the default
+    help:       what the flag does
+    choices:    the values that it may take; of a table (dict) they are the keys, so that each new
+                row is a new choice
+    at_least, above, at_most:  the range of a number
+    const:      the value where the flag stands without one, as in `--resume`
+    positional: the values are given without the flag's name
+    table:      the field is a dict, and each row of this table is a flag of its own. A row has the
+                attributes kind, default, help, at_least, above and at_most. The dict holds the
+                values that differ from the default
     """
     if "table" in metadata:
         return dataclasses.field(default_factory=dict, metadata=metadata)

@@ -1,8 +1,8 @@
 """Causal attention behind one signature, with the documents of a packed batch isolated from each
 other.
 
-Read in this order: `manual` (what attention is), `same_document` (who sees whom), `plan` (what is
-decided once for all layers of a forward pass), `attend` (what each layer calls). backends.py
+Read in this order: `manual` (what attention is), `same_document` (who sees whom), `plan_attention`
+(what is decided once, before the first layer), `attend` (what each layer calls). backends.py
 computes the same faster; the tests compare each backend with `manual`.
 
 A packed row holds several documents. cu_seqlens are their boundaries in the flattened batch, and a
@@ -19,7 +19,6 @@ mask is a boolean matrix "this query may see that key":
     B batch, H heads, T queries, S keys, K head_dim, D width
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -103,29 +102,19 @@ def same_document(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
 
 @dataclass
 class AttentionPlan:
-    """How all layers of one forward pass attend; `plan` makes it before the first layer."""
+    """How all layers of one forward pass attend. At most one of `visible` and `cu_seqlens` says who
+    sees whom; with neither, attention is plain causal.
+    """
 
-    backend: str
-    device: torch.device
-    dropout: float = 0.0
-    visible: Tensor | None = None  # bool, broadcastable to (B, 1, T, S); None: plain causal
+    backend: str = "sdpa"
+    visible: Tensor | None = None  # bool, broadcastable to (B, 1, T, S)
     cu_seqlens: Tensor | None = None  # (documents + 1,) int32, for backends.BY_BOUNDARIES
-    kernel: Callable | None = None  # the flash kernel of "varlen"
+    dropout: float = 0.0
+    flash: Callable | None = None  # the kernel of "varlen"
     weights: list[Tensor] | None = None  # where given, each layer appends its (B, H, T, S)
 
-    def kernels(self) -> contextlib.AbstractContextManager:
-        """The context in which the layers run, and in which backward recomputes them."""
-        return backends.preferred_kernels(self.device, self.visible is not None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend`, as planned."""
-        return attend(
-            q, k, v, self.cu_seqlens, self.visible, self.backend, self.dropout, self.kernel,
-            self.weights,
-        )  # fmt: skip
-
-
-def plan(
+def plan_attention(
     backend: str,
     ids: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -134,8 +123,9 @@ def plan(
     dropout: float = 0.0,
     weights: list[Tensor] | None = None,
 ) -> tuple[Tensor, AttentionPlan]:
-    """Positions of the tokens, (B or 1, T), and how the layers attend. ids (B, T); dtype: that of
-    the weights.
+    """Before the first layer: positions of the tokens, (B or 1, T), and how all layers attend.
+
+    ids (B, T); dtype: that of the weights; weights: a list for the attention weights of each layer
 
     There are three cases: decoding from a cache, documents packed into rows, plain rows.
     """
@@ -146,61 +136,49 @@ def plan(
     backend = backends.choose_backend(backend, device, dtype, dropout)
     if weights is not None:  # the faster backends never hold the weights
         backend = "manual"
-    how = AttentionPlan(backend, device, dropout, weights=weights)
+    plan = AttentionPlan(backend, dropout=dropout, weights=weights)
 
     if cache is not None:
         assert cu_seqlens is None, "a KV cache holds one document per row"
-        how.visible = cache.visible(time)
-        return cache.positions(time), how
+        plan.visible = cache.visible(time)
+        return cache.positions(time), plan
 
-    if cu_seqlens is None or backend == "causal":
-        return torch.arange(time, device=device)[None], how
+    if cu_seqlens is None or backend == "causal":  # "causal" does not isolate documents
+        return torch.arange(time, device=device)[None], plan
 
     if backend in backends.BY_BOUNDARIES:
-        how.cu_seqlens = cu_seqlens
+        plan.cu_seqlens = cu_seqlens
     else:
-        how.visible = same_document(cu_seqlens, batch, time)  # one mask for all layers
+        plan.visible = same_document(cu_seqlens, batch, time)  # one mask for all layers
     if backend == "varlen":
-        how.kernel = backends.flash_kernel()  # looked up outside of what torch.compile traces
+        plan.flash = backends.flash_kernel()  # looked up outside of what torch.compile traces
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
-    return document_positions(cu_seqlens, batch * time).view(batch, time), how
+    return document_positions(cu_seqlens, batch * time).view(batch, time), plan
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None = None,
-    visible: Tensor | None = None,
-    backend: str = "sdpa",
-    dropout: float = 0.0,
-    kernel: Callable | None = None,
-    weights: list[Tensor] | None = None,
-) -> Tensor:
-    """Causal attention. q (B, H, T, K); k and v (B, H or fewer, S, K) -> (B, H, T, K).
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """Causal attention of one layer. q (B, H, T, K); k and v (B, H or fewer, S, K) -> (B, H, T, K).
 
-    At most one argument says who sees whom: `cu_seqlens` (documents of a packed batch, for
-    "documents" and "varlen"), `visible` (bool, broadcastable to (B, 1, T, S)); with neither,
-    attention is plain causal. Fewer key heads than query heads are repeated (grouped queries).
-    weights: a list to which "manual" appends its (B, H, T, S).
+    Fewer heads of keys than of queries are repeated (grouped-query attention).
     """
     if k.shape[1] != q.shape[1]:
         queries_each = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(queries_each, dim=1)
         v = v.repeat_interleave(queries_each, dim=1)
 
-    if cu_seqlens is not None:
-        assert backend in backends.BY_BOUNDARIES, f"{backend} isolates documents by a mask"
-        if backend == "documents":
-            return backends.per_document(q, k, v, cu_seqlens, dropout)
-        assert dropout == 0, "flash kernels are called without dropout"
-        return backends.varlen(q, k, v, cu_seqlens, kernel)
+    if plan.cu_seqlens is not None:
+        assert plan.backend in backends.BY_BOUNDARIES, f"{plan.backend} isolates by a mask"
+        if plan.backend == "documents":
+            return backends.per_document(q, k, v, plan.cu_seqlens, plan.dropout)
+        assert plan.dropout == 0, "flash kernels are called without dropout"
+        return backends.varlen(q, k, v, plan.cu_seqlens, plan.flash)
 
-    if backend == "manual":
+    if plan.backend == "manual":
+        visible = plan.visible
         if visible is None:
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        if weights is not None:
-            weights.append(attention_weights(q, k, visible).detach())
-        return manual(q, k, v, visible, dropout)
+        if plan.weights is not None:
+            plan.weights.append(attention_weights(q, k, visible).detach())
+        return manual(q, k, v, visible, plan.dropout)
 
-    return backends.sdpa(q, k, v, visible, dropout)
+    return backends.sdpa(q, k, v, plan.visible, plan.dropout)

@@ -36,7 +36,7 @@ BY_BOUNDARIES = ("documents", "varlen")  # these take cu_seqlens; the others tak
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """torch's scaled_dot_product_attention. visible: as in `attention.attend`."""
+    """torch's scaled_dot_product_attention. visible: as in AttentionPlan."""
     width = q.shape[-1]
     if q.is_cuda:
         q, k, v = pad_heads(q, k, v)

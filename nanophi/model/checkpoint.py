@@ -1,11 +1,10 @@
-"""The checkpoint directory: one self-contained folder that nanophi, transformers and other engines
-load as it is.
+"""The checkpoint directory: one folder that nanophi, transformers and other engines load as it is.
 
-    config.json  generation_config.json  model.safetensors                      the model
-    tokenizer.json  tokenizer_config.json  special_tokens_map.json              the tokenizer, chat
-    template inside
+    the model        config.json  generation_config.json  model.safetensors
+    the tokenizer    tokenizer.json  tokenizer_config.json (with the chat template)
+                     special_tokens_map.json
 
-Training adds run.json, metrics.jsonl and train_state.pt; who deletes the last can ship the rest.
+Training adds run.json, metrics.jsonl and train_state.pt. To ship a model, delete train_state.pt.
 Every file is written beside its name and renamed.
 """
 
@@ -66,31 +65,36 @@ def save(
     (directory / WEIGHTS_INDEX).unlink(missing_ok=True)
 
 
+# A tiny network that uses all of Phi: grouped queries, several rotary frequencies, far positions.
 PROBE = PhiConfig(
     vocab_size=8,
-    hidden_size=8,
+    hidden_size=64,
     intermediate_size=12,
     num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rope_theta=100.0,
 )
-# What transformers' PhiForCausalLM answers to `_probe`; a test asks it again.
-PROBE_LOGITS = (-2.45099, -3.47921, -2.95954, -1.13256, 1.18427, 2.96234, 3.41823, 2.35848)
+# What transformers' PhiForCausalLM answers to `_probe`. A test asks it again.
+PROBE_LOGITS = (-3.32880, 3.15885, 7.70161, 7.45517, 2.56544, -3.91905, -7.95431, -7.03140)
 
 
 def check_architecture(model: Phi) -> None:
     """Refuse a network that calls itself PhiForCausalLM and computes something else.
 
-    Somebody who changes a block (SwiGLU, RMSNorm, ALiBi) learns here, and not from another engine's
-    nonsense, that the network needs a name of its own. A tiny network of the same class, with fixed
-    weights, answers a fixed input.
+    Somebody who changes a block (SwiGLU, RMSNorm, ALiBi) learns here, and not from the nonsense of
+    another engine, that the network needs a name of its own. A tiny network of the same class, with
+    fixed weights, answers a fixed input by two backends.
     """
     if model.architecture != PHI:
         return
     expected = torch.tensor(PROBE_LOGITS)
     try:
-        logits = _probe(type(model))
-        same = logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-4)
+        same = all(
+            torch.allclose(_probe(type(model), backend), expected, atol=1e-4)
+            for backend in ("manual", "sdpa")
+        )
     except (RuntimeError, TypeError, ValueError, AttributeError):
         same = False
     if not same:
@@ -102,14 +106,15 @@ def check_architecture(model: Phi) -> None:
 
 
 @torch.no_grad()
-def _probe(network: type[Phi]) -> Tensor:
-    """The logits (V,) of the last of five tokens, by a tiny network whose weights are sines."""
-    with torch.device("meta"):  # takes no random numbers, which a resumed run would miss
-        model = network(PROBE, attention="manual")
+def _probe(network: type[Phi], backend: str) -> Tensor:
+    """The logits (V,) of the last of 48 tokens, by a tiny network whose weights are sines."""
+    with torch.device("meta"):  # draws no random numbers, so a run goes on as without the check
+        model = network(PROBE, attention=backend)
     model = model.to_empty(device="cpu").float().eval()
     for number, (_, p) in enumerate(sorted(model.named_parameters())):
-        p.copy_((torch.arange(p.numel()) * 0.7 + number).sin().view(p.shape))
-    ids = torch.tensor([[1, 2, 3, 4, 5]])
+        wave = (torch.arange(p.numel()) * 0.7 + number).sin() * 0.5
+        p.copy_(wave.view(p.shape))
+    ids = torch.arange(48)[None] % 7
     with torch.autocast("cpu", enabled=False):
         return model(ids)[0, -1]
 
@@ -118,8 +123,9 @@ def _probe(network: type[Phi]) -> Tensor:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" -> "cuda" where there is one, otherwise "cpu". Another name is tried: a UserError
-    where it does not work.
+    """The device that a name stands for: "auto" is "cuda" where there is one, otherwise "cpu".
+
+    Raises a UserError if the device cannot be used here.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,8 +157,9 @@ def load(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer | N
 
 
 def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer]:
-    """`load`, for callers that need the tokenizer too: a UserError where there is none or where it
-    does not fit.
+    """`load`, for callers that need the tokenizer too.
+
+    Raises a UserError if there is none or if it does not fit the model.
     """
     model, tok = load(directory, device)
     if tok is None:

@@ -121,12 +121,13 @@ class PhiConfig:
         width of the MLP also as `n_inner`, because some engines ignore intermediate_size and assume
         4 x hidden_size.
 
-        A network of another name than PhiForCausalLM gets a model_type that no other engine knows,
-        so that none loads its weights as Phi's.
+        A network with another name than PhiForCausalLM gets a model_type that no other engine
+        knows, so that none loads its weights as Phi's. What it may compute in another way, such as
+        the activation, is left out.
         """
-        return asdict(self) | {
+        entries = asdict(self) | {
             "architectures": [architecture],
-            "model_type": "phi" if architecture == PHI else f"nanophi-{architecture}",
+            "model_type": "phi",
             "hidden_act": "gelu_new",
             "tie_word_embeddings": False,
             "use_cache": True,
@@ -138,6 +139,11 @@ class PhiConfig:
             },
             "torch_dtype": "float32",
         }
+        if architecture != PHI:
+            entries["model_type"] = f"nanophi-{architecture}"
+            for name in ("hidden_act", "n_inner", "rope_parameters"):
+                del entries[name]
+        return entries
 
 
 def _shape(

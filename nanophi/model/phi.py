@@ -15,11 +15,10 @@ preallocated.
 Initialisation: every Linear and Embedding weight Normal(0, initializer_range), every bias 0,
 LayerNorm 1 and 0, without scaling by depth. The first loss is therefore close to ln(vocab_size).
 
-How attention is computed is planned in attention.py. What makes training faster without changing a
-result is put on from outside, by speed.py.
+attention.py computes attention. What makes training faster is put on from outside, by speed.py.
 
-    B batch, T time, S keys, D width, H heads, K head_dim, R rotated dims, F width of the MLP, V
-    vocabulary, L layers
+    B batch, T time, S keys, D width, H heads, K head_dim, R rotated dimensions of a head,
+    F width of the MLP, V vocabulary, L layers
 """
 
 from dataclasses import dataclass, field
@@ -29,12 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanophi.cli import UserError, row_named
-from nanophi.model.attention import AttentionPlan, plan
-from nanophi.model.backends import BACKENDS
+from nanophi.model.attention import AttentionPlan, attend, plan_attention
+from nanophi.model.backends import BACKENDS, preferred_kernels
 from nanophi.model.config import PhiConfig
 
-# lm_head.bias of ids that no tokenizer uses: it is finite, and the probability is exactly 0 in
-# every dtype.
+# lm_head.bias of ids that no tokenizer uses. It is finite, and the probability becomes exactly 0.
 MASKED_BIAS = -1e4
 
 
@@ -42,11 +40,11 @@ MASKED_BIAS = -1e4
 
 
 def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles position * theta^(-2i/R), i = 0 ... R/2 - 1 (Su et al. 2021,
-    RoFormer, eq. 15).
+    """cos and sin of the angles position * theta^(-2i/R), for i = 0 ... R/2 - 1.
 
     positions (B or 1, T) -> two tensors (B or 1, T, 1, R/2) in fp32. They are computed in each
-    forward pass: a buffer would be rounded by `model.bfloat16()`.
+    forward pass: a buffer would be rounded by `model.bfloat16()`. Source: Su et al. 2021
+    (RoFormer), eq. 15.
     """
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     frequencies = 1 / theta**exponents  # (R/2,)
@@ -55,10 +53,12 @@ def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of every head; the rest passes through. x (B, T, H, K) -> (B,
-    T, H, K).
+    """Rotate the first R dimensions of every head; the rest passes through. x (B, T, H, K).
 
-    Dimensions i and i + R/2 are the coordinates of a point that turns by the angle of its position:
+    Dimensions i and i + R/2 are the coordinates of a point. It turns by the angle of its position
+    (the paper pairs 2i and 2i + 1; GPT-NeoX and transformers do as here):
+
+        R = 4    dimensions 0 1 2 3    points (0, 2) and (1, 3), the second one turns more slowly
 
     >>> quarter_turn = torch.tensor(torch.pi / 2).view(1, 1, 1, 1)
     >>> x = torch.tensor([1.0, 0.0, 5.0]).view(1, 1, 1, 3)  # R = 2 and one dimension that passes
@@ -76,15 +76,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated: with them, decoding costs one token at a time.
+    """Keys and values of every layer, preallocated. With them, each step of decoding computes only
+    the new token.
 
     Prompts of unequal length are padded on the left, and `left_pad` (B,) holds the number of padded
-    places. Positions start at the first real token. A padded key is visible to no query but the one
-    at its own place; without that exception the softmax of a padded query would have nothing to sum
-    over.
+    places. Positions start at the first real token. Padding is hidden from real tokens. A padded
+    place sees only itself; otherwise its softmax would have no key:
 
-        left_pad [2, 0]      row 0   _ _ 感 冒        positions 0 0 0 1
-                             row 1   你 是 谁 ？                 0 1 2 3
+        left_pad [2, 0]      row 0   _ _ 感 冒     positions 0 0 0 1     _  sees  x . . .
+                             row 1   你 是 谁 ？             0 1 2 3     _        . x . .
+                                                                         感       . . x .
+                                                                         冒       . . x x
     """
 
     def __init__(
@@ -95,9 +97,7 @@ class KVCache:
         like: Tensor,
         left_pad: Tensor | None = None,
     ):
-        """Room for max_len tokens in each of `batch` rows, in the dtype and on the device of
-        `like`.
-        """
+        """Room for max_len tokens in each of `batch` rows. like: has the dtype and the device."""
         shape = (cfg.num_hidden_layers, 2, batch, cfg.key_heads, max_len, cfg.head_dim)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length = 0  # tokens that all layers hold; Phi.hidden advances it after the last layer
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         layer: int,
         cache: KVCache | None,
-        how: AttentionPlan,
+        plan: AttentionPlan,
     ) -> Tensor:
         heads = (*x.shape[:2], -1, self.cfg.head_dim)
         q = self.q_proj(x).view(heads)  # (B, T, H, K)
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        out = how.attend(q, k, v)
+        out = attend(q, k, v, plan)
         return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -216,15 +216,15 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         layer: int,
         cache: KVCache | None,
-        how: AttentionPlan,
+        plan: AttentionPlan,
     ) -> Tensor:
         h = self.input_layernorm(x)  # one norm feeds both branches
-        attended = self.self_attn(h, rotary, layer, cache, how)
+        attended = self.self_attn(h, rotary, layer, cache, plan)
         return self.dropout(attended) + self.dropout(self.mlp(h)) + x
 
 
 class Trunk(nn.Module):
-    """The parts of everything but the head; `Phi.hidden` says how they work together."""
+    """All parts but the head. `Phi.hidden` is their forward pass."""
 
     def __init__(self, cfg: PhiConfig):
         super().__init__()
@@ -238,9 +238,9 @@ class Trunk(nn.Module):
 class Record:
     """What a forward pass computes inside: `model(ids, record=record)` fills it, layer by layer.
 
-    hidden: L + 1 tensors (B, T, D): the embedding, then the stream behind each block.
-    attention: L tensors (B, H, T, S): the attention weights. To have them, the pass attends by
-    "manual".
+    hidden:    L + 1 tensors (B, T, D): the embedding, then the stream after each block
+    attention: L tensors (B, H, T, S): the attention weights. To have them, the pass uses the
+               backend "manual"
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -254,9 +254,9 @@ class Phi(nn.Module):
     """
 
     architecture = "PhiForCausalLM"
-    """The name of this network in config.json. Whoever changes what a block computes gives it
-    another name here: transformers would load the weights without a word and compute something
-    else. `save` checks it.
+    """The name of this network in config.json. If you change what the network computes, give it
+    another name here: otherwise transformers loads its weights without a word and computes
+    something else. `save` and `train` check it.
     """
 
     def __init__(self, cfg: PhiConfig, attention: str = "auto"):
@@ -276,7 +276,7 @@ class Phi(nn.Module):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.cfg.initializer_range)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     @property
@@ -303,7 +303,7 @@ class Phi(nn.Module):
                 f"a row has {time} tokens, the model was made for {longest} positions: cut the "
                 "text, or make the model with a larger max_position_embeddings"
             )
-        positions, how = plan(
+        positions, plan = plan_attention(
             self.attention,
             ids,
             cu_seqlens,
@@ -314,11 +314,11 @@ class Phi(nn.Module):
         )
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
-        with how.kernels():
+        with preferred_kernels(ids.device, masked=plan.visible is not None):
             for layer, block in enumerate(self.model.layers):
                 if record is not None:
                     record.hidden.append(x.detach())
-                x = block(x, rotary, layer, cache, how)
+                x = block(x, rotary, layer, cache, plan)
         if record is not None:
             record.hidden.append(x.detach())
         if cache is not None:
@@ -334,11 +334,11 @@ class Phi(nn.Module):
     ) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, V): at each place, those of the next token.
 
-        cu_seqlens: (documents + 1,) int32 boundaries in the flattened batch, with 0 and every
-        multiple of T among
-            them; each document then sees only itself, and its positions start at 0
-        cache: the keys and values of what came before, one document a row
-        record: filled with the hidden states and attention weights of each layer
+        cu_seqlens: (documents + 1,) int32, the boundaries of the documents in the flattened batch.
+                    Every multiple of T is one, as no document crosses rows. Each document sees only
+                    itself, and its positions start at 0
+        cache:      the keys and values of what came before, one document a row
+        record:     is filled with the hidden states and attention weights of each layer
         """
         return self.lm_head(self.hidden(ids, cu_seqlens, cache, record))
 
@@ -346,7 +346,7 @@ class Phi(nn.Module):
 
     @torch.no_grad()
     def set_vocabulary(self, tokens: int) -> None:
-        """Forbid every id from `tokens` on, and allow the ids below that were forbidden.
+        """Make the ids from `tokens` on impossible, and the ids below it possible again.
 
         vocab_size is len(tokenizer), rounded up to a multiple of 64. The spare rows get a bias of
         -1e4, so that no engine produces an id that the tokenizer cannot decode. After
@@ -355,7 +355,7 @@ class Phi(nn.Module):
         rows = self.cfg.vocab_size
         assert tokens <= rows, f"{tokens} tokens do not fit in vocab_size {rows}"
         used = self.lm_head.bias[:tokens]
-        used[used <= MASKED_BIAS / 2] = 0.0
+        used[used <= MASKED_BIAS / 2] = 0.0  # half of it, as another dtype may have rounded it
         self.lm_head.bias[tokens:] = MASKED_BIAS
 
     def set_dropout(self, share: float) -> None:

@@ -1,17 +1,22 @@
-"""What makes training faster or smaller and changes no result. `speed_up(model)` puts it on from
-outside.
+"""What makes training faster or smaller. `speed_up(model)` puts it on from outside, and the results
+stay the same up to rounding.
 
-Skip this file at first reading. It may even be deleted: the network of phi.py trains without it,
-and the tests compare both. Each part is a plain module with another way to compute the same;
-`speed_up` swaps the class of the modules in place, so that parameters, names and state dict stay.
+Skip this file at first reading. You may even delete it: the network of phi.py trains without it,
+and the tests compare both. Each part is a plain module with another way to compute the same.
+`speed_up` swaps the class of the modules in place, so that parameters, names and state dict stay:
 
-    FastLinear        fp32 products on a CPU by oneDNN
-    FrugalMLP         backward computes the gelu again; otherwise forward would keep its result
-    CastingLayerNorm  one half-precision copy of the normalised input; otherwise each layer that
-    reads it keeps its own FastBlock         --recompute and --compile
+    FastLinear    fp32 products on a CPU by oneDNN
+    FrugalMLP     backward computes the gelu again, so forward need not keep its result
+    CastingNorm   one half-precision copy of the normalised input for all layers that read it
+    FastBlock     --recompute and --compile
+
+Two places of the readable code exist for this file: `MLP.contract`, which FrugalMLP computes again,
+and losses.product_of, which asks the head how it multiplies.
 """
 
-import contextlib
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +24,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nanophi.model.backends import preferred_kernels
 from nanophi.model.phi import MLP, Phi
 
 
 def speed_up(model: Phi, recompute: bool = False, compile: bool = False) -> None:
-    """Make the model train faster, in place. Calling it again changes the two options alone.
+    """Make the model train faster, in place. A second call changes only the two options.
 
-    recompute: keep of each block its input alone, and compute the block again in backward (gradient
-    checkpointing; Chen
-        et al. 2016): a third more work, a fraction of the memory
-    compile: torch.compile each block
+    recompute: keep only the input of each block, and compute the block again in backward (gradient
+               checkpointing; Chen et al. 2016): a third more work, a fraction of the memory
+    compile:   torch.compile each block
     """
     for module in list(model.modules()):
         if type(module) is MLP:
@@ -36,27 +41,30 @@ def speed_up(model: Phi, recompute: bool = False, compile: bool = False) -> None
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and not _is_recomputed(model, name):
             module.__class__ = FastLinear
-        if type(module) is nn.LayerNorm and name.endswith("input_layernorm"):
-            module.__class__ = CastingLayerNorm
     for block in model.model.layers:
-        if not isinstance(block, FastBlock):
-            plain = type(block)
-            block.__class__ = type(f"Fast{plain.__name__}", (FastBlock, plain), {})
+        _mix_into(block, FastBlock)
+        if hasattr(block, "input_layernorm"):
+            _mix_into(block.input_layernorm, CastingNorm)
         assert isinstance(block, FastBlock)
         block.recompute = recompute
         if compile:
             block.compile(dynamic=False)
         else:
-            block._compiled_call_impl = (
-                None  # set by nn.Module.compile; there is no public way back
-            )
+            block._compiled_call_impl = None  # nn.Module.compile sets it; torch has no way back
+
+
+def _mix_into(module: Any, mixin: type) -> None:
+    """Put a class before that of a module, whatever it is: `class FastBlock(FastBlock, Block)`."""
+    plain = type(module)
+    if not isinstance(module, mixin):
+        module.__class__ = type(mixin.__name__, (mixin, plain), {})
 
 
 def _is_recomputed(model: Phi, name: str) -> bool:
     """Whether a layer stands inside of what FrugalMLP computes again.
 
-    There the plain layer is better: recomputation stops as soon as it has what backward needs,
-    before the product of nn.Linear, but only behind the product of FastLinear.
+    There the plain layer is better. With nn.Linear, the recomputation stops before the product of
+    fc2, which backward does not need; with FastLinear it would compute that product too.
     """
     parent, _, leaf = name.rpartition(".")
     return leaf == "fc2" and isinstance(model.get_submodule(parent), FrugalMLP)
@@ -64,14 +72,16 @@ def _is_recomputed(model: Phi, name: str) -> bool:
 
 # ---- products by oneDNN
 
-# torch asks MKL for the products of fp32 matrices and keeps oneDNN for other dtypes and for its
+# torch gives the products of fp32 matrices to MKL, and keeps oneDNN for other dtypes and for its
 # compiler. On AMD's CPUs oneDNN is up to a fifth faster (docs/log.md has the table), and products
-# are 70 % of a step of a small model.  But oneDNN compiles and keeps code for each shape it meets
-# (1.5 ms and 0.6 MB), and it is slower for few rows. So it gets the products whose number of rows
-# is a multiple of 512: packed batches and the chunks of the loss have such numbers. Answers of any
-# length, and decoding, stay with MKL. The shape alone decides; otherwise a resumed run would not
-# have the bits of an unbroken one.  `torch.backends.mkldnn.enabled = False` turns it off, together
-# with everything else that torch does by oneDNN.
+# are 70 % of a step of a small model.
+#
+# But oneDNN compiles and keeps code for each shape it meets (1.5 ms and 0.6 MB), and it is slower
+# for few rows. So it gets only products whose number of rows is a multiple of 512, as packed
+# batches and the chunks of the loss have. Answers of any length, and decoding, stay with MKL. Only
+# the shape decides; otherwise a resumed run would not have the bits of an unbroken one.
+#
+# `torch.backends.mkldnn.enabled = False` turns it off, and all else that torch does by oneDNN.
 
 ROWS = 512
 HAS_BOTH = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -145,14 +155,16 @@ class FastLinear(nn.Linear):
 class FrugalMLP(MLP):
     """Keeps the input of the gelu for backward, and not its result, which is as large."""
 
-    def contract(self, x: Tensor) -> Tensor:
+    def contract(self, *inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return super().contract(x)
-        return checkpoint(super().contract, x, use_reentrant=False, preserve_rng_state=False)
+            return super().contract(*inputs)
+        return checkpoint(super().contract, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-class CastingLayerNorm(nn.LayerNorm):
-    """Casts its result to the dtype of autocast, once for q_proj, k_proj, v_proj and fc1."""
+class CastingNorm(nn.Module):
+    """Mixed into the norm of each block. It casts the result to the dtype of autocast, once for
+    q_proj, k_proj, v_proj and fc1.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -162,25 +174,23 @@ class CastingLayerNorm(nn.LayerNorm):
 
 
 class FastBlock(nn.Module):
-    """Mixed into the class of each block: `speed_up` sets `recompute`, and nn.Module.compile what
-    is called below.
+    """Mixed into the class of each block. `speed_up` sets `recompute`; the compiled block, where
+    there is one, is what super().__call__ calls.
     """
 
     recompute = False
 
-    def __call__(self, x: Tensor, rotary: tuple, layer: int, cache, how) -> Tensor:
-        if cache is not None or how.weights is not None:
+    def __call__(self, *inputs: Any) -> Tensor:
+        *_, cache, plan = inputs
+        if cache is not None or plan.weights is not None:
             # Not compiled: decoding would compile anew for each length of the cache.
-            return self._call_impl(x, rotary, layer, cache, how)
+            return self._call_impl(*inputs)
         if not (self.recompute and self.training):
-            return super().__call__(x, rotary, layer, cache, how)
+            return super().__call__(*inputs)
+        kernels = partial(preferred_kernels, inputs[0].device, masked=plan.visible is not None)
         return checkpoint(
             super().__call__,
-            x,
-            rotary,
-            layer,
-            cache,
-            how,
+            *inputs,
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), how.kernels()),  # the same kernels again
+            context_fn=lambda: (nullcontext(), kernels()),  # backward has the same kernels
         )

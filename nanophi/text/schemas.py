@@ -15,10 +15,10 @@
 All commands ask the table `SCHEMAS`: for reading, cleaning, deduplication, statistics, tokenizing
 and training. So one more row of the table makes one more schema work in all of them:
 
-    >>> SCHEMAS["question/answer"] = Schema(asked=("question",), answers=("answer",))
-    >>> messages_of({"question": "１加１？", "answer": "２。"})
+    >>> SCHEMAS["ask/tell"] = Schema(asked=("ask",), answers=("tell",))
+    >>> messages_of({"ask": "１加１？", "tell": "２。"})
     [{'role': 'user', 'content': '１加１？'}, {'role': 'assistant', 'content': '２。'}]
-    >>> del SCHEMAS["question/answer"]
+    >>> del SCHEMAS["ask/tell"]
 
 Add it at the top of your script, outside of `if __name__ == "__main__"`, so that worker processes
 have it too.

@@ -1,25 +1,35 @@
-"""Messages -> (ids, loss mask), by the template of the tokenizer. Training, chat and tests all go
-through here.
+"""Messages -> (ids, loss mask), by the chat template of the tokenizer. Training and chat use it.
+
+>>> from nanophi.tokenizer.levels import ByteLevel
+>>> tok = Tokenizer(ByteLevel(), ByteLevel().alphabet([]), [])
+>>> turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+>>> ids, mask = encode_chat(turns, tok)
+>>> tok.decode(ids)
+'##提问:\\na\\n##回答:\\nb[EOS]'
+>>> tok.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
+'b[EOS]'
 """
 
 from nanophi.cli import UserError
-from nanophi.tokenizer.template import TEMPLATES, Segment, check
+from nanophi.tokenizer.template import Segment, check, template_named
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 
 def segments(messages: list[dict], template: str = "wenda") -> list[Segment]:
-    """[{"role": "user" | "assistant" | "system", "content": str}, ...] -> its segments. A UserError
-    where roles do not take turns, or a message lacks one.
+    """[{"role": "user" | "assistant" | "system", "content": str}, ...] -> segments of text.
+
+    Raises a UserError if a message lacks role or content, or if roles do not take turns.
     """
     check(messages)
-    return TEMPLATES[template].segments(messages)
+    return template_named(template).segments(messages)
 
 
 def encode_chat(
     messages: list[dict], tok: Tokenizer, bos: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Messages -> (ids, mask), equally long. mask is True where the loss counts: on each answer and
-    its end.
+    """Messages -> (ids, mask), equally long. mask is True on each answer and its end.
+
+    bos: put [BOS] first.
     """
     ids = [tok.bos_id] if bos else []
     mask = [False] if bos else []
@@ -31,12 +41,13 @@ def encode_chat(
 
 
 def chat_prompt(messages: str | list[dict], tok: Tokenizer, bos: bool = False) -> list[int]:
-    """The ids from which the model goes on with its answer; a plain string is one question.
+    """The ids from which the model goes on with its answer. A plain string is one question.
 
     A training sample of the same conversation begins with the same ids.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    if messages and messages[-1].get("role") != "user":
+    check(messages)
+    if messages[-1]["role"] != "user":
         raise UserError("the last message must be the user's: it is what the model answers")
     return encode_chat(messages, tok, bos)[0]

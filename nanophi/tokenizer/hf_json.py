@@ -74,11 +74,14 @@ def save(tok: Tokenizer, directory: str | Path) -> None:
     """Write the three files so that AutoTokenizer of transformers 4.57 and 5 reads them."""
     directory = Path(directory)
     roles = roles_of(tok)
+    jinja = tok.unknown_jinja
+    if tok.template in TEMPLATES:
+        jinja = TEMPLATES[tok.template].jinja
     config = {
         # Without a class, or with GPT-2's, transformers 5 rebuilds the split and gives other ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "chat_template": TEMPLATES[tok.template].jinja,
+        "chat_template": jinja,
     }
     write_json(directory / "tokenizer.json", to_dict(tok))
     write_json(directory / "special_tokens_map.json", roles)
@@ -95,9 +98,10 @@ def roles_of(tok: Tokenizer) -> dict[str, str]:
     for name in SPECIAL_TOKENS:
         if name in tok.specials:
             roles[f"{name.strip('[]').lower()}_token"] = name
-    stop = TEMPLATES[tok.template].stop
-    if stop in tok.specials:
-        roles["eos_token"] = stop
+    if tok.template in TEMPLATES:
+        stop = TEMPLATES[tok.template].stop
+        if stop in tok.specials:
+            roles["eos_token"] = stop
     return roles
 
 
@@ -191,7 +195,10 @@ def load(directory: str | Path) -> Tokenizer:
         tok = Tokenizer.of_parts(level, added, specials, ordinary, pairs)
     except KeyError as error:
         raise UserError(f"{path}: tokens and merges do not fit together, at {error}") from None
-    tok.template = template_of(jinja_of(Path(directory) / "tokenizer_config.json"))
+    jinja = jinja_of(Path(directory) / "tokenizer_config.json")
+    tok.template = template_of(jinja)
+    if tok.template not in TEMPLATES:
+        tok.unknown_jinja = jinja
     return tok
 
 

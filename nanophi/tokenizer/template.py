@@ -1,6 +1,6 @@
 """Chat templates: messages -> labelled segments of text. TEMPLATES has them by name.
 
-The default, "wenda" (问答), is the original's. One turn is two segments:
+The default, "wenda" (问答), is that of Phi2-mini-Chinese. One turn is two segments:
 
     ##提问:\\n{question}\\n##回答:\\n     encoded as one string, not learned
     {answer}[EOS]                       learned
@@ -12,9 +12,7 @@ because BPE may merge its ":" with the text that follows.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanophi.cli import UserError
-
-ROLES = ("system", "user", "assistant")
+from nanophi.cli import UserError, row_named
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ PROMPT = "##提问:\n{question}\n##回答:\n"
 
 
 def wenda(messages: list[dict]) -> list[Segment]:
-    """The original's template; a system message joins the question after it.
+    """The template of Phi2-mini-Chinese. The last system message before a question joins it.
 
     >>> question = {"role": "user", "content": "你是谁？"}
     >>> answer = {"role": "assistant", "content": "小助手。"}
@@ -86,7 +84,7 @@ DEFAULT = "wenda"
 
 
 def check(messages: list[dict]) -> None:
-    """Refuse what is no conversation: user and assistant take turns, user first; system messages
+    """Raise a UserError if user and assistant do not take turns, user first. System messages may
     stand between.
     """
     turns = 0
@@ -112,8 +110,22 @@ def check(messages: list[dict]) -> None:
         raise UserError("there is no question in the messages")
 
 
+UNKNOWN = "unknown"  # the template of a tokenizer from elsewhere, which TEMPLATES lacks
+
+
 def template_of(jinja: str | None) -> str:
-    """The name of the template that a tokenizer_config.json holds as Jinja; the default's where it
-    is another.
-    """
-    return next((name for name, template in TEMPLATES.items() if template.jinja == jinja), DEFAULT)
+    """The name of a template that is given as Jinja; without any it is the default."""
+    if jinja is None:
+        return DEFAULT
+    names = [name for name, template in TEMPLATES.items() if template.jinja == jinja]
+    return names[0] if names else UNKNOWN
+
+
+def template_named(name: str) -> Template:
+    """The template of a name, or a UserError that says what to do."""
+    if name == UNKNOWN:
+        raise UserError(
+            f"this tokenizer has a chat template that is not known here; there are "
+            f"{', '.join(TEMPLATES)}: fine-tune the model with sft.py --template NAME"
+        )
+    return row_named(TEMPLATES, name, "template")

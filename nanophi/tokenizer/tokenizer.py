@@ -116,6 +116,7 @@ class Tokenizer:
     specials       those of `added` that are special
     always         normalized text -> id of those of `added` that are not special
     template       name of the chat template in template.TEMPLATES; it is saved with the tokenizer
+    unknown_jinja  a chat template that TEMPLATES lacks; it is saved as it was read
 
     >>> from nanophi.tokenizer.levels import ByteLevel
     >>> level = ByteLevel()
@@ -149,6 +150,7 @@ class Tokenizer:
         self.merge_list = list(merges)
         self.merge_counts = list(merge_counts)
         self.template = DEFAULT
+        self.unknown_jinja: str | None = None
         self._index()
 
     @classmethod

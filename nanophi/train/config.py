@@ -24,7 +24,7 @@ class TrainConfig:
 
     # the batch
     micro_batch: int = flag(
-        8, at_least=1, help="rows (or pairs) a device holds at once; changes memory alone"
+        8, at_least=1, help="rows (or pairs) a device holds at once; changes memory use only"
     )
     context: int | None = flag(None, at_least=2, help="tokens of a row (default: the model's)")
     bos: bool = flag(False, help="put [BOS] before every document")
@@ -40,7 +40,10 @@ class TrainConfig:
     schedule: str = flag("wsd", choices=SCHEDULES, help="of the learning rate, after the warm-up")
     warmup: int = flag(20, at_least=0, help="steps until the peak learning rate")
     decay: float = flag(
-        0.3, at_least=0, at_most=1, help="share of the steps in which wsd falls to zero"
+        0.3,
+        at_least=0,
+        at_most=1,
+        help="share of the steps, the last ones, in which wsd falls towards zero",
     )
     clip: float = flag(1.0, above=0, help="largest norm of the gradient")
     dropout: float | None = flag(
@@ -62,14 +65,14 @@ class TrainConfig:
         help="; ".join(f"{name}: {meaning}" for name, meaning in BACKENDS.items()),
     )
     recompute: bool = flag(
-        False, help="keep each block's input alone and compute it again: less memory, more time"
+        False, help="keep only the input of each block and compute it again: less memory, more time"
     )
     shard: bool = flag(
         False,
         help="under torchrun, for large models: split weights and optimizer over ranks (FSDP)",
     )
     compile: bool = flag(
-        False, help="torch.compile the blocks; where that fails, it is said and left"
+        False, help="torch.compile the blocks; if that fails, print a note and go on without"
     )
 
     # what is kept, and when
@@ -78,11 +81,14 @@ class TrainConfig:
         None, above=0, help="also save when so many minutes have passed"
     )
     keep_going: bool = flag(
-        False, help="where a checkpoint cannot be written (a full disk), say so and train on"
+        False, help="if a checkpoint cannot be written (a full disk), say so and train on"
     )
     keep: int = flag(1, at_least=0, help="older checkpoints kept as step-... beside the newest")
     keep_at: float | None = flag(
-        None, above=0, at_most=1, help="keep the model of this share of the steps in <out>-early"
+        None,
+        above=0,
+        at_most=1,
+        help="keep a copy of the model after this share of the steps in <out>-early",
     )
     eval_every: int = flag(100, at_least=1, help="steps between validations")
     overwrite: bool = flag(False, help="delete the run that --out holds, once the new one begins")
@@ -104,8 +110,9 @@ class TrainConfig:
 def total_steps(
     cfg: TrainConfig, steps_per_epoch: float, batch_flag: str = "--batch-tokens", batch: int = 1
 ) -> int:
-    """--steps, or as many as --epochs needs. A UserError where the data do not fill one batch of
-    `batch` (the value of `batch_flag`).
+    """--steps, or as many steps as --epochs needs.
+
+    Raises a UserError if the data do not fill one batch of `batch`, the value of `batch_flag`.
     """
     if steps_per_epoch < 1:
         fits = max(int(batch * steps_per_epoch), 1)
@@ -127,8 +134,9 @@ def total_steps(
 
 
 def context_of(cfg: TrainConfig, model: Phi) -> int:
-    """--context, or the model's. A longer one is refused: it would train positions that the model
-    has never seen.
+    """--context, or the model's context.
+
+    Raises a UserError if it is longer: it would train positions that the model has never seen.
     """
     longest = model.cfg.max_position_embeddings
     if cfg.context is not None and cfg.context > longest:

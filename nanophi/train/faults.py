@@ -26,16 +26,16 @@ BAD_BATCH = "bad-batch.pt"
 
 @dataclass
 class Faults:
-    """Watches the steps of a run. It changes nothing, so a checkpoint need not hold it."""
+    """Watches the losses of a run. A checkpoint need not hold it, because it changes nothing."""
 
     streak: int = 0  # skipped steps in a row
     losses: deque = field(default_factory=lambda: deque(maxlen=MEMORY))
 
-    def look_at(self, line: dict[str, float], sound: bool) -> list[str]:
-        """Notes on a step. sound: its loss and gradient were finite."""
+    def look_at(self, line: dict[str, float], finite: bool) -> list[str]:
+        """Notes on a step. finite: its loss and gradient were finite."""
         loss = line["loss"]
         step = f"step {line['step']:,}"
-        if not sound:
+        if not finite:
             self.streak += 1
             return [f"{step}: loss {loss:.3g}, gradient {line['grad_norm']:.3g}: skipped"]
         self.streak = 0
@@ -51,15 +51,16 @@ class Faults:
     def watch(
         self,
         line: dict[str, float],
-        sound: bool,
+        finite: bool,
         batch: Batch,
         run: "RunDirectory",
         say: Callable[[str], None],
     ) -> None:
-        """Say the notes on a step. After STREAK skipped steps in a row, keep the batch and give up
-        with a UserError: the last checkpoint stays as it is.
+        """Print the notes on a step. After STREAK skipped steps in a row, raise a UserError.
+
+        The batch of the last one is kept beside the last checkpoint, which stays as it is.
         """
-        for note in self.look_at(line, sound):
+        for note in self.look_at(line, finite):
             say(note)
         if self.streak < STREAK:
             return
@@ -77,8 +78,10 @@ class Faults:
 def or_uncompiled(
     step: Callable[..., T], uncompile: Callable[[], None], say: Callable[[str], None]
 ) -> Callable[..., T]:
-    """A step of a compiled model that falls back: where its first call fails (no compiler, an
-    operation that it does not know), the model is uncompiled and the call made once more.
+    """`step` of a compiled model, with a way back.
+
+    If its first call fails (no compiler, an operation that the compiler does not know), the model
+    is uncompiled and the step done again.
     """
     calls = 0
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the step that is under way is finished and saved."""
+"""Ctrl-C and SIGTERM during training: the current step is finished and saved."""
 
 import contextlib
 import signal

@@ -1,12 +1,16 @@
 """The one training loop: pretraining, SFT and DPO differ in the `loss_fn` and `batch_at` that they
-pass in.
+pass.
 
-Read `train`: prepare, then for each step: step, log, save. step.py is what one step does.
+Read `train`. It prepares, and then repeats three things:
 
-Everything about time is a pure function of the step: batch_at(step) and the learning rate. The
-state of a run is therefore the weights, the optimizers, the random generators and one integer, and
-a resumed run equals the unbroken one bit for bit (on a GPU up to rounding: its attention adds up in
-an order that varies). rundir.py keeps it on disk.
+    step    training_step, step.py
+    log     metrics.jsonl and the terminal; validation after each --eval-every steps
+    save    a checkpoint after each --save-every steps, rundir.py
+
+What a step does depends only on its number: batch_at(step), and the learning rate. So a saved run
+needs the weights, the optimizers, the random states, the loss scale and a few counters, and a
+resumed run equals the unbroken one bit for bit (on a GPU up to rounding: its attention adds up in
+an order that varies).
 """
 
 import contextlib
@@ -39,7 +43,9 @@ from nanophi.train.step import StepResult, training_step
 
 try:
     from nanophi.model.speed import speed_up
-except ImportError:  # whoever deletes that file trains the plain network
+except ModuleNotFoundError as error:  # if you delete that file, the plain network is trained
+    if error.name != "nanophi.model.speed":
+        raise
 
     def speed_up(model: Phi, recompute: bool = False, compile: bool = False) -> None:
         if recompute or compile:
@@ -64,19 +70,20 @@ def train(
 ) -> Phi:
     """Train `model` in place for `steps` (or cfg.steps) steps and leave its checkpoint in cfg.out.
 
-    batch_at(step) gives the batch of a step, loss_fn its summed loss (see losses.py)
-    cfg: a TrainConfig, or the Setup that `begin` has made of one
-    evaluate(model) gives what is logged every cfg.eval_every steps; the lowest "val_loss" is kept
-    resume: None, "yes" or "auto"; it overrides cfg.resume
-    data_id names the data: a state trained on other data is not resumed
-    stop_at: save and return after that many steps
+    batch_at(step)   gives the batch of a step, from 0
+    loss_fn          gives its summed loss, see losses.py
+    cfg              a TrainConfig, or the Setup that `begin` has made of one
+    evaluate(model)  gives numbers to log; the model with the lowest "val_loss" is kept
+    resume           None, "yes" or "auto"; overrides cfg.resume
+    data_id          names the data: a run is not resumed with other data
+    stop_at          save and return when the run has reached this step
 
     SIGINT and SIGTERM save at the end of the step and leave by SystemExit(130 or 143).
     """
     # 1. Prepare.
     setup = cfg if isinstance(cfg, Setup) else begin(cfg, resume)
     cfg = setup.cfg
-    steps = total_steps(cfg, 1) if steps is None else steps
+    steps = steps_of(cfg) if steps is None else steps
     example = batch_at(0)
     check_batch(example, setup)
     place(model, setup)
@@ -86,8 +93,7 @@ def train(
     rates = peak_rates(optimizers)
     scale = LossScale(setup.dtype)
     print(preflight.outlook(model, optimizers, setup, example, steps))
-    run = RunDirectory(model, optimizers, scale, setup, tok, data_id)
-    open_run(run, setup, steps)
+    run = open_run(RunDirectory(model, optimizers, scale, setup, tok, data_id), setup, steps)
     mfu = preflight.mfu_by_speed(model, example, setup.world)
     faults = Faults()
 
@@ -101,22 +107,23 @@ def train(
             lr = set_rates(optimizers, rates, factor)
             batch = batch_at(run.step)
             result = step(batch, scale=scale.value)
-            scale.update(result.sound)
+            scale.update(result.finite)
 
             # 3. Log.
             line = result.means | {"grad_norm": result.grad_norm, "lr": lr}
-            line |= run.count(batch, result.sound, time.perf_counter() - began)
+            line |= run.count(batch, result.finite, time.perf_counter() - began)
             line |= mfu(line["tokens_per_s"])
-            faults.watch(line, result.sound, batch, run, bar.say)
+            faults.watch(line, result.finite, batch, run, bar.say)
             if evaluate is not None and (run.step % cfg.eval_every == 0 or run.step == steps):
-                line = evaluated(model, evaluate, line, setup, steps, bar.say)
+                line = add_validation(model, evaluate, line, setup, steps, bar.say)
             with forgiving(run, cfg, bar.say):
                 run.log(line)
             bar.update(1, log_line(line))
 
             # 4. Save.
-            save_what_is_due(run, cfg, steps, clock, bar.say)
-        run.save()  # the state of the last step, or of the one at which it was stopped
+            clock.look()
+            save_what_is_due(run, cfg, steps, clock.due, bar.say)
+        run.save()  # the state of the last step, or of the step at which the run was stopped
     clock.leave_if_stopped(steps)
     return model.eval()
 
@@ -134,16 +141,22 @@ def check_batch(batch: Batch, setup: Setup) -> None:
             f"a step has {samples} samples for {ranks} ranks: raise {flag_name}, "
             "or start fewer ranks"
         )
-    if setup.cfg.shard and samples % ranks:  # the ranks of one model compute in step
+    # Ranks that share one model must run the same number of micro-batches.
+    if setup.cfg.shard and samples % ranks:
         raise UserError(
             f"--shard: the {samples} samples of a step cannot be divided among {ranks} ranks"
         )
 
 
+def steps_of(cfg: TrainConfig) -> int:
+    """cfg.steps. Epochs mean nothing here: who knows the data calls `total_steps`."""
+    if cfg.steps is None:
+        raise UserError("train needs a number of steps: steps=..., or TrainConfig(steps=...)")
+    return total_steps(cfg, 1)
+
+
 def place(model: Phi, setup: Setup) -> None:
-    """Make the model ready to train, in place: attention backend, speed.py's parts, device or
-    ranks.
-    """
+    """Make the model ready to train, in place: its backend, what speed.py adds, device or ranks."""
     check_architecture(model)
     model.attention = setup.cfg.attention
     model.train()
@@ -178,7 +191,7 @@ def prepared_step(
     return or_uncompiled(step, partial(speed_up, model, cfg.recompute), say)
 
 
-def open_run(run: RunDirectory, setup: Setup, steps: int) -> None:
+def open_run(run: RunDirectory, setup: Setup, steps: int) -> RunDirectory:
     """Go on from the state in --out, or delete the run that it holds; then write run.json."""
     cfg = setup.cfg
     world = setup.world
@@ -186,6 +199,7 @@ def open_run(run: RunDirectory, setup: Setup, steps: int) -> None:
     if cfg.resume and (run.out / STATE).exists():
         run.restore(steps)
     elif world.first:
+        # `claim` has refused a directory with a run already, unless --overwrite is given.
         delete_run(run.out)
     first_steps = set(world.gather(run.step))
     if len(first_steps) > 1:
@@ -203,12 +217,13 @@ def open_run(run: RunDirectory, setup: Setup, steps: int) -> None:
         }
         write_json(run.out / "run.json", description)
         run.open_board()
+    return run
 
 
 # ---- log
 
 
-def evaluated(
+def add_validation(
     model: Phi,
     evaluate: Evaluate,
     line: dict[str, float],
@@ -216,10 +231,10 @@ def evaluated(
     steps: int,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """The line of metrics with what `evaluate` measures, on rank 0; it is said there.
+    """Add what `evaluate` measures to the line of metrics, on rank 0, which also prints the line.
 
-    All ranks of a sharded model compute it together; they take rank 0's numbers, so that they agree
-    on the best model.
+    All ranks of a sharded model compute it together. They take the numbers of rank 0, so that they
+    agree on the best model.
     """
     world = setup.world
     if not (world.first or setup.cfg.shard):
@@ -234,7 +249,7 @@ def evaluated(
 
 
 def log_line(line: dict[str, float], steps: int | None = None) -> str:
-    """The line of metrics to be read; with the step and validation where `steps` is given."""
+    """The line of metrics for people; with the step and the validation where `steps` is given."""
     text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  grad {line['grad_norm']:.2f}"
     text += f"  {line['tokens_per_s']:,.0f} tok/s"
     if steps is None:
@@ -249,7 +264,7 @@ def log_line(line: dict[str, float], steps: int | None = None) -> str:
 
 @contextlib.contextmanager
 def forgiving(run: RunDirectory, cfg: TrainConfig, say: Callable[[str], None]) -> Iterator[None]:
-    """Write what belongs to a step. With --keep-going, a failure (a full disk) is only said."""
+    """Write what belongs to a step. With --keep-going, a failure (a full disk) is only printed."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -259,44 +274,44 @@ def forgiving(run: RunDirectory, cfg: TrainConfig, say: Callable[[str], None]) -
 
 
 def save_what_is_due(
-    run: RunDirectory, cfg: TrainConfig, steps: int, clock: "SaveClock", say: Callable[[str], None]
+    run: RunDirectory, cfg: TrainConfig, steps: int, due: bool, say: Callable[[str], None]
 ) -> None:
-    """The model of --keep-at, and a checkpoint by steps or by the clock."""
+    """Save the model of --keep-at at its step, and a checkpoint where one is due."""
     if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1):
         with forgiving(run, cfg, say):
             run.export(f"{run.out}-early")
-    if clock.due() and run.step < steps:
+    if due and run.step < steps:
         with forgiving(run, cfg, say):
             run.save()
 
 
 class SaveClock:
-    """Says after each step whether a checkpoint is due, and whether a signal has come; the same on
-    all ranks.
-    """
+    """Knows after each step whether a checkpoint is due, and whether a signal ends the run."""
 
     def __init__(self, run: RunDirectory, setup: Setup, interrupts: Interrupts):
         self.run = run
         self.setup = setup
         self.interrupts = interrupts
         self.saved_at = time.monotonic()
+        self.due = False  # after --save-every steps, or when --save-minutes have passed
         self.stop = 0  # the signal that ends the run, 0 where none has come
 
-    def due(self) -> bool:
-        """Whether to save now: after --save-every steps, or where --save-minutes have passed."""
+    def look(self) -> None:
+        """Find out. Every rank must call it exactly once after each step: they agree here.
+
+        Each rank has a clock and signals of its own, and all act on the largest.
+        """
         cfg = self.setup.cfg
         waited_s = time.monotonic() - self.saved_at
         late = cfg.save_minutes is not None and waited_s > 60 * cfg.save_minutes
-        # Each rank has a clock and signals of its own; all act on the largest.
-        stop, any_late = self.setup.world.largest([self.interrupts.signal, late])
+        stop, some_rank_is_late = self.setup.world.largest([self.interrupts.signal, late])
         self.stop = int(stop)
-        due = self.run.step % cfg.save_every == 0 or bool(any_late)
-        if due:
+        self.due = self.run.step % cfg.save_every == 0 or bool(some_rank_is_late)
+        if self.due:
             self.saved_at = time.monotonic()
-        return due
 
     def leave_if_stopped(self, steps: int) -> None:
-        """End with 130 or 143 where a signal has stopped the run before its last step."""
+        """Exit with 130 or 143 if a signal has stopped the run before its last step."""
         run = self.run
         if self.stop and run.step < steps:
             print(
@@ -312,9 +327,7 @@ class SaveClock:
 def self_test(
     model: Phi, loss_fn: LossFn, batch: Batch, setup: Setup, tok: Tokenizer | None
 ) -> Phi:
-    """--show-batch prints the first batch; --overfit-one-batch learns it by heart. Neither writes a
-    file.
-    """
+    """Print the first batch for --show-batch, learn it for --overfit-one-batch; write nothing."""
     if setup.cfg.overfit_one_batch:
         print(overfit(model, loss_fn, batch, setup))
     elif tok is not None:
@@ -323,8 +336,9 @@ def self_test(
 
 
 def overfit(model: Phi, loss_fn: LossFn, batch: Batch, setup: Setup, steps: int = 100) -> str:
-    """Train the model on one batch. A sound model and loss learn it by heart: a UserError where the
-    loss does not fall to a tenth.
+    """Train the model on one batch, which a sound model and loss learn by heart.
+
+    Raises a UserError if the loss does not fall to a tenth.
     """
     cfg = setup.cfg
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=0.0)

@@ -52,22 +52,24 @@ def product_of(head: nn.Linear) -> Product:
 def head_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, product: Product = F.linear
 ) -> Tensor:
-    """Summed cross entropy of the head's logits. hidden (N, D), weight (V, D), bias (V,), targets
-    (N,) -> ().
+    """Summed cross entropy of the head's logits, in far less memory than the plain
 
-    It equals F.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum") and needs far less
-    memory.
+        F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
+
+    hidden (N, D), weight (V, D), bias (V,), targets (N,) -> ().
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         # Cast here, once; otherwise autocast casts the weight again for every chunk.
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    # Inside of `forward` autograd is always off, so whether a gradient is needed is asked here.
     return _HeadCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled(), product)
 
 
-CHUNK = 512  # tokens whose logits exist at once on a CPU: at V = 8192 they fit its cache (16 MB)
-# Logits that exist at once on a GPU (they take 1.6 GB in all). Each chunk reads and writes the
-# whole gradient of the head, so few and large chunks are better there.
+# Tokens whose logits exist at once on a CPU: 512 x 8192 of them take 16 MB and fit its cache.
+CHUNK = 512
+# Logits that exist at once on a GPU; with their copies, 12 bytes each, they take 1.6 GB. Each chunk
+# reads and writes the whole gradient of the head, so few and large chunks are better there.
 LOGITS_ON_GPU = 2**27
 
 
@@ -85,9 +87,12 @@ def chunk_size(vocabulary: int, device: str, dtype: torch.dtype) -> int:
 class _HeadCrossEntropy(torch.autograd.Function):
     """The sum of -log softmax(hidden W^T + b)[target], with the logits of one chunk at a time.
 
-    The gradient of cross entropy by the logits is softmax - onehot(target). It is known as soon as
-    the logits are, so forward computes all gradients too, and backward only scales them: the logits
-    exist once and are not recomputed.
+    The gradient of cross entropy by the logits is softmax - onehot(target):
+
+        softmax 0.2 0.5 0.3, target 1      gradient 0.2 -0.5 0.3
+
+    It is known as soon as the logits are. So forward computes all gradients too, and backward only
+    scales them: the logits exist once and are not recomputed.
     """
 
     @staticmethod
@@ -97,32 +102,33 @@ class _HeadCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         targets: Tensor,
-        learning: bool,
+        needs_gradient: bool,
         product: Product,
     ) -> Tensor:
-        half_weight = weight.to(hidden.dtype)
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # the dtype of the softmax
+        cast_weight = weight.to(hidden.dtype)
+        softmax_dtype = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight)
         d_bias = torch.zeros_like(bias)
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        loss = torch.zeros((), dtype=softmax_dtype, device=hidden.device)
         chunk = chunk_size(len(weight), hidden.device.type, hidden.dtype)
         for start in range(0, len(hidden), chunk):
             rows = hidden[start : start + chunk]
             target = targets[start : start + chunk, None]
-            logits = product(rows, half_weight, bias.to(rows.dtype)).to(exact)  # (chunk, V)
-            of_target = logits.gather(1, target)
+            logits = product(rows, cast_weight, bias.to(rows.dtype)).to(softmax_dtype)  # (chunk, V)
+            target_logit = logits.gather(1, target)
             largest = logits.amax(-1, keepdim=True)
             exps = logits.sub_(largest).exp_()  # in place: one tensor (chunk, V) is enough
             total = exps.sum(-1, keepdim=True)
-            loss += (total.log() + largest - of_target).sum()
-            if not learning:
+            loss += (total.log() + largest - target_logit).sum()
+            if not needs_gradient:
                 continue
             d_logits = exps.div_(total)  # softmax
-            d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
+            minus_one = torch.full_like(target, -1, dtype=d_logits.dtype)
+            d_logits.scatter_add_(1, target, minus_one)  # - onehot(target)
             d_bias += d_logits.sum(0)
             d_logits = d_logits.to(rows.dtype)
-            d_hidden[start : start + chunk] = product(d_logits, half_weight.t(), None)
+            d_hidden[start : start + chunk] = product(d_logits, cast_weight.t(), None)
             if rows.dtype == d_weight.dtype:
                 d_weight.addmm_(d_logits.t(), rows)  # without another tensor (V, D)
             else:
@@ -150,8 +156,8 @@ def answer_logps(model: Phi, batch: Batch) -> Tensor:
     def logps_of(rows: Tensor, wanted: Tensor) -> Tensor:
         return -F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
 
-    # The gradient of a token is multiplied by a factor that depends on the whole answer. It is not
-    # known yet, so backward computes the logits of each chunk again.
+    # Here the gradient of each token gets a factor that depends on the loss of the whole answer,
+    # which is known only later. So backward computes the logits of each chunk again.
     recomputed = partial(checkpoint, logps_of, use_reentrant=False, preserve_rng_state=False)
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     logps = torch.cat([recomputed(rows, wanted) for rows, wanted in pieces])  # (N,)
@@ -198,7 +204,8 @@ def make_dpo_loss_fn(beta: float, loss: str = "sigmoid") -> LossFn:
         chosen, rejected = answer_logps(model, batch).view(-1, 2).unbind(1)
         ref_chosen, ref_rejected = batch.reference.view(-1, 2).unbind(1)
         losses = loss_of(chosen, rejected, ref_chosen, ref_rejected, beta)
-        # The implicit reward, eq. 5 without the partition term.
+        # The implicit reward, beta * log(policy / reference) (eq. 5). Its last term, which depends
+        # on the prompt only, is left out: it cancels in the margin.
         reward_chosen = beta * (chosen - ref_chosen).detach()
         reward_rejected = beta * (rejected - ref_rejected).detach()
         sums = {

@@ -18,37 +18,39 @@ from nanophi.train.distributed import part_like, whole
 
 # ---- Muon
 
-NS_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan et al. 2024: steep at 0, so small values rise fast
+# Jordan et al. 2024. The polynomial is steep at 0, so small singular values rise fast.
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
-NS_NUMBERS = 2**25  # of the matrices iterated together; each takes about 36 bytes
+NS_NUMBERS = 2**25  # elements of all matrices iterated together; one takes about 36 bytes
 FIRST_MOMENTUM = 0.85
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Replace the singular values of each matrix (n, A, B) by about 1 (0.7 to 1.2), by
-    Newton-Schulz iteration.
+    """Bring the singular values of each matrix (n, A, B) near 1, by Newton-Schulz iteration.
 
-    Each step applies x -> a x + b x^3 + c x^5 to every singular value:
+    The matrix is divided by its norm, so that no singular value exceeds 1. Then each step applies
+    x -> a x + b x^3 + c x^5 to all of them:
 
-        0.001 -> 0.003 -> 0.012 -> 0.041 -> 0.14 -> 0.47
+        1     -> 0.70  -> 1.11  -> 0.72  -> 1.09 -> 0.70
         0.1   -> 0.34  -> 0.99  -> 0.71  -> 1.11 -> 0.71
+        0.001 -> 0.003 -> 0.012 -> 0.041 -> 0.14 -> 0.47
+
+    Values above about 0.0015 end between 0.68 and 1.2, smaller ones stay smaller. A matrix formula
+    does this, because x = U S V^T gives x x^T x = U S^3 V^T: only S changes.
 
     It runs in bf16 on GPUs that have it, and in fp32 on a CPU: many CPUs compute bf16 several times
     slower.
 
     >>> x = torch.diag(torch.tensor([0.1, 1.0, 3.0]))
-    >>> orthogonalize(x[None]).diagonal(dim1=1, dim2=2).ge(0.6).all().item()
+    >>> near_one = orthogonalize(x[None])[0].diagonal()
+    >>> bool(((near_one > 0.68) & (near_one < 1.2)).all())
     True
     """
     a, b, c = NS_COEFFICIENTS
     has_bf16 = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
     x = matrices.bfloat16() if has_bf16 else matrices.float()
     tall = x.shape[1] > x.shape[2]
-    if tall:  # x x^T below is then the smaller product
+    if tall:  # then x x^T below is the smaller product
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NS_STEPS):
@@ -88,7 +90,7 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # a state that was saved before momentum rose lacks both
+        for group in self.param_groups:  # states that an older version saved have neither key
             group.setdefault("rising", 0)
             group.setdefault("steps", 0)
 
@@ -119,7 +121,7 @@ class Muon(Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             assert p.grad is not None
             state["momentum"].lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov's look ahead
+            updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov: ahead of it
         orthogonal = orthogonalize(torch.stack([whole(update) for update in updates]))
         size = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
         decay = 1 - group["lr"] * group["weight_decay"]
@@ -239,18 +241,18 @@ def decay_groups(params: list[Tensor], weight_decay: float) -> list[dict]:
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """A row of OPTIMIZERS: (model, lr, weight_decay) -> optimizers, and their bytes of state per
-    parameter.
-    """
+    """A row of OPTIMIZERS. The estimate of memory asks for the numbers of bytes."""
 
-    build: Callable[[nn.Module, float, float], list[Optimizer]]
-    state_bytes: float  # the estimate of memory before training asks it
+    build: Callable[[nn.Module, float, float], list[Optimizer]]  # (model, lr, weight_decay)
+    state_bytes: float  # of the states, for each parameter
+    iteration_bytes: float = 0  # for each element of the matrices that are iterated together
 
 
 OPTIMIZERS = {
-    "muon": OptimizerChoice(muon, 4.6),  # one momentum for matrices, two for the rest
-    "adamw": OptimizerChoice(adamw, 8),  # two moments in fp32
-    "adafactor": OptimizerChoice(adafactor, 0.1),  # a number per row and per column
+    # Muon keeps one momentum for matrices, AdamW two moments for the rest.
+    "muon": OptimizerChoice(muon, state_bytes=4.6, iteration_bytes=36),
+    "adamw": OptimizerChoice(adamw, state_bytes=8),
+    "adafactor": OptimizerChoice(adafactor, state_bytes=0.1),  # a number per row and column
 }
 
 
@@ -295,8 +297,8 @@ def constant(step: int, steps: int, warmup: int, decay: float) -> float:
     return 1.0
 
 
-# What follows the warm-up: (step, steps, warmup, decay) -> share of the peak. A row more is a
-# choice more.
+# What follows the warm-up: (step, steps, warmup, decay) -> share of the peak.
+# To add a schedule, add a row.
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "constant": constant}
 
 

@@ -4,10 +4,9 @@
 integer, and the number of devices or micro-batches changes nothing: the function returns the
 samples of the whole step, and the step cuts them up.
 
-1. A document of n tokens is n - 1 pairs (input, target). Where they exceed a row of T, the rest
-becomes another piece.
-   It begins with the last token of the piece before, as an input, so that each token after a
-   document's first is a target exactly once per epoch.
+1. A document of n tokens gives n - 1 pairs (input, target). A row holds T pairs. A document with
+   more pairs is cut into several pieces. Each further piece begins with the last token of the piece
+   before it, as an input, so that each token after the first is a target exactly once per epoch.
 2. Pieces are put into rows by best fit, once.
 3. Each epoch visits the rows in a new order.
 
@@ -19,6 +18,9 @@ Two documents of 6 and 4 tokens in rows of T = 4:
 
     row 0    a b c d         one piece
     row 1    w x y e         two pieces, isolated from each other     cu_seqlens [0, 4, 7, 8]
+
+cu_seqlens ("cumulative sequence lengths", the name of flash attention) are the boundaries of the
+documents in the flattened batch.
 """
 
 import copy
@@ -33,7 +35,8 @@ from torch import Tensor
 from nanophi.cli import UserError
 
 IGNORE = -100  # the target of a position where nothing is learned
-PAD = 0  # [PAD]; no text encodes to it, so that it marks padding
+PAD = 0  # [PAD]; no text encodes to it, so it marks padding
+NO_EPOCH = 2**32  # a number that no epoch reaches: packing has a random order of its own
 
 
 # ---- a batch
@@ -41,21 +44,19 @@ PAD = 0  # [PAD]; no text encodes to it, so that it marks padding
 
 @dataclass
 class Batch:
-    """B rows of T tokens, which hold the samples of a step or a part of them."""
+    """B rows of T tokens: the samples of a step, or a part of them."""
 
     ids: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE where nothing is learned
-    cu_seqlens: (
-        Tensor  # (documents + 1,) int32, boundaries in the flattened batch; all multiples of T
-    )
+    # (documents + 1,) int32: 0, ..., B * T. Every multiple of T is a boundary, as no document
+    # crosses rows
+    cu_seqlens: Tensor
     rows_per_sample: int = 1  # 2 for preference pairs: row 2i is chosen, row 2i + 1 rejected
-    reference: Tensor | None = (
-        None  # (B,) DPO: the reference's log-probability of each row's answer
-    )
+    reference: Tensor | None = None  # (B,) DPO: log-probability of each answer by the reference
     learned: Tensor = field(init=False)  # (N,) places in the flattened batch that have a target
 
     def __post_init__(self):
-        # Computed here, on the CPU: to count on a GPU, the CPU would wait for it.
+        # Computed here, on the CPU: otherwise the CPU would wait for the GPU that counts.
         self.learned = (self.targets.flatten() != IGNORE).nonzero()[:, 0]
 
     def __len__(self) -> int:
@@ -75,7 +76,10 @@ class Batch:
         return int((self.ids != PAD).sum())
 
     def cut(self, start: int, stop: int) -> "Batch":
-        """Samples [start, stop), as a batch of their own."""
+        """Samples [start, stop), as a batch of their own.
+
+        The boundaries [0, 4, 7, 8] of two rows of 4 become [0, 3, 4] for the second row.
+        """
         time = self.ids.shape[1]
         first_row = start * self.rows_per_sample
         last_row = min(stop * self.rows_per_sample, len(self.ids))
@@ -91,7 +95,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device. From pinned memory it is copied while the GPU still computes."""
+        """The batch on a device. Pinned memory is copied to a GPU while it still computes."""
         on_cuda = torch.device(device).type == "cuda"
         moved = copy.copy(self)
         for name, value in vars(self).items():
@@ -114,9 +118,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
     """
     placed = np.zeros(len(lengths), dtype=np.int64)
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space -> rows
-    spaces = (
-        0  # the free spaces that some row has, as a set of bits: bit s means "a row has s free"
-    )
+    spaces = 0  # the free spaces of all rows, as a set of bits: bit s means "a row has s free"
     rows = 0
     for index, length in enumerate(lengths):
         space = smallest_space(spaces, length)
@@ -215,15 +217,16 @@ class Packed:
         self._order_of_epoch: tuple[int, np.ndarray] = (-1, np.zeros(0))  # the one used last
 
     def _cut_into_pieces(self, lengths: np.ndarray) -> None:
-        """Number all pieces of all documents: the document of each, its first input in it, its
-        inputs.
+        """For every piece: its document, the place of its first input there, its number of inputs.
 
         lengths [5, 9, 1] and context 4: 4, 8 and 0 pairs, so 1, 2 and 0 pieces
 
             piece_document [0, 1, 1]    piece_start [0, 0, 4]    piece_length [4, 4, 4]
         """
-        pairs = lengths - 1 + (self.bos_id is not None)
-        pieces = np.maximum(-(-pairs // self.context), 0)  # of each document, rounded up
+        pairs = lengths - 1
+        if self.bos_id is not None:
+            pairs = pairs + 1
+        pieces = np.maximum(-(-pairs // self.context), 0)  # of each document: pairs / T, rounded up
         first_piece = np.cumsum(pieces) - pieces  # of each document
         self.piece_document = np.repeat(np.arange(len(pairs)), pieces)
         number_in_document = np.arange(pieces.sum()) - np.repeat(first_piece, pieces)
@@ -237,9 +240,11 @@ class Packed:
         self.cut_documents = float((pieces > 1).sum() / max((pieces > 0).sum(), 1))  # a share
 
     def _put_into_rows(self) -> None:
-        """Best fit, in a random order. Row r holds row_pieces[row_start[r] : row_start[r + 1]]."""
-        never_an_epoch = 2**32
-        order = shuffled(self.seed, never_an_epoch, len(self.piece_length))
+        """Best fit, in a random order: row r holds row_pieces[row_start[r] : row_start[r + 1]].
+
+        row_pieces [2, 0, 1]    row_start [0, 1, 3]    row 0 holds piece 2, row 1 pieces 0 and 1
+        """
+        order = shuffled(self.seed, NO_EPOCH, len(self.piece_length))
         row_of_piece = best_fit(self.piece_length[order].tolist(), self.context)
         self.row_pieces = order[np.argsort(row_of_piece, kind="stable")]
         self.row_start = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece))])
@@ -265,7 +270,7 @@ class Packed:
 
     @property
     def data_id(self) -> str:
-        """Names the data and how it is cut into steps: a run is resumed with the same alone."""
+        """Names the data and how it is cut into steps. A run can be resumed only with the same."""
         bos = -1 if self.bos_id is None else self.bos_id
         layout = [self.context, self.batch_rows, self.seed, bos]
         source = getattr(self.documents, "data_id", None)
@@ -297,11 +302,11 @@ class Packed:
         for i, row in enumerate(rows):
             end = 0
             for piece in self.row_pieces[self.row_start[row] : self.row_start[row + 1]]:
-                inputs, learned = self._inputs_and_targets(piece)
+                inputs, piece_targets = self._inputs_and_targets(piece)
                 begin = end
                 end += len(inputs)
                 ids[i, begin:end] = inputs
-                targets[i, begin:end] = learned
+                targets[i, begin:end] = piece_targets
                 boundaries.append(i * self.context + end)
             if end < self.context:  # the padding is a document of its own, without targets
                 boundaries.append((i + 1) * self.context)
@@ -315,8 +320,8 @@ class Packed:
         targets = tokens[1:]
         if self.masks is not None:
             first = None if self.bos_id is None else False
-            learned = self._slice(self.masks[index], start, stop, first)
-            targets = np.where(learned[1:], targets, IGNORE)
+            is_learned = self._slice(self.masks[index], start, stop, first)
+            targets = np.where(is_learned[1:], targets, IGNORE)
         return tokens[:-1], targets
 
     @staticmethod

@@ -1,13 +1,10 @@
-"""The dtype that a run computes in. Weights, gradients and optimizer states are fp32 whatever it
-is.
-"""
+"""The dtype that a run computes in. Weights, gradients and optimizer states are always fp32."""
 
 import torch
 
-FIRST_SCALE = (
-    32.0  # the loss is a sum over tokens: for 2,048 tokens this equals the usual 65,536 of a mean
-)
-GROW_AFTER = 1000  # sound steps in a row
+# The usual first scale is 65,536, for a mean loss. Here the loss is a sum over tokens, 2,048 or so.
+FIRST_SCALE = 32.0
+GROW_AFTER = 1000  # finite steps in a row
 
 
 def compute_dtype(dtype: str, device: str) -> str:
@@ -38,20 +35,22 @@ class LossScale:
     """By how much the loss is multiplied before backward (Micikevicius et al. 2018, section 3.2).
 
     fp16 knows no number between 0 and 6e-8, and gradients are often smaller. The scale halves when
-    a gradient overflows, and doubles after GROW_AFTER sound steps. In other dtypes it stays 1.
+    a gradient overflows, and doubles after GROW_AFTER finite steps. In other dtypes it stays 1:
+
+        32, 32, overflow -> 16, 16, ... (1,000 finite steps) -> 32
     """
 
     def __init__(self, dtype: str):
         self.changes = dtype == "float16"
         self.value = FIRST_SCALE if self.changes else 1.0
-        self.unbroken = 0  # sound steps since the last change
+        self.unbroken = 0  # finite steps since the last change
 
-    def update(self, sound: bool) -> None:
-        """Learn whether the last step was sound."""
-        self.unbroken = self.unbroken + 1 if sound else 0
+    def update(self, finite: bool) -> None:
+        """Adjust the scale after a step. finite: its loss and gradient were finite."""
+        self.unbroken = self.unbroken + 1 if finite else 0
         if not self.changes:
             return
-        if not sound:
+        if not finite:
             self.value /= 2
         elif self.unbroken == GROW_AFTER:
             self.value *= 2

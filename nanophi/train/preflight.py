@@ -65,10 +65,12 @@ def _size_of(model: Phi) -> Size:
     matrices = sum(
         p.numel() for name, p in parameters.items() if p.dim() == 2 and "embed" not in name
     )
-    return Size(model.num_parameters(), matrices, _kept_by_mlp(model.model.layers[0]))
+    return Size(
+        model.num_parameters(), matrices, _kept_by_mlp(model.model.layers[0], model.cfg.hidden_size)
+    )
 
 
-def _kept_by_mlp(block: nn.Module) -> int:
+def _kept_by_mlp(block: nn.Module, width: int) -> int:
     """Numbers a token that backward needs of the MLP of a block: what its layers but the last give.
 
     The MLP of phi.py computes its activation again (see speed.py). One without `contract` keeps
@@ -77,7 +79,7 @@ def _kept_by_mlp(block: nn.Module) -> int:
     mlp = block.mlp
     assert isinstance(mlp, nn.Module)
     layers = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)]
-    inner = sum(layer.out_features for layer in layers[:-1])
+    inner = sum(layer.out_features for layer in layers) - width  # the last one gives the width
     recomputed = isinstance(mlp, MLP) and "contract" in type(mlp).forward.__code__.co_names
     return inner if recomputed else 2 * inner
 
@@ -124,10 +126,13 @@ def training_bytes(
     recompute: bool,
     shards: int = 1,
     device: str = "cpu",
+    attention: str = "auto",
 ) -> int:
-    """Estimate of the peak, in bytes, of one of `shards` ranks that split the model.
+    """Estimate of the peak, in bytes.
 
-    rows: of `context` tokens, computed at once. half: in bf16 or fp16.
+    rows:   rows of `context` tokens that are computed at once
+    half:   whether the computation is in bf16 or fp16
+    shards: ranks that split the model; the estimate is that of one of them
     """
     size = size_of(cfg)
     tokens = rows * context
@@ -136,17 +141,18 @@ def training_bytes(
     head = cfg.vocab_size * width
 
     # Held all the time: fp32 weights and gradients, and what the optimizer keeps.
-    state_bytes = row_named(OPTIMIZERS, optimizer, "optimizer").state_bytes
-    held = size.parameters * (4 + 4 + state_bytes) / shards
+    choice = row_named(OPTIMIZERS, optimizer, "optimizer")
+    held = size.parameters * (4 + 4 + choice.state_bytes) / shards
     if half and not recompute:
         held += size.matrices * 2  # the half-precision copies that backward needs
     if shards > 1:
         held += 2 * head * 8  # embedding and head are whole while the model computes
 
-    # Held from forward to backward, for each token: some 10 numbers of the width and what the MLP
-    # keeps, in each layer. With --recompute the layer's input alone, and one layer at a time in
-    # full.
+    # Held from forward to backward, for each token and layer: some 10 D numbers and what the MLP
+    # keeps. With --recompute only the layer's input, and one layer at a time in full.
     of_a_layer = (10 * width + size.mlp) * (2 if half else 4)
+    if attention == "manual":
+        of_a_layer += cfg.num_attention_heads * context * 4  # the attention weights
     kept = layers * of_a_layer
     if recompute:
         kept = layers * width * 4 + of_a_layer
@@ -156,11 +162,9 @@ def training_bytes(
     passes = tokens * kept + loss
 
     # After backward, Muon iterates with many matrices at once.
-    iterated = 0
-    if optimizer == "muon":
-        largest = width * cfg.intermediate_size
-        iterated = 36 * min(max(NS_NUMBERS, largest), layers * largest)
-    return int(held + max(passes, iterated))
+    largest = width * cfg.intermediate_size
+    at_once = min(max(NS_NUMBERS, largest), layers * largest)
+    return int(held + max(passes, choice.iteration_bytes * at_once))
 
 
 def available_bytes(device: str) -> int | None:
@@ -183,11 +187,14 @@ def check_memory(
     recompute: bool,
     device: str,
     shards: int = 1,
+    attention: str = "auto",
 ) -> int:
     """The estimate of `training_bytes`, or a UserError that says what would fit."""
 
     def needs(optimizer: str, rows: int, recompute: bool) -> int:
-        return training_bytes(cfg, optimizer, rows, context, half, recompute, shards, device)
+        return training_bytes(
+            cfg, optimizer, rows, context, half, recompute, shards, device, attention
+        )
 
     needed = needs(optimizer, rows, recompute)
     free = available_bytes(device)
@@ -253,6 +260,7 @@ def outlook(
         recompute=cfg.recompute,
         shards=setup.ranks_of_model,
         device=world.device,
+        attention=cfg.attention,
     )
     return (
         f"parameters: {'; '.join(groups)}\n"

@@ -1,14 +1,13 @@
-"""The directory of a training run: what it holds, when it may be written, how a run is saved and
-resumed.
+"""The directory of a training run: what it holds, when it may be written, how to save and resume.
 
-<out>/                   the newest state: a checkpoint directory, train_state.pt, metrics.jsonl,
-run.json <out>/step-000500/       older states that are kept, complete <out>/best/              the
-model of the lowest validation loss <out>-early/             the model of --keep-at, whose answers
-DPO may reject
+    <out>/               the newest state: a checkpoint directory, train_state.pt, metrics.jsonl,
+                         run.json
+    <out>/step-000500/   an older state, complete
+    <out>/best/          the model with the lowest validation loss
+    <out>-early/         the model of --keep-at, whose answers DPO may reject
 
-Everything about time is a pure function of the step. So train_state.pt holds the weights, the
-optimizers, the random generators and a few counters, and a resumed run equals the unbroken one bit
-for bit.
+train_state.pt holds all that a resumed run needs (loop.py says why that is so little). The other
+files are for people and for other engines.
 """
 
 import contextlib
@@ -28,6 +27,7 @@ from torch.optim import Optimizer
 from nanophi.cli import UserError, is_first_rank, peak_memory_gb
 from nanophi.files import replacing, write_text
 from nanophi.model import checkpoint
+from nanophi.model.config import PHI
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.config import TrainConfig
@@ -65,8 +65,10 @@ MAY_DIFFER = {
 
 
 def claim(cfg: TrainConfig, starts_from: str | None = None) -> None:
-    """Refuse an --out that holds a run, unless the run is to be resumed or overwritten; and one
-    that is or holds `starts_from`, the checkpoint that training starts from.
+    """Refuse an --out that must not be written.
+
+    It must not hold a run, unless that run is resumed or overwritten; and it must be neither
+    `starts_from`, the checkpoint to start from, nor a parent of it.
     """
     out = Path(cfg.out)
     if not is_first_rank() or cfg.show_batch or cfg.overfit_one_batch:
@@ -133,7 +135,7 @@ class RunDirectory:
         tok: Tokenizer | None = None,
         data_id: str = "",
     ):
-        """data_id names the data: a run is resumed with the same data alone."""
+        """data_id names the data: a run can be resumed only with the same data."""
         cfg = setup.cfg
         self.model = model
         self.optimizers = optimizers
@@ -142,13 +144,20 @@ class RunDirectory:
         self.world = setup.world
         self.out = Path(cfg.out)
         self.keep = cfg.keep  # older states
-        # What fixes the result beside the step, as strings: torch.load(weights_only=True) reads
-        # them.
+        # The settings that decide the result. They are strings, because
+        # torch.load(weights_only=True) can read strings.
         self.settings = {
             name: str(value) for name, value in asdict(cfg).items() if name not in MAY_DIFFER
         }
-        self.settings |= {"model": str(model.cfg), "data": data_id, "dtype": setup.dtype}
+        self.settings |= {
+            "model": str(model.cfg),
+            "architecture": model.architecture,
+            "data": data_id,
+            "dtype": setup.dtype,
+        }
+        # What an older state lacks had these values.
         self.defaults = {field.name: str(field.default) for field in fields(cfg)}
+        self.defaults["architecture"] = PHI
 
         self.step = 0  # optimizer steps done
         self.tokens = 0  # inputs of all steps, without padding
@@ -166,13 +175,13 @@ class RunDirectory:
 
     # -- counters and metrics
 
-    def count(self, batch: Batch, sound: bool, seconds: float) -> dict[str, float]:
+    def count(self, batch: Batch, finite: bool, seconds: float) -> dict[str, float]:
         """Count one more step; returns the counters as the step's line of metrics has them."""
         tokens = batch.real_tokens
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
-        self.skipped += not sound
+        self.skipped += not finite
         peak_bytes = torch.cuda.max_memory_allocated() if self.on_cuda else None
         memory_gb = peak_memory_gb() if peak_bytes is None else peak_bytes / 1e9
         return {
@@ -198,8 +207,8 @@ class RunDirectory:
         ranks call it.
         """
         if line.get("val_loss", float("inf")) < self.best:
-            # Before writing, which may fail on rank 0 alone: sharded ranks must agree on what is
-            # the best.
+            # Do this first, on all ranks: writing the line can fail on rank 0 only, and then the
+            # other ranks would have another `best`.
             self.best = line["val_loss"]
             self.export(self.out / "best")
         if self.world.first:
@@ -227,7 +236,7 @@ class RunDirectory:
     def save(self) -> None:
         """Keep the previous state as step-..., then replace it file by file.
 
-        A resume reads train_state.pt alone and writes the other files again, so a kill between two
+        A resume reads only train_state.pt and writes the other files again, so a kill between two
         files harms nothing. All ranks call it together, as each has a random state; rank 0 writes,
         and the others wait and hear what goes wrong.
         """
@@ -281,8 +290,14 @@ class RunDirectory:
             shutil.rmtree(old)
 
     def _link_state(self, step: int, target: Path) -> None:
-        """A complete directory of the state on disk: its files will be replaced, not rewritten, so
-        links are enough.
+        """Keep the state on disk as a directory of its own, by hard links.
+
+        The next state is written to new files, which are renamed over the old names. So a link
+        keeps the old content and costs no space:
+
+            before    out/model.safetensors -> A
+            link      out/model.safetensors -> A    out/step-000500/model.safetensors -> A
+            save      out/model.safetensors -> B    out/step-000500/model.safetensors -> A
         """
         beside = target.with_suffix(".tmp")
         beside.mkdir()
@@ -369,7 +384,7 @@ def _restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(parameters):
         for name, value in saved["state"].get(index, {}).items():
-            if value.shape == p.shape:
+            if isinstance(value, Tensor) and value.shape == p.shape:
                 saved["state"][index][name] = part_like(value, p)
     optimizer.load_state_dict(saved)
 

@@ -1,7 +1,8 @@
-"""The one door to a run: what follows from the flags is derived here, once, and passed on.
+"""What follows from the flags of a run. `begin` derives it once.
 
-setup = begin(cfg)          the flags do not contradict each other, --out may be written, all
-ranks have come setup.world  setup.dtype    who this process is, and what it computes in
+setup = begin(cfg)     checks the flags, checks --out, waits for the other ranks
+setup.world            the rank, the number of ranks, the device
+setup.dtype            the dtype of the computation
 """
 
 import os
@@ -45,16 +46,20 @@ class Setup:
 
 
 def begin(cfg: TrainConfig, resume: str | None = None, starts_from: str | None = None) -> Setup:
-    """Check the flags, claim --out, and meet the other ranks.
+    """Check the flags and --out, and meet the other ranks.
 
-    resume: overrides cfg.resume. starts_from: the checkpoint that the run starts from; --out must
-    not be there. Flags that contradict each other are named all at once, in one UserError.
+    resume:      overrides cfg.resume
+    starts_from: the checkpoint to start from. --out must be another directory, and not a parent of
+                 it
+
+    Raises one UserError that names all flags which contradict each other.
     """
     if resume is not None:
         cfg = replace(cfg, resume=resume)
     device = pick_device(cfg.device)
-    if faults := contradictions(cfg, device):
-        raise UserError("; ".join(faults))
+    problems = contradictions(cfg, device)
+    if problems:
+        raise UserError("; ".join(problems))
     claim(cfg, starts_from)
     world = join(device)
     return Setup(cfg, world, precision.compute_dtype(cfg.dtype, world.device))

@@ -1,9 +1,16 @@
-"""One optimizer step, from top to bottom. Everything else in this room is around it.
+"""One optimizer step, from top to bottom. loop.py repeats it; the other files serve the two.
 
-batch ──cut──> micro-batches ──loss_fn──> sums of losses ──backward──> sums of gradients
-                                                                            │  + other ranks, /
-                                                                            count v
-                                                     clip ──> optimizers ──> new weights
+batch
+  | cut
+micro-batches
+  | loss_fn
+sums of losses
+  | backward
+sums of gradients
+  | + those of the other ranks, / count, clip
+the gradient
+  | optimizers
+new weights
 """
 
 import math
@@ -23,11 +30,11 @@ from nanophi.train.packing import Batch
 
 @dataclass
 class StepResult:
-    """What a step has to say."""
+    """The numbers that a step gives."""
 
-    means: dict[str, float]  # of the loss, and of what else the loss function measures
+    means: dict[str, float]  # the loss, and what else the loss function measures
     grad_norm: float  # before clipping
-    sound: bool  # loss and gradient are finite; otherwise the weights are as before
+    finite: bool  # loss and gradient are finite; otherwise the weights were not changed
 
 
 def training_step(
@@ -43,10 +50,12 @@ def training_step(
 ) -> StepResult:
     """Change the weights once, by the mean loss over all samples of `batch`, on all ranks together.
 
-    micro_batch: samples that this device computes at once. It changes memory and rounding, not the
-    result clip: the largest norm of the gradient autocast: the context of forward passes in half
-    precision scale: what the loss is multiplied by before backward, so that small fp16 gradients do
-    not become 0
+    micro_batch: samples that this device computes at once. It changes the memory use, not the
+                 result (only its rounding)
+    clip:        the largest norm of the gradient
+    autocast:    the context of the forward passes, for half precision
+    scale:       the loss is multiplied by it before backward, so that small fp16 gradients do not
+                 become 0
     """
     parameters = list(model.parameters())
     for p in parameters:
@@ -66,7 +75,7 @@ def training_step(
         for name, value in ({"loss": loss.detach()} | metrics).items():
             sums[name] = sums.get(name, 0.0) + value
 
-    # 2. The sums of all ranks.
+    # 2. Sum over the ranks: the gradients, then the losses, the metrics and the count.
     world.add_gradients(parameters)
     *totals, counted = world.add([*map(float, sums.values()), count])
 
@@ -81,8 +90,8 @@ def training_step(
     grad_norm = world.clip(parameters, clip)
 
     # 5. Update, unless a number has become infinite or nan.
-    sound = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
-    if sound:
+    finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
+    if finite:
         for optimizer in optimizers:
             optimizer.step()
-    return StepResult(means, grad_norm, sound)
+    return StepResult(means, grad_norm, finite)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanophi.model import backends
-from nanophi.model.attention import attend, same_document
+from nanophi.model.attention import AttentionPlan, attend, same_document
 from nanophi.model.backends import (
     BACKENDS,
     choose_backend,
@@ -52,7 +52,7 @@ def stand_in(q, k, v, cu_seqlens, longest, scale):
 
 
 def by_hand(q, k, v):
-    return attend(q, k, v, visible=same_document(BOUNDARIES, 2, 16), backend="manual")
+    return attend(q, k, v, AttentionPlan("manual", visible=same_document(BOUNDARIES, 2, 16)))
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "documents", "varlen"])
@@ -66,7 +66,7 @@ def test_backends_agree_forward_and_backward(backend, monkeypatch):
             if name in ("documents", "varlen")
             else {"visible": same_document(BOUNDARIES, 2, 16)}
         )
-        out = attend(q, k, v, backend=name, **mask)
+        out = attend(q, k, v, AttentionPlan(name, **mask))
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         (out * weights).sum().backward()
         results.append([out.detach(), q.grad, k.grad, v.grad])
@@ -234,7 +234,7 @@ def test_flash_on_a_device_is_the_manual_path(width):
     q, k, v = (x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in inputs(width))
     boundaries = BOUNDARIES.cuda()
     got = varlen(q, k, v, boundaries)
-    want = attend(q, k, v, visible=same_document(boundaries, 2, 16), backend="manual")
+    want = attend(q, k, v, AttentionPlan("manual", visible=same_document(boundaries, 2, 16)))
     assert (got - want).abs().max() < 2e-2
     for a, b in zip(
         torch.autograd.grad(got.sum(), (q, k, v)),

@@ -1,5 +1,6 @@
 """A checkpoint directory is read by transformers, and its directories are read here."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,8 @@ from transformers import PhiConfig as HFConfig
 
 import nanophi
 from nanophi.cli import UserError
+from nanophi.model import attention, checkpoint
+from nanophi.model.checkpoint import PROBE, PROBE_LOGITS, check_architecture
 from tests.conftest import tiny_model
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -117,3 +120,42 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (
         tmp_path / "b/model.safetensors"
     ).read_bytes()
+
+
+def test_the_probe_is_what_transformers_answers():
+    """The numbers by which a changed network is recognised come from transformers, not from us."""
+    hf = PhiForCausalLM(HFConfig(**PROBE.to_dict(), attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for number, (_, p) in enumerate(sorted(hf.named_parameters())):
+            wave = (torch.arange(p.numel()) * 0.7 + number).sin() * 0.5
+            p.copy_(wave.view(p.shape))
+        logits = hf(torch.arange(48)[None] % 7).logits[0, -1]
+    assert torch.allclose(logits, torch.tensor(PROBE_LOGITS), atol=2e-5)
+
+
+CHANGES = {
+    "rotation by another base": ("rope_theta", 20_000.0),
+    "another share of rotation": ("partial_rotary_factor", 1.0),
+    "no grouped queries": ("num_key_value_heads", 4),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_the_probe_sees_small_changes(change, monkeypatch):
+    """A first probe of five tokens and one frequency saw neither another base nor a window."""
+    name, value = change
+    monkeypatch.setattr(checkpoint, "PROBE", dataclasses.replace(checkpoint.PROBE, **{name: value}))
+    with pytest.raises(UserError, match="does not compute what PhiForCausalLM computes"):
+        check_architecture(tiny_model())
+
+
+def test_the_probe_sees_a_window(monkeypatch):
+    whole = attention.attention_weights
+
+    def within_32(q, k, visible):
+        near = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(-31)
+        return whole(q, k, visible & near)
+
+    monkeypatch.setattr(attention, "attention_weights", within_32)
+    with pytest.raises(UserError, match="does not compute what PhiForCausalLM computes"):
+        check_architecture(tiny_model())

@@ -149,7 +149,7 @@ def test_a_model_sped_up_is_the_plain_one(recompute):
     fast = gradients(model, ids, cu_seqlens)
     assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))
     kinds = {type(module).__name__ for module in model.modules()}
-    assert {"FastLinear", "FrugalMLP", "FastBlock", "CastingLayerNorm"} <= kinds
+    assert {"FastLinear", "FrugalMLP", "FastBlock", "CastingNorm"} <= kinds
 
 
 def test_a_changed_mlp_is_not_overruled():

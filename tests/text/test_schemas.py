@@ -10,16 +10,16 @@ from nanophi.text import clean, corpus, dedup, schemas, stats
 from nanophi.text.corpus import Skipped, read_rows, read_texts, write_rows
 from nanophi.text.schemas import SCHEMAS, Schema, messages_of, preference_of, text_of, texts_of
 
-QA = Schema(asked=("question",), answers=("answer",))
+QA = Schema(asked=("ask",), answers=("tell",))
 ROWS = [
-    {"question": "天为什么是蓝的", "answer": "因为空气把蓝光散射得更多", "id": 1},
-    {"question": "１加１等于几", "answer": "等于２", "id": 2},
+    {"ask": "天为什么是蓝的", "tell": "因为空气把蓝光散射得更多", "id": 1},
+    {"ask": "１加１等于几", "tell": "等于２", "id": 2},
 ]
 
 
 @pytest.fixture
 def question_answer(monkeypatch):
-    monkeypatch.setitem(SCHEMAS, "question/answer", QA)
+    monkeypatch.setitem(SCHEMAS, "ask/tell", QA)
 
 
 def test_a_schema_from_outside_is_read_and_prepared(question_answer, tmp_path, tok):
@@ -43,8 +43,8 @@ def test_a_schema_from_outside_is_cleaned(question_answer, tmp_path):
     write_rows(raw, ROWS)
     clean.main(clean.Config(input=[str(raw)], out=str(out)))
     assert list(read_rows([out])) == [
-        {"question": "天为什么是蓝的", "answer": "因为空气把蓝光散射得更多。", "id": 1},
-        {"question": "1加1等于几", "answer": "等于2", "id": 2},
+        {"ask": "天为什么是蓝的", "tell": "因为空气把蓝光散射得更多。", "id": 1},
+        {"ask": "1加1等于几", "tell": "等于2", "id": 2},
     ]
 
 
@@ -61,20 +61,20 @@ def test_a_schema_from_outside_goes_through_the_other_commands(question_answer, 
 
 def test_a_schema_from_outside_is_checked(question_answer, tmp_path):
     path = tmp_path / "bad.jsonl"
-    rows = [{"question": 5, "answer": "五"}, {"text": "", "question": "几", "answer": "五"}]
+    rows = [{"ask": 5, "tell": "五"}, {"text": "", "ask": "几", "tell": "五"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     skipped = Skipped()
-    assert list(read_rows([path], on_bad=skipped)) == [{"question": "几", "answer": "五"}]
-    assert "bad.jsonl, line 1: 'question' should be a string, not '5'" in skipped.first[0]
-    with pytest.raises(UserError, match=r"keys question is no conversation.*question and answer"):
-        messages_of({"question": "几"})
+    assert list(read_rows([path], on_bad=skipped)) == [{"ask": "几", "tell": "五"}]
+    assert "bad.jsonl, line 1: 'ask' should be a string, not '5'" in skipped.first[0]
+    with pytest.raises(UserError, match=r"keys ask is no conversation.*ask and tell"):
+        messages_of({"ask": "几"})
 
 
 def test_without_the_row_the_schema_is_unknown(tmp_path):
     path = tmp_path / "qa.jsonl"
     write_rows(path, ROWS)
     known = "messages, conversations, instruction and output, prompt and response; or text"
-    with pytest.raises(UserError, match=f"line 1: a row with the keys question, .*{known}"):
+    with pytest.raises(UserError, match=f"line 1: a row with the keys ask, .*{known}"):
         list(read_rows([path], use=messages_of))
 
 
