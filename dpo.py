@@ -2,10 +2,12 @@
 
     python dpo.py --init-from out/sft --data dpo.jsonl --out out/dpo --epochs 3 --lr 1e-4
 
-Rows: {"prompt", "chosen", "rejected"}, in the template of SFT. The reference is the model at the
-start. It is frozen, so its log-probabilities are computed once and no second model is kept. Falling
-rewards of both answers are normal: what counts is the margin between them, and on held-out pairs
-(--val-fraction) if one wants to know whether the model learned more than the pairs by heart.
+Rows: {"prompt", "chosen", "rejected"}, in the template of SFT.
+
+The reference is the model at the start. It is frozen, so its log-probabilities are computed once
+and no second model is kept. The rewards of both answers often fall. That is normal: look at the
+margin between them. To see whether the model learned more than the pairs by heart, look at the
+margin on held-out pairs (--val-fraction).
 """
 
 from dataclasses import dataclass
@@ -50,10 +52,11 @@ class Config(TrainConfig):
 
 
 def main(cfg: Config) -> Phi:
-    # 1. The run: its device, dtype and ranks; --out is free.
+    # 1. Check the flags and --out; find the device, the dtype and the ranks.
     setup = begin(cfg, starts_from=cfg.init_from)
 
-    # 2. The fine-tuned model. Without dropout: otherwise policy and reference differ by chance.
+    # 2. The fine-tuned model. It has no dropout, unless --dropout asks for it: dropout makes policy
+    #    and reference differ by chance.
     model, tok = load_with_tokenizer(cfg.init_from, setup.world.device)
     model.attention = cfg.attention
     model.set_dropout(cfg.dropout or 0.0)
@@ -134,7 +137,7 @@ def read_pairs(
 
 
 def digest_of_weights(model: Phi) -> str:
-    """Names the reference: a run is resumed with the same reference alone."""
+    """Names the reference: a run can be resumed only with the same one."""
     return digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))
 
 
@@ -153,10 +156,10 @@ def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> torch.Tensor:
 
 
 def right_by_length(training: list[Preference], held_out: list[Preference]) -> float:
-    """The share of held-out pairs that length alone tells apart.
+    """The accuracy on held-out pairs of a rule that knows only lengths.
 
-    It prefers the longer answer, or the shorter where the training pairs do. A model whose accuracy
-    is below it has learned nothing about content.
+    It chooses the longer answer, or the shorter one if the training pairs prefer that. A model with
+    a lower accuracy has learned nothing about content.
     """
     longer = share_of_longer(held_out)
     return longer if share_of_longer(training) >= 0.5 else 1 - longer

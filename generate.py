@@ -5,7 +5,7 @@
     python generate.py --model out/dpo --rag documents/ --prompt 黄河的水为什么那么黄？
     python generate.py --model out/sft --compare out/dpo
 
-Greedy unless --temperature is given. With --prompt the answer alone goes to standard output
+Greedy unless --temperature is given. With --prompt only the answer goes to standard output
 (sources to standard error); without it, --chat, --rag and --compare ask for questions until /exit
 or Ctrl-D. /reset forgets what was said, /save FILE.jsonl keeps it, Ctrl-C stops an answer and not
 the program.

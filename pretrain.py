@@ -1,7 +1,7 @@
 """Pretrain a Phi model from scratch on token shards.
 
-    python pretrain.py --data out/tokens --tokenizer out/tokenizer --out out/pretrain --preset demo
-    --epochs 4
+    python pretrain.py --data out/tokens --tokenizer out/tokenizer --out out/pretrain \\
+        --preset demo --epochs 4
 
 Documents are packed into rows and isolated from each other. Ctrl-C saves; --resume goes on exactly.
 """
@@ -38,7 +38,7 @@ class Config(TrainConfig):
     )
     preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
     sample: str | None = flag(
-        None, help="a beginning to go on from at each evaluation, so that one sees it learn"
+        None, help="a text to continue at each evaluation, so that you see the model learn"
     )
     layers: int | None = flag(None, at_least=1, help="instead of the preset's")
     width: int | None = flag(None, at_least=1, help="hidden_size, instead of the preset's")
@@ -47,7 +47,7 @@ class Config(TrainConfig):
 
 
 def main(cfg: Config) -> Phi:
-    # 1. The run: its device, dtype and ranks; --out is free.
+    # 1. Check the flags and --out; find the device, the dtype and the ranks.
     setup = begin(cfg)
 
     # 2. The shape of the model: a preset, changed by flags.

@@ -3,7 +3,7 @@
     python sft.py --init-from out/pretrain --data sft.jsonl --out out/sft --epochs 3
 
 Rows: {"instruction", "input"?, "output"}, {"prompt", "response"}, {"messages": [...]} or
-{"conversations": [...]}. The loss is on the answers and their [EOS] alone.
+{"conversations": [...]}. The loss counts only the answers and their [EOS].
 """
 
 from dataclasses import dataclass
@@ -41,13 +41,13 @@ class Config(TrainConfig):
         help="how turns become text (default: the tokenizer's; wenda is the original's)",
     )
     sample: str | None = flag(
-        None, help="a question to answer at each evaluation, so that one sees it learn"
+        None, help="a question to answer at each evaluation, so that you see the model learn"
     )
     val_data: str | None = flag(None, help="conversations to validate on")
 
 
 def main(cfg: Config) -> Phi:
-    # 1. The run: its device, dtype and ranks; --out is free.
+    # 1. Check the flags and --out; find the device, the dtype and the ranks.
     setup = begin(cfg, starts_from=cfg.init_from)
 
     # 2. The pretrained model and the template of its conversations.

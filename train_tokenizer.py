@@ -40,7 +40,7 @@ class Config(Reading):
     split: str = flag(
         "gpt2",
         choices=SPLITS,
-        help="byte level: how text becomes words; qwen2 has digits alone",
+        help="byte level: how text becomes words; qwen2 keeps digits single",
     )
     byte_fallback: bool = flag(
         False, help="char level: a character that the text lacks becomes its bytes, not [UNK]"

@@ -27,9 +27,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the person at the keyboard. The message says what is wrong, where, and how to
-    fix it.
-    """
+    """A mistake of the user. The message says what is wrong, where, and how to fix it."""
 
 
 # ---- flags
@@ -68,9 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
-    """An argument parser with the flags of the dataclass `cls`, its own before inherited ones.
-    Abbreviated flags are errors.
-    """
+    """An argument parser with the flags of a dataclass, its own before inherited ones."""
     parser = _Parser(
         description=description,
         allow_abbrev=False,
@@ -267,9 +263,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_gb() -> float:
-    """Highest resident memory of this process: since its start or, on Linux, since the mark was
-    reset.
-    """
+    """Highest resident memory of this process (on Linux since the mark was reset)."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         peak_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

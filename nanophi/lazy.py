@@ -7,9 +7,7 @@ from typing import Any
 
 
 def on_first_use(package: str, module_of: dict[str, str] | None = None) -> Callable[[str], Any]:
-    """A `__getattr__` for a package: its submodules, and the names of `module_of`, {name: module
-    that has it}.
-    """
+    """A `__getattr__` for a package: its submodules, and names whose modules are given."""
 
     def __getattr__(name: str) -> Any:
         if module_of is not None and name in module_of:

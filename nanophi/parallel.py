@@ -91,7 +91,7 @@ def _start(work: Callable) -> None:
     global _work
     _work = work
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Ctrl-C interrupts every process of the terminal. The parent alone handles it.
+    # Ctrl-C interrupts every process of the terminal. Only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

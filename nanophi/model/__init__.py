@@ -1,4 +1,4 @@
-"""Token ids -> logits. Imports the tokenizer in checkpoint.py alone: a checkpoint carries it."""
+"""Token ids -> logits. Only checkpoint.py imports the tokenizer: a checkpoint holds it."""
 
 from typing import TYPE_CHECKING
 

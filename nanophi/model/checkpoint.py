@@ -57,7 +57,7 @@ def save(
     state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
     with replacing(directory / WEIGHTS) as beside:
         try:
-            # One key of metadata alone: several come in a different order each time.
+            # Only one key of metadata: several come in a different order each time.
             save_file(state, beside, metadata={"format": "pt"})
         except SafetensorError as error:  # such as a full disk
             raise UserError(f"cannot write {directory / WEIGHTS}: {error}") from None
@@ -144,7 +144,7 @@ def load(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer | N
     """
     directory = Path(directory)
     cfg = _read_config(directory)
-    with torch.device("meta"):  # shapes alone: the weights come from the file
+    with torch.device("meta"):  # only shapes: the weights come from the file
         model = Phi(cfg)
     weights = _read_weights(directory)
     _check_weights(model.state_dict(), weights, directory / WEIGHTS)
@@ -214,9 +214,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def _check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights of which one is missing, has another shape, or is not of this model; name the
-    first six.
-    """
+    """Refuse weights that do not fit: missing, of another shape, or of no layer."""
     faults = [f"{name} is missing" for name in expected if name not in found]
     for name, tensor in expected.items():
         if name in found and found[name].shape != tensor.shape:

@@ -1,6 +1,4 @@
-"""What shape a Phi model has: HF's field names, the presets, and config.json as every engine reads
-it.
-"""
+"""The shape of a Phi model: HF's field names, the presets, and config.json."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

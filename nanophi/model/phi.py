@@ -128,9 +128,7 @@ class KVCache:
         return (index - self.left_pad[:, None]).clamp(min=0)
 
     def visible(self, time: int) -> Tensor | None:
-        """The keys that each of the next `time` queries sees: bool (B or 1, 1, T, S), or None for
-        plain causal.
-        """
+        """What the next `time` queries see: bool (B or 1, 1, T, S); None for plain causal."""
         if self.left_pad is None and self.length == 0:
             return None
         keys = torch.arange(self.length + time, device=self.store.device)
@@ -147,9 +145,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of each head, rotated; what they attend to; one projection back to
-    D.
-    """
+    """Rotated queries and keys, and values of each head; attention; a projection to D."""
 
     def __init__(self, cfg: PhiConfig):
         super().__init__()
@@ -293,9 +289,7 @@ class Phi(nn.Module):
         cache: KVCache | None = None,
         record: Record | None = None,
     ) -> Tensor:
-        """ids (B, T) -> the states before the head (B, T, D), which the chunked loss reads.
-        Arguments as in `forward`.
-        """
+        """ids (B, T) -> states before the head (B, T, D). The arguments are those of `forward`."""
         time = ids.shape[1]
         longest = self.cfg.max_position_embeddings
         if cache is None and cu_seqlens is None and time > longest:

@@ -88,9 +88,7 @@ HAS_BOTH = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_lin
 
 
 def takes_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies x by a weight: fp32 on a CPU, with neither autocast nor a compiler
-    at work.
-    """
+    """Whether oneDNN multiplies x: fp32 on a CPU, without autocast and compiler."""
     return bool(
         HAS_BOTH
         and x.dtype == torch.float32

@@ -238,7 +238,7 @@ def main(cfg: Config) -> int:
         rows = fetch(cfg.fetch)
         note = rights_note(cfg.fetch) + "\n"
     else:
-        use = with_texts if out_format == ".txt" else as_it_is  # a .txt file holds texts alone
+        use = with_texts if out_format == ".txt" else as_it_is  # a .txt file holds only texts
         rows = cfg.rows(skipped, use, cfg.files(cfg.out))
     rows = _shown(rows, cfg.out, skipped)
     if cfg.rows_per_file is None:

@@ -437,7 +437,7 @@ def read_parquet(path: Path, sample_by: SampleBy, on_bad: OnBad) -> Rows:
 
 def write_parquet(file: IO, rows: Iterable[dict]) -> None:
     """The columns are the keys of the first TABLE_ROWS rows; a row that lacks one has a null there.
-    pyarrow alone would take the keys of the first row, and drop all others without a word.
+    pyarrow by itself would take the keys of the first row, and drop all others without a word.
     """
     parquet = load_parquet()
     import pyarrow

@@ -1,4 +1,4 @@
-r"""Cleaning rules: named functions str -> str. Each can be read and tested alone.
+r"""Cleaning rules: named functions str -> str. Each can be read and tested by itself.
 
 `clean.py` applies them in the order of the table RULES, which is the order of this file:
 

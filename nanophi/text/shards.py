@@ -237,8 +237,8 @@ def write_shards(
     shard_tokens: a shard ends with the document that makes it this long
     workers: processes that encode; the shards are the same with any number
 
-    Shards that are there already are replaced as a set, once the new ones are complete. After an
-    error the old ones are as they were.
+    Shards that are there already are replaced one by one, when all new ones are complete. An error
+    before that leaves the old ones as they were.
     """
     directory = Path(directory)
     fresh = directory / "new.tmp"

@@ -9,7 +9,7 @@ Training merges the most frequent adjacent pair of tokens into a new token, agai
 
 Encoding a new word replays the merges in the order in which they were learned:
 
-    bug -> b u g -> b ug          (1st merge; no other merge fits)
+    sug -> s u g -> s ug          (1st merge; no other merge fits)
 
 The names in this file:
 
@@ -180,6 +180,8 @@ def tokenizer_of(
     tokens = list(alphabet)
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
+    # No two merges spell the same token, such as ab + c and a + bc. If ab is merged first, it is
+    # merged wherever a b c stands, so bc is never made there, and the other way round.
     assert len(set(tokens)) == len(tokens), "two merges spell the same token"
     first = len(SPECIAL_TOKENS)  # in the tokenizer the special tokens come before the alphabet
     shifted = [(first + left, first + right) for left, right in merges]

@@ -2,7 +2,7 @@
 
     tokenizer.json             the tokenizer, as `tokenizers` and many engines read it
     tokenizer_config.json      for transformers' AutoTokenizer: the class, the chat template, roles
-    special_tokens_map.json    the roles alone: {"eos_token": "[EOS]", ...}
+    special_tokens_map.json    only the roles: {"eos_token": "[EOS]", ...}
 
 A tokenizer.json, shortened:
 

@@ -5,10 +5,10 @@
     CharLevel     "A1▁鱻"     "A" "1" "▁鱻"      characters; an unknown one is [UNK]
     PieceLevel    "Ａ1▁鱻"    "Ａ1▁鱻"           characters; an unknown one becomes its bytes
 
-ByteLevel is GPT-2's and Qwen's. CharLevel is the original's char-level tokenizer, except for its
-decoding: NFKC, digits and punctuation each a word of its own, "▁" for a space. With byte fallback a
-character unseen in training becomes its bytes, not [UNK]. NFKC makes full-width letters narrow, so
-a round trip gives NFKC(text). PieceLevel is sentencepiece's.
+ByteLevel is GPT-2's and Qwen's. CharLevel is the char-level tokenizer of Phi2-mini-Chinese (only
+its decoding differs). It applies NFKC, makes each digit and each mark a word, and writes a space as
+"▁". With byte fallback a character unseen in training becomes its bytes, not [UNK]. NFKC makes
+full-width letters narrow, so a round trip gives NFKC(text). PieceLevel is sentencepiece's.
 
 Merging, added tokens and files are the same for all levels: see bpe.py, tokenizer.py, hf_json.py. A
 token has a *spelling*, with which it stands in tokenizer.json, and `bytes_of` says what bytes that

@@ -1,4 +1,4 @@
-r"""How text becomes words (pre-tokens). BPE works on each word alone; no merge crosses a border.
+r"""How text becomes words (pre-tokens). No merge of BPE crosses the border of a word.
 
 Each split is written twice, side by side:
 

@@ -57,12 +57,12 @@ def merge_word(ids: Sequence[int], merges: Mapping[Pair, tuple[int, int]]) -> li
 
         merges     a a -> X (rank 0),  X X -> Y (rank 1)
 
-        index      0  1  2  3      heap: (rank, index)
-        ids        a  a  a  a      (0, 0) (0, 1) (0, 2)
-        pop (0, 0) X  .  a  a      X a is no pair of merges: nothing to push
-        pop (0, 1) X  .  a  a      index 1 is swallowed: the entry is stale and is dropped
-        pop (0, 2) X  .  X  .      X X has rank 1: push (1, 0)
-        pop (1, 0) Y  .  .  .
+        index          0  1  2  3      heap: (rank, new id, index)
+        ids            a  a  a  a      (0, X, 0) (0, X, 1) (0, X, 2)
+        pop (0, X, 0)  X  .  a  a      X a is no pair of merges: nothing to push
+        pop (0, X, 1)  X  .  a  a      index 1 is swallowed: the entry is stale and is dropped
+        pop (0, X, 2)  X  .  X  .      X X has rank 1: push (1, Y, 0)
+        pop (1, Y, 0)  Y  .  .  .
 
     Stale entries are not searched for. An entry is stale if the ids at its index are no longer a
     pair of its rank.

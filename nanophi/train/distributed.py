@@ -1,14 +1,14 @@
-"""Several processes that train as one: torchrun starts them, and once a step their gradients are
-summed.
+"""Several processes that train as one: torchrun starts them, and they sum their gradients.
 
-    torchrun --nproc-per-node 4 pretrain.py ...          (more machines, restarts: torchrun's own
-    flags)
+    torchrun --nproc-per-node 4 pretrain.py ...
+
+torchrun's own flags are for more machines and for restarts.
 
 Every rank builds the same model and reads the same `batch_at(step)`. It takes its part of the
 samples, and after the last micro-batch it adds its gradient sums, losses and counts to those of the
 others; then all ranks take the same optimizer step. The model has no wrapper: the chunked loss
 reads hidden states and head separately and never calls `forward`, so the hooks of a wrapper would
-not fire. All ranks must see `--out`, because they resume from it; rank 0 alone writes there.
+not fire. All ranks must see `--out`, because they resume from it; only rank 0 writes there.
 
 For a model that does not fit on one device, `--shard` distributes weights, gradients and optimizer
 states over the ranks (torch's FSDP2; Zhao et al. 2023). A distributed tensor (torch's DTensor)
@@ -164,9 +164,7 @@ def is_distributed(tensor: Any) -> bool:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A distributed tensor put together, on every rank; all ranks must call it. Any other tensor
-    stays as it is.
-    """
+    """A distributed tensor put together (all ranks must call it); another one as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 

@@ -1,6 +1,4 @@
-"""What goes wrong while training: losses that jump, gradients that are not finite, a compiler that
-fails.
-"""
+"""What goes wrong while training: losses that jump or are not finite, the compiler."""
 
 import statistics
 from collections import deque

@@ -6,9 +6,7 @@ from types import FrameType
 
 
 class Interrupts:
-    """While active, SIGINT and SIGTERM only leave a note in `signal`, which the loop reads between
-    steps.
-    """
+    """While active, SIGINT and SIGTERM only set `signal`, which the loop reads."""
 
     def __init__(self) -> None:
         self.signal = 0  # the number of the last signal, 0 where none has come

@@ -37,9 +37,7 @@ def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Te
 
 
 def learned_positions(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) and targets (N,) of the positions that have a target. Only these reach
-    the head.
-    """
+    """Hidden states (N, D) and targets (N,) of the positions with a target."""
     hidden = model.hidden(batch.ids, batch.cu_seqlens).flatten(0, 1)
     return hidden.index_select(0, batch.learned), batch.targets.flatten()[batch.learned]
 
@@ -147,9 +145,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def answer_logps(model: Phi, batch: Batch) -> Tensor:
-    """log p(answer | prompt) of each row, summed over its learned tokens: (B,). Chunk by chunk, as
-    above.
-    """
+    """log p(answer | prompt) of each row, summed over its learned tokens: (B,)."""
     hidden, targets = learned_positions(model, batch)
     chunk = chunk_size(model.cfg.vocab_size, hidden.device.type, hidden.dtype)
 

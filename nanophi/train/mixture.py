@@ -1,5 +1,6 @@
-"""Several sources in one run, each with its share of the rows: `--data
-out/news:0.3,out/poetry:0.1`.
+"""Several sources in one run, each with its share of the rows.
+
+    --data out/news:0.3,out/poetry:0.1
 
 A pattern that repeats says which source the i-th row of training comes from. How many rows each
 source has given before row i follows by counting, so a batch stays a pure function of (seed, step):

@@ -199,9 +199,7 @@ class Adafactor(Optimizer):
 
 
 def muon(model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
-    """Muon at `lr` for the matrices of the blocks; AdamW at half of it for embedding, head, biases
-    and norms.
-    """
+    """Muon for the matrices of the blocks; AdamW at half the rate for all the rest."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, p in model.named_parameters():
@@ -280,9 +278,7 @@ def set_rates(optimizers: list[Optimizer], peaks: list[list[float]], factor: flo
 
 
 def wsd(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Stable, then a linear decay over the last share `decay` of the steps (Hu et al. 2024,
-    MiniCPM).
-    """
+    """Stable, then a linear decay over the last steps (Hu et al. 2024, MiniCPM)."""
     decay_steps = max(round(steps * decay), 1)
     return min(1.0, (steps - step) / decay_steps)
 

@@ -227,7 +227,7 @@ class Config:
         None, help="a reference (.json): also say whether the runs are inside its band"
     )
     reference: str | None = flag(
-        None, help="write a reference made of these runs, which differ in the seed alone"
+        None, help="write a reference made of these runs, which differ only in the seed"
     )
 
 

@@ -273,9 +273,7 @@ def outlook(
 
 
 def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
-    """The first documents of a batch as text: `┃` where one begins, what is learned between ⟦ and
-    ⟧.
-    """
+    """The first documents of a batch as text: `┃` begins one, ⟦ ⟧ enclose what is learned."""
     ids = batch.ids.flatten().tolist()
     targets = batch.targets.flatten().tolist()
     shown = []

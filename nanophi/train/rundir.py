@@ -122,9 +122,7 @@ def delete_run(out: Path) -> None:
 
 
 class RunDirectory:
-    """The counters of a run and its files. It saves and restores what `train` hands it; it takes no
-    step.
-    """
+    """The counters and files of a run. It saves and restores; it takes no step."""
 
     def __init__(
         self,
@@ -194,18 +192,14 @@ class RunDirectory:
         }
 
     def open_board(self) -> None:
-        """Write for TensorBoard too, where that is installed; what a killed run wrote beyond this
-        step is hidden.
-        """
+        """Write for TensorBoard too, if it is installed. Later steps of a killed run are hidden."""
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.out / BOARD), purge_step=self.step + 1)
 
     def log(self, line: dict[str, float]) -> None:
-        """Append the step to metrics.jsonl, and keep the model where it is the best so far. All
-        ranks call it.
-        """
+        """Append a line to metrics.jsonl; keep the model if it is the best. All ranks call it."""
         if line.get("val_loss", float("inf")) < self.best:
             # Do this first, on all ranks: writing the line can fail on rank 0 only, and then the
             # other ranks would have another `best`.
@@ -347,9 +341,7 @@ class RunDirectory:
             ) from None
 
     def _check_settings(self, saved: dict[str, str]) -> None:
-        """Refuse settings that would give another model. A flag that was added since had its
-        default.
-        """
+        """Refuse settings that would give another model. A flag added later had its default."""
         different = []
         for name in sorted(saved.keys() | self.settings.keys()):
             was = saved.get(name, self.defaults.get(name))
@@ -378,9 +370,7 @@ class RunDirectory:
 
 
 def _restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
-    """Load a saved state. What has the shape of a weight is distributed over ranks as the weight
-    is.
-    """
+    """Load a saved state. Tensors of the shape of a weight are distributed like it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(parameters):
         for name, value in saved["state"].get(index, {}).items():
@@ -390,9 +380,7 @@ def _restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
 
 
 def _metrics_until(path: Path, step: int) -> str:
-    """The lines of a metrics.jsonl up to a step. The last line of a killed run may be half: it is
-    left out.
-    """
+    """The lines of a metrics.jsonl up to a step, without a half last line."""
     if not path.exists():
         return ""
     kept = []

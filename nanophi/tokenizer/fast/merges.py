@@ -423,9 +423,10 @@ class Trainer:
 
         Nothing else can go wrong. A new pair never has to be merged before a later member. If
         member 0 made the pair (7, 9) with the count 5, it would come before member 2. But each
-        (7, 9) was a (7, 1) before, which occurs at least as often and has smaller ids. So the heap
-        gave (7, 1) before member 2, and the batch ended there, because (7, 1) and (1, 2) share
-        the 1. The same holds for a pair (9, 7), which was a (2, 7), and (9, 9), which was a (2, 1).
+        (7, 9) was a (7, 1) before. That pair occurs at least as often and has smaller ids, so in
+        the order of the heap it comes before (7, 9), and so before member 2. The batch ended
+        there, because (7, 1) and (1, 2) share the 1. The same holds for a pair (9, 7), which was
+        a (2, 7), and for (9, 9), which was a (2, 1).
         """
         if size == 1:
             return 1
@@ -456,7 +457,7 @@ class Trainer:
     def _grouped(self, at, keys, outer_id, inside, single: bool) -> NewPairs:
         """Group the occurrences `inside` by their keys."""
         if single:
-            # The pairs of a single merge differ in the outer ids alone. Those have 16 bits, which
+            # The pairs of a single merge differ only in the outer ids. Those have 16 bits, which
             # numpy sorts in linear time if the sort is to be stable.
             order = inside[np.argsort(outer_id.take(inside), kind="stable")]
         else:
