@@ -32,6 +32,8 @@ from nanophi.train.setup import begin
 
 @dataclass(kw_only=True)
 class Config(TrainConfig):
+    """The flags of this script. Those that all training scripts share are in train/config.py."""
+
     init_from: str = flag(help="run directory of sft.py")
     data: list[str] = flag(help="preference pairs: files, directories or globs")
     batch_pairs: int = flag(16, at_least=1, help="pairs of one optimizer step over all devices")

@@ -3,7 +3,15 @@
     python pretrain.py --data out/tokens --tokenizer out/tokenizer --out out/pretrain \\
         --preset demo --epochs 4
 
-Documents are packed into rows and isolated from each other. Ctrl-C saves; --resume goes on exactly.
+The model learns to predict the next token of documents. They are packed into rows and isolated from
+each other. Ctrl-C saves the run, and --resume goes on exactly.
+
+`main` is the recipe. What it calls:
+
+    train/packing.py    documents -> rows -> the batch of a step
+    model/phi.py        the network
+    train/losses.py     the loss of the next token
+    train/loop.py       the training loop; train/step.py is one step of it
 """
 
 from dataclasses import dataclass
@@ -28,6 +36,8 @@ from nanophi.train.setup import Setup, begin
 
 @dataclass(kw_only=True)
 class Config(TrainConfig):
+    """The flags of this script. Those that all training scripts share are in train/config.py."""
+
     data: str = flag(
         help="token shards, a directory of python -m nanophi.text.shards; or several: "
         "news:0.3,poetry:0.1"
@@ -50,20 +60,23 @@ def main(cfg: Config) -> Phi:
     # 1. Check the flags and --out; find the device, the dtype and the ranks.
     setup = begin(cfg)
 
-    # 2. The shape of the model: a preset, changed by flags.
+    # 2. The shape of the model: a preset, changed by flags. A row holds as many tokens as the model
+    #    has positions, and a step as many rows as --batch-tokens fill.
     tok = Tokenizer.load(cfg.tokenizer)
     shape = model_config(cfg, tok)
     context = shape.max_position_embeddings
     rows = max(cfg.batch_tokens // context, 1)  # of a step
 
-    # 3. The data: documents packed into rows, some held out for validation.
+    # 3. The data: documents packed into rows. `data.batch_at(step)` gives the batch of a step, and
+    #    `evaluate(model)` the loss on documents that were held out.
     data = training_data(cfg, tok, context, rows)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
     evaluate = validation(cfg, tok, context)
     if cfg.sample:
         evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
 
-    # 4. The model, with random weights.
+    # 4. The model, with random weights: its first loss is about ln(vocab_size). Ids that the
+    #    tokenizer does not use are made impossible.
     refuse_what_does_not_fit(shape, setup, rows)
     torch.manual_seed(cfg.seed)
     model = Phi(shape)
@@ -71,7 +84,7 @@ def main(cfg: Config) -> Phi:
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
 
-    # 5. Training.
+    # 5. Training: --out holds the model, its history in metrics.jsonl, and all that --resume needs.
     print(
         f"pretrain: {model.num_parameters():,} parameters, {data.tokens:,} tokens in "
         f"{len(data):,} rows of {context} ({data.padding:.1%} padding, {data.cut_documents:.1%} "
@@ -105,7 +118,8 @@ def model_config(cfg: Config, tok: Tokenizer) -> PhiConfig:
     }
     given = {name: value for name, value in changes.items() if value is not None}
     vocab_size = -(-len(tok) // 64) * 64
-    return PhiConfig.preset(cfg.preset, **given, vocab_size=vocab_size)
+    eos = tok.eos_id  # a vocabulary from elsewhere has its own
+    return PhiConfig.preset(cfg.preset, **given, vocab_size=vocab_size, eos_token_id=eos)
 
 
 def training_data(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Packed | Mixture:

@@ -28,6 +28,8 @@ from nanophi.train.setup import begin
 
 @dataclass(kw_only=True)
 class Config(TrainConfig):
+    """The flags of this script. Those that all training scripts share are in train/config.py."""
+
     init_from: str = flag(
         help="run directory of pretrain.py, or any Phi checkpoint with a tokenizer"
     )
@@ -50,7 +52,7 @@ def main(cfg: Config) -> Phi:
     # 1. Check the flags and --out; find the device, the dtype and the ranks.
     setup = begin(cfg, starts_from=cfg.init_from)
 
-    # 2. The pretrained model and the template of its conversations.
+    # 2. The pretrained model, and the template that turns a conversation into text.
     model, tok = load_with_tokenizer(cfg.init_from)
     if cfg.template is not None:
         use_template(model, tok, cfg.template)
@@ -59,7 +61,8 @@ def main(cfg: Config) -> Phi:
     context = context_of(cfg, model)
     rows = max(cfg.batch_tokens // context, 1)  # of a step
 
-    # 3. The data: whole conversations packed into rows, with the answers marked.
+    # 3. The data: whole conversations packed into rows. Only answers are targets: the mask comes
+    #    from the template.
     data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
     evaluate = validation(cfg, tok, context)
@@ -67,7 +70,7 @@ def main(cfg: Config) -> Phi:
         prompt = chat_prompt(cfg.sample, tok, cfg.bos)
         evaluate = evaluating_aloud(evaluate, tok, prompt)
 
-    # 4. Training: the loss is that of pretraining, on the targets that the marks leave.
+    # 4. Training: the loss is that of pretraining, on the targets that the mask leaves.
     print(
         f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs "
         f"-> {cfg.out}"

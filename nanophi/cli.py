@@ -268,7 +268,7 @@ def peak_memory_gb() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         peak_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         return peak_kb * 1024 / 1e9
-    except OSError:
+    except (OSError, StopIteration):
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,6 +17,7 @@ The loop is `decode_steps`. With a prompt of three tokens:
 
 import codecs
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal, Unpack
 
 import torch
@@ -55,9 +56,9 @@ def generate(
     does not know. An answer may grow beyond the context; it is then on positions that the model
     was not trained on.
     """
-    given: list[Any] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    given: list[Any] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     check_is_no_text(given)
-    many = bool(given) and not isinstance(given[0], int)
+    many = bool(given) and not isinstance(given[0], Integral)
     prompts = [list(map(int, prompt)) for prompt in given] if many else [given]
     check_prompts(model, prompts)
     eos = stop_ids(model, eos_token_id)

@@ -134,6 +134,7 @@ def plan_attention(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     backend = backends.choose_backend(backend, device, dtype, dropout)
+    isolates = backend != "causal"
     if weights is not None:  # the faster backends never hold the weights
         backend = "manual"
     plan = AttentionPlan(backend, dropout=dropout, weights=weights)
@@ -143,7 +144,7 @@ def plan_attention(
         plan.visible = cache.visible(time)
         return cache.positions(time), plan
 
-    if cu_seqlens is None or backend == "causal":  # "causal" does not isolate documents
+    if cu_seqlens is None or not isolates:
         return torch.arange(time, device=device)[None], plan
 
     if backend in backends.BY_BOUNDARIES:
@@ -181,4 +182,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
             plan.weights.append(attention_weights(q, k, visible).detach())
         return manual(q, k, v, visible, plan.dropout)
 
+    # "documents" and "varlen" too come here where there is no document to isolate.
+    known = ("sdpa", "causal", *backends.BY_BOUNDARIES)
+    assert plan.backend in known, f"attend does not know the backend {plan.backend}"
     return backends.sdpa(q, k, v, plan.visible, plan.dropout)

@@ -90,19 +90,21 @@ def check_architecture(model: Phi) -> None:
     if model.architecture != PHI:
         return
     expected = torch.tensor(PROBE_LOGITS)
+    problem = None
     try:
         same = all(
             torch.allclose(_probe(type(model), backend), expected, atol=1e-4)
             for backend in ("manual", "sdpa")
         )
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        problem = error
         same = False
     if not same:
         raise UserError(
             f"this network does not compute what {PHI} computes, so config.json may not say so: "
             "other engines would load its weights and answer nonsense. Give it a name of its own, "
             "such as `architecture = 'MyPhi'`, in the class Phi of nanophi/model/phi.py"
-        )
+        ) from problem
 
 
 @torch.no_grad()
@@ -136,16 +138,19 @@ def pick_device(name: str) -> str:
     return name
 
 
-def load(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer | None]:
+def load(
+    directory: str | Path, device: str = "cpu", network: type[Phi] = Phi
+) -> tuple[Phi, Tokenizer | None]:
     """Read any PhiForCausalLM directory with safetensors -> (model in fp32 and eval mode, tokenizer
     or None).
 
-    device: as `pick_device` takes it, for example "auto".
+    device:  as `pick_device` takes it, for example "auto"
+    network: the class that computes it; a changed one reads what it has saved
     """
     directory = Path(directory)
-    cfg = _read_config(directory)
+    cfg = _read_config(directory, network.architecture)
     with torch.device("meta"):  # only shapes: the weights come from the file
-        model = Phi(cfg)
+        model = network(cfg)
     weights = _read_weights(directory)
     _check_weights(model.state_dict(), weights, directory / WEIGHTS)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
@@ -175,7 +180,7 @@ def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi
     return model, tok
 
 
-def _read_config(directory: Path) -> PhiConfig:
+def _read_config(directory: Path, architecture: str) -> PhiConfig:
     path = directory / "config.json"
     if not path.exists():
         raise UserError(
@@ -186,7 +191,7 @@ def _read_config(directory: Path) -> PhiConfig:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
-    return PhiConfig.from_dict(config, Phi.architecture)
+    return PhiConfig.from_dict(config, architecture)
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:

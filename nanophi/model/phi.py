@@ -21,6 +21,7 @@ attention.py computes attention. What makes training faster is put on from outsi
     F width of the MLP, V vocabulary, L layers
 """
 
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -263,7 +264,7 @@ class Phi(nn.Module):
                 "or nanophi.load(directory)"
             )
         row_named(BACKENDS, attention, "attention")
-        self.cfg = cfg
+        self.cfg = cfg = copy(cfg)  # set_dropout changes it
         self.attention = attention
         self.model = Trunk(cfg)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size)

@@ -10,8 +10,8 @@ and the tests compare both. Each part is a plain module with another way to comp
     CastingNorm   one half-precision copy of the normalised input for all layers that read it
     FastBlock     --recompute and --compile
 
-Two places of the readable code exist for this file: `MLP.contract`, which FrugalMLP computes again,
-and losses.product_of, which asks the head how it multiplies.
+Four places know of this file: `MLP.contract`, which FrugalMLP computes again; losses.product_of,
+which asks the head how it multiplies; the estimate of memory; and the loop, which calls `speed_up`.
 """
 
 from contextlib import nullcontext

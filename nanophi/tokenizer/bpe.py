@@ -29,10 +29,10 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from nanophi.cli import UserError
+from nanophi.tokenizer.fast.merges import LARGEST_VOCABULARY, Trainer
+from nanophi.tokenizer.fast.words import count_words
 from nanophi.tokenizer.levels import Level, level_named
-from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer, refuse_one_string
-
-Pair = tuple[int, int]
+from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Pair, Tokenizer, refuse_one_string
 
 # ---- The rule
 
@@ -132,15 +132,11 @@ def train_bpe(
     level, byte_fallback, split: see levels.level_named.
 
     >>> tok = train_bpe(["感冒了，感冒了"], vocab_size=20, level="char")
-    >>> list(tok.vocab)
+    >>> list(tok.vocab)  # NFKC turns ， into ,
     [',', '了', '冒', '感', '冒了', '感冒了']
     >>> tok.encode("感冒了,冒感")
     [12, 7, 9, 10]
     """
-    # Imported here: these modules import numpy code that reading and encoding do not need.
-    from nanophi.tokenizer.fast.merges import LARGEST_VOCABULARY, Trainer
-    from nanophi.tokenizer.fast.words import count_words
-
     refuse_one_string(texts, "train_bpe")
     chosen = level_named(level, byte_fallback, split)
     if vocab_size > LARGEST_VOCABULARY:

@@ -7,10 +7,10 @@ Read `train`. It prepares, and then repeats three things:
     log     metrics.jsonl and the terminal; validation after each --eval-every steps
     save    a checkpoint after each --save-every steps, rundir.py
 
-What a step does depends only on its number: batch_at(step), and the learning rate. So a saved run
-needs the weights, the optimizers, the random states, the loss scale and a few counters, and a
-resumed run equals the unbroken one bit for bit (on a GPU up to rounding: its attention adds up in
-an order that varies).
+The batch and the learning rate of a step depend only on its number. So a saved run needs the
+weights, the optimizers, the random states, the loss scale and a few counters, and a resumed run
+equals the unbroken one bit for bit (on a GPU up to rounding: its attention adds up in an order that
+varies).
 """
 
 import contextlib
@@ -158,7 +158,8 @@ def steps_of(cfg: TrainConfig) -> int:
 def place(model: Phi, setup: Setup) -> None:
     """Make the model ready to train, in place: its backend, what speed.py adds, device or ranks."""
     check_architecture(model)
-    model.attention = setup.cfg.attention
+    if setup.cfg.attention != "auto":
+        model.attention = setup.cfg.attention
     model.train()
     speed_up(model, setup.cfg.recompute, setup.cfg.compile)
     if setup.cfg.shard:

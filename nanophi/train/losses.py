@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from nanophi.cli import row_named
@@ -47,14 +48,21 @@ def product_of(head: nn.Linear) -> Product:
     return getattr(head, "product", F.linear)
 
 
+def plain_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy of the head's logits, as it is said.
+
+    hidden (N, D), weight (V, D), bias (V,), targets (N,) -> (). The logits (N, V) are by far the
+    largest tensor of a step, and so are their gradients.
+    """
+    return F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
+
+
 def head_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, product: Product = F.linear
 ) -> Tensor:
-    """Summed cross entropy of the head's logits, in far less memory than the plain
+    """`plain_cross_entropy` in far less memory: the logits of one chunk of tokens at a time.
 
-        F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
-
-    hidden (N, D), weight (V, D), bias (V,), targets (N,) -> ().
+    It can be differentiated once. product: how the head multiplies, x W^T + b.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -135,6 +143,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss: Tensor):
         # In place: d_weight is as large as the head, and backward runs only once.
         d_hidden, d_weight, d_bias = (gradient.mul_(d_loss) for gradient in ctx.saved_tensors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanophi.cli import row_named
+from nanophi.cli import UserError, row_named
 from nanophi.train.distributed import part_like, whole
 
 # ---- Muon
@@ -206,6 +206,8 @@ def muon(model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
         if p.requires_grad:
             is_matrix = p.dim() == 2 and ".layers." in name
             (matrices if is_matrix else others).append(p)
+    if not matrices:
+        raise UserError("muon trains the matrices of blocks, whose names hold `.layers.`: none has")
     return [
         Muon(matrices, lr=lr, weight_decay=weight_decay, rising=300),
         _adamw(others, lr / 2, weight_decay),

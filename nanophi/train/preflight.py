@@ -1,7 +1,7 @@
 """Before the first step: does it fit, how long does it take, does the batch look as it should?
 
-The estimates ask the network and the table of optimizers, so that a changed block or a new
-optimizer changes them too.
+The estimates ask the class Phi and the table of optimizers, so a changed block or a new optimizer
+changes them too.
 """
 
 import time
@@ -175,7 +175,8 @@ def available_bytes(device: str) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return sizes[0] if sizes else None
 
 
 def check_memory(

@@ -42,8 +42,8 @@ STATE = "train_state.pt"
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
 
-# Flags that a resumed run may have otherwise than the run it goes on with. Any other would change
-# the result.
+# Flags that a resumed run may have otherwise than the run it goes on with: where things lie, how
+# they are computed, how often they are saved, and how long the run is.
 MAY_DIFFER = {
     *("out", "device", "micro_batch", "recompute", "shard"),
     *(

@@ -44,8 +44,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nanophi.cli import Progress, UserError
-from nanophi.tokenizer.bpe import Pair
 from nanophi.tokenizer.fast.table import Table, places_in_runs, run_lengths, run_starts, spread
+from nanophi.tokenizer.tokenizer import Pair
 
 DEAD = 0xFFFF  # in the slots inside a token of three slots and more
 GAP = 0xFFFE  # in the slots between words
