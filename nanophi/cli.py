@@ -325,7 +325,7 @@ class Progress:
             self.bar.close()
 
     def update(self, n: int = 1, text: str = "") -> None:
-        """Count n more items, and show `text` behind the numbers."""
+        """Count n more items, and show `text` after the numbers."""
         self.done += n
         if self.bar is not None:
             if text:

@@ -1,5 +1,4 @@
-"""Causal attention behind one signature, with the documents of a packed batch isolated from each
-other.
+"""Causal attention, with the documents of a packed batch isolated from each other.
 
 Read in this order: `manual` (what attention is), `same_document` (who sees whom), `plan_attention`
 (what is decided once, before the first layer), `attend` (what each layer calls). backends.py

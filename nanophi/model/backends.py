@@ -90,7 +90,7 @@ def varlen(
 
 
 def pad_heads(*tensors: Tensor) -> list[Tensor]:
-    """Zeros behind the last dimension up to a multiple of 8, as flash kernels and cuDNN need it.
+    """Zeros after the last dimension up to a multiple of 8, as flash kernels and cuDNN need it.
 
     q k^T stays the same. The caller passes the scale of the true width and cuts the result to it.
     """

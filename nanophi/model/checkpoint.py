@@ -218,14 +218,14 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+def _check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
     """Refuse weights that do not fit: missing, of another shape, or of no layer."""
-    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults = [f"{name} is missing" for name in expected if name not in weights]
     for name, tensor in expected.items():
-        if name in found and found[name].shape != tensor.shape:
-            shapes = f"{list(found[name].shape)}, not {list(tensor.shape)}"
+        if name in weights and weights[name].shape != tensor.shape:
+            shapes = f"{list(weights[name].shape)}, not {list(tensor.shape)}"
             faults.append(f"{name} has the shape {shapes}")
-    faults += [f"{name} is not of this model" for name in found if name not in expected]
+    faults += [f"{name} is not of this model" for name in weights if name not in expected]
     if faults:
         shown = "; ".join(faults[:6])
         if len(faults) > 6:

@@ -84,7 +84,7 @@ def letters(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """
     lower, counts = _alphabet()
     codes = code_points("".join(texts))
-    # No text uses what lies behind the table. It becomes the table's last code point, which is
+    # No text uses what lies after the table. It becomes the table's last code point, which is
     # unassigned and does not count.
     codes = np.minimum(codes, len(counts) - 1)
     kept = counts[codes]

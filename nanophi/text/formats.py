@@ -193,7 +193,7 @@ def encoding_of(path: Path) -> str:
 def _vote(line: bytes, is_cut: bool) -> int:
     """1 for a line of UTF-8, -1 for one of GB18030, 0 for anything else.
 
-    is_cut: whether the file goes on behind its beginning, so that the line may end within a
+    is_cut: whether the file goes on after its beginning, so that the line may end within a
         character
     """
     try:
@@ -307,7 +307,7 @@ def read_json(path: Path, sample_by: SampleBy, on_bad: OnBad) -> Rows:
          whole: yield it
 
     For a long element the number of pieces doubles with each try, so that it is parsed a few times
-    only. What stands behind a broken element cannot be read, because nothing says where it ends.
+    only. What stands after a broken element cannot be read, because nothing says where it ends.
     """
     decode = json.JSONDecoder().raw_decode
     between = re.compile(r"[\s,]*")

@@ -1,4 +1,4 @@
-"""Output files: one file of rows, or numbered files that a later command goes on behind.
+"""Output files: one file of rows, or numbered files that a later command continues.
 
     write_rows("news.jsonl", rows)           news.jsonl
     write_files("news.jsonl", rows, 1000)    news-00000.jsonl  news-00001.jsonl  ...
@@ -136,7 +136,7 @@ def complete_files(path: str | Path, settings: dict, resume: bool) -> int:
             complete += 1
         return complete
     # From the last to the first: if a kill interrupts this, the files that remain are still those
-    # that a command with the old settings would go on behind.
+    # that a command with the old settings would continue.
     for old in reversed(existing):
         old.unlink()
     write_json(file, now)

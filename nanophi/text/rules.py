@@ -85,9 +85,9 @@ _CONTINUATION = (
 )
 _MISREAD_CHAR = f"(?:[âã-éï][{_CONTINUATION}]{{2}}|ð[{_CONTINUATION}]{{3}})"
 MISREAD = re.compile(
-    # Any number of them, but not right behind a letter: the end of `café…”` looks like one too.
+    # Any number of them, but not right after a letter: the end of `café…”` looks like one too.
     f"(?<![A-Za-z]){_MISREAD_CHAR}+"
-    # Two or more of them are safe behind a letter: Pythonå¾ˆå¥½ is Python很好.
+    # Two or more of them are safe after a letter: Pythonå¾ˆå¥½ is Python很好.
     f"|{_MISREAD_CHAR}{{2,}}"
     # So is punctuation (bytes E2 80 xx): Donâ€™t is Don’t.
     f"|(?:â€[{_CONTINUATION}])+"
@@ -484,7 +484,7 @@ REPEATED = re.compile(
     r"([，。？！：；、～])\1+"
     r"|(…)…{2,}"
     r"|(—)—{2,}"
-    # ASCII ! and ? twice behind Han, or three times behind a word: `!!x` is code, and a line may
+    # ASCII ! and ? twice after Han, or three times after a word: `!!x` is code, and a line may
     # begin with `???` or `!!!` as Markdown.
     rf"|(?<=[{HAN}])([!?])\4+"
     r"|(?<=\w)([!?])\5{2,}"
@@ -516,14 +516,14 @@ def _once(run: re.Match) -> str:
 _BEHIND = f"[{HAN}”’）》】」』]"
 _BEFORE = f"[{HAN}“‘（《【「『]"
 TO_CHINESE = re.compile(
-    # ASCII punctuation behind Han is Chinese ...
+    # ASCII punctuation after Han is Chinese ...
     rf"(?<={_BEHIND})(?:"
     # ... if Han follows at once or after a space, but not so for `.`: 图.png, 打开.文件
     rf"([,;:]|[?!]{{1,3}}) ?(?={_BEFORE})"
     # ... or if a closing quotation mark or bracket follows, or the end of the line or text.
     r"|([,;:.]|[?!]{1,3})(?=[”’」』）]|\n|\Z)"
     r")"
-    # Brackets behind Han around what begins with Han; inside of it another pair may stand.
+    # Brackets after Han around what begins with Han; inside of it another pair may stand.
     rf"|(?<=[{HAN}])\(([{HAN}](?:[^()（）\n]|（[^()（）\n]*）)*)[)）]"
     # A Chinese bracket that an ASCII one closes.
     r"|（([^()（）\n]*)\)"
@@ -583,7 +583,7 @@ def _narrow(text: str) -> str:
 
 # ---- 9. final: the full stop at the end
 
-# Han at the end of the text, perhaps with closing brackets behind it.
+# Han at the end of the text, perhaps with closing brackets after it.
 _ENDS_IN_HAN = re.compile(rf"[{HAN}][”’）》】」』)\]]{{0,3}}\Z")
 _SENTENCE_MARK = re.compile("[，。；！？：、]")
 NO_SENTENCE = re.compile(
@@ -591,13 +591,13 @@ NO_SENTENCE = re.compile(
     r"|\d+[.、）)]"  # a numbered item: 1. 苹果
     r"|[A-Za-z ]+[:：]"  # a label: title: 测试
     r"|.*★"  # a quotation with its source
-    r"|.*[。！？]”?\s*[（(][^（()）]*[)）]\Z"  # a byline behind a sentence: 他走了。（柴强/文）
+    r"|.*[。！？]”?\s*[（(][^（()）]*[)）]\Z"  # a byline after a sentence: 他走了。（柴强/文）
     r"|.*——?\s*《[^《》]*》\Z"  # a quotation's source: ——《论语》
 )
 
 
 def final_punctuation(text: str) -> str:
-    r"""A text that ends in Han, or in closing brackets right behind Han, gets its 。
+    r"""A text that ends in Han, or in closing brackets right after Han, gets its 。
 
     >>> final_punctuation("今天天气不错"), final_punctuation("他说“走吧”")
     ('今天天气不错。', '他说“走吧”。')

@@ -34,7 +34,7 @@ import numpy as np
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Qwen2's split. Digits stand one by one. Line breaks stay with the punctuation before them. One
-# mark or one blank stays with the letters behind it.
+# mark or one blank stays with the letters after it.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,7 +46,7 @@ QWEN2_SPLIT = (
 ALONE = r"\p{P}$+<=>\^`|~\p{N}"  # punctuation and digits: each of them is a word of its own
 CHAR_SPLIT = rf"[{ALONE}]|▁?[^{ALONE}▁]+|▁"
 
-# The code point behind each text where several lie in one array. It is half of a surrogate pair,
+# The code point after each text where several lie in one array. It is half of a surrogate pair,
 # which no text holds. It is a word of its own in every split: no word reaches into the next text.
 BREAK = 0xDCFF
 
@@ -117,7 +117,7 @@ def contraction_lengths(codes: np.ndarray, quotes: np.ndarray, any_case: bool) -
     >>> contraction_lengths(codes, np.flatnonzero(codes == ord("'")), any_case=False)
     array([3, 2, 0])
     """
-    padded = np.append(codes, (0, 0))  # an apostrophe at the very end has two characters behind it
+    padded = np.append(codes, (0, 0))  # an apostrophe at the very end has two characters after it
     first = padded.take(quotes + 1)
     second = padded.take(quotes + 2)
     if any_case:
@@ -154,7 +154,7 @@ def gpt2_starts(codes: np.ndarray) -> np.ndarray:
 
     text                   i t ' s     2   o k
     1. the kind changes   |it|'|s|  |2| |ok
-    2. the last space     |it|'|s| | 2| ok       a blank joins the word behind it
+    2. the last space     |it|'|s| | 2| ok       a blank joins the word after it
     3. contractions       |it|'s| | 2| ok
 
     >>> marked("it's  2 ok，你好吗？ 好", gpt2_starts)
@@ -184,13 +184,13 @@ def qwen2_starts(codes: np.ndarray) -> np.ndarray:
 
     text                              好 。 ↵ ↵   ↵     y   1 2 ( a ) ' s
     1. the kind changes, digits      |好|。|↵↵ ↵  |y| |1|2|(|a|)'|s
-    2. line breaks behind marks      |好|。↵↵| ↵  |y| |1|2|(|a|)'|s
+    2. line breaks after marks       |好|。↵↵| ↵  |y| |1|2|(|a|)'|s
     3. line breaks in white space    |好|。↵↵| ↵|  |y| |1|2|(|a|)'|s
     4. the last space                |好|。↵↵| ↵| | y| |1|2|(|a|)'|s
     5. a single mark                 |好|。↵↵| ↵| | y| |1|2|(a|)'|s
 
     In step 4 a blank before a digit becomes a word of its own. In step 5 a mark joins the letters
-    behind it if it is the only mark there; ")'" are two. A contraction goes before that.
+    after it if it is the only mark there; ")'" are two. A contraction goes before that.
 
     >>> marked("好。\n\n \n  y 12(a)'s", qwen2_starts)
     "|好|。\n\n| \n| | y| |1|2|(a|)'|s"
@@ -212,7 +212,7 @@ def qwen2_starts(codes: np.ndarray) -> np.ndarray:
 
 
 def _newlines_behind_marks(newline: np.ndarray, before: np.ndarray) -> np.ndarray:
-    r"""`[^\s\p{L}\p{N}]+[\r\n]*`: the line breaks that stand right behind a mark. (N,) bool."""
+    r"""`[^\s\p{L}\p{N}]+[\r\n]*`: the line breaks that stand right after a mark. (N,) bool."""
     run_begins = changes(newline)
     run = np.cumsum(run_begins) - 1  # for each character the number of its run
     run_is_absorbed = (newline & (before == OTHER))[run_begins]
@@ -222,7 +222,7 @@ def _newlines_behind_marks(newline: np.ndarray, before: np.ndarray) -> np.ndarra
 def _ends_of_line_breaks(
     kinds: np.ndarray, newline: np.ndarray, absorbed: np.ndarray
 ) -> np.ndarray:
-    r"""`\s*[\r\n]+`: the indices right behind the last line break of each run of white space."""
+    r"""`\s*[\r\n]+`: the indices right after the last line break of each run of white space."""
     run = np.cumsum(changes(np.where(absorbed, END, kinds)))
     breaks = np.flatnonzero(newline & ~absorbed)
     is_last = np.ones(len(breaks), bool)
@@ -257,7 +257,7 @@ def _join_single_marks(
     before: np.ndarray,
     after: np.ndarray,
 ) -> None:
-    r"""`[^\r\n\p{L}\p{N}]?\p{L}+`: a single mark joins the letters behind it. Changes `starts`.
+    r"""`[^\r\n\p{L}\p{N}]?\p{L}+`: a single mark joins the letters after it. Changes `starts`.
 
     A contraction is tried first: "'bad" is one word, "'sad" is the two words 's|ad.
     """

@@ -54,19 +54,19 @@ def wenda(messages: list[dict]) -> list[Segment]:
     '小助手。' True
     '[EOS]' True
     """
-    found: list[Segment] = []
+    segments: list[Segment] = []
     before = ""
     for message in messages:
         if message["role"] == "system":
             before = message["content"] + "\n"
         elif message["role"] == "user":
             # One string, because some splits join its parts: "？\n" is one word there.
-            found.append(Segment(PROMPT.format(question=before + message["content"])))
+            segments.append(Segment(PROMPT.format(question=before + message["content"])))
             before = ""
         else:
-            found.append(Segment(message["content"].strip(), learned=True))
-            found.append(Segment("[EOS]", learned=True, special=True))
-    return found
+            segments.append(Segment(message["content"].strip(), learned=True))
+            segments.append(Segment("[EOS]", learned=True, special=True))
+    return segments
 
 
 WENDA_JINJA = (

@@ -337,7 +337,7 @@ def self_test(
 
 
 def overfit(model: Phi, loss_fn: LossFn, batch: Batch, setup: Setup, steps: int = 100) -> str:
-    """Train the model on one batch, which a sound model and loss learn by heart.
+    """Train the model on one batch, which a correct model and loss learn by heart.
 
     Raises a UserError if the loss does not fall to a tenth.
     """

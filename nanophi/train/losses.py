@@ -158,14 +158,14 @@ def answer_logps(model: Phi, batch: Batch) -> Tensor:
     hidden, targets = learned_positions(model, batch)
     chunk = chunk_size(model.cfg.vocab_size, hidden.device.type, hidden.dtype)
 
-    def logps_of(rows: Tensor, wanted: Tensor) -> Tensor:
-        return -F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
+    def logps_of(rows: Tensor, answer_ids: Tensor) -> Tensor:
+        return -F.cross_entropy(model.lm_head(rows).float(), answer_ids, reduction="none")
 
     # Here the gradient of each token gets a factor that depends on the loss of the whole answer,
     # which is known only later. So backward computes the logits of each chunk again.
     recomputed = partial(checkpoint, logps_of, use_reentrant=False, preserve_rng_state=False)
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    logps = torch.cat([recomputed(rows, wanted) for rows, wanted in pieces])  # (N,)
+    logps = torch.cat([recomputed(rows, answer_ids) for rows, answer_ids in pieces])  # (N,)
     row = batch.learned // batch.ids.shape[1]
     return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
 

@@ -29,7 +29,7 @@ SIEVE_BITS = 21  # a sieve has 2^21 cells; a false hit only makes a part longer
 
 NOT_ONE_TOKEN = -1  # for the id of a character that is not a single token
 NOT_SEEN = -2  # for the id of a character that has not been looked up yet
-NO_PAIR = np.int32(2**31 - 1)  # a rank behind all others: these two tokens are never merged
+NO_PAIR = np.int32(2**31 - 1)  # a rank after all others: these two tokens are never merged
 
 # Parts that have been encoded: their numbers, how many ids each has, and all their ids in a row.
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -354,10 +354,10 @@ class BatchEncoder:
         return finished
 
     def _ranks_of_pairs(self, tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
-        """The rank of each token with the token behind it in its part; otherwise NO_PAIR."""
+        """The rank of each token with the token after it in its part; otherwise NO_PAIR."""
         left = tokens[:-1].astype(np.uint64)
         right = tokens[1:].astype(np.uint64)
         ranks = self.ranks.find((left << np.uint64(32)) | right)
         ranks = np.append(np.where(ranks < 0, NO_PAIR, ranks), NO_PAIR)
-        ranks[begins[1:] - 1] = NO_PAIR  # the token behind belongs to another part
+        ranks[begins[1:] - 1] = NO_PAIR  # the token after belongs to another part
         return ranks

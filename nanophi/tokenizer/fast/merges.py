@@ -9,7 +9,7 @@ reading. table.py says in which order to read this folder; read this file from t
     GAP b A A A A a GAP b A A d GAP            after merging (a, n) -> A
     GAP b B - - B a GAP b A A d GAP            after merging (A, A) -> B: DEAD between
 
-A token writes its id into its first and its last slot. So the token behind the one at position p
+A token writes its id into its first and its last slot. So the token after the one at position p
 begins at p + length[id], and the token before it has its id at p - 1: neighbours are found without
 links. Merging never moves anything.
 
@@ -343,13 +343,13 @@ class Trainer:
         """Merge the safe prefix of a batch, put the rest back, and return the prefix's length.
 
         Which prefix is safe shows only when the new tokens are in the slots. So all members are
-        merged first, and those behind the prefix are undone.
+        merged first, and those after the prefix are undone.
         """
         first_new = self.symbols + len(self.merges)
         at, member, left, right = self._occurrences(batch)
         new = first_new + member
         middle = at + self.length.take(left)  # where the right token begins
-        after = middle + self.length.take(right)  # where the token behind both begins
+        after = middle + self.length.take(right)  # where the token after both begins
         self.slots[at] = new
         self.slots[after - 1] = new
         safe = self._safe_prefix(len(batch), first_new, member, after)
@@ -439,9 +439,9 @@ class Trainer:
         return int(np.maximum(member[touching], other_member).min())
 
     def _pairs_after(self, at, new, after, single: bool) -> NewPairs:
-        """The pairs (new token, token behind it)."""
+        """The pairs (new token, token after it)."""
         after_id = self.slots.take(after)
-        inside = np.flatnonzero(after_id != GAP)  # behind the last token of a word is a GAP
+        inside = np.flatnonzero(after_id != GAP)  # after the last token of a word is a GAP
         return self._grouped(at, keys_of_ids(new, after_id), after_id, inside, single)
 
     def _pairs_before(self, at, new, single: bool) -> NewPairs:

@@ -79,7 +79,7 @@ class Table:
         return ((keys * key_type(factor)) >> key_type(width - self.bits)).astype(np.int64)
 
     def _next(self, cells: np.ndarray) -> np.ndarray:
-        """The cells behind these; cell 0 follows the last one."""
+        """The cells after these; cell 0 follows the last one."""
         return (cells + 1) & (len(self.rows) - 1)
 
     def _grow(self, size: int) -> None:
@@ -142,7 +142,7 @@ def places_in_runs(begins: np.ndarray, end: int) -> np.ndarray:
 
 
 def begins_of(lengths: np.ndarray) -> np.ndarray:
-    """Where words of these lengths begin, if they are laid one behind the other.
+    """Where words of these lengths begin, if they are laid one after the other.
 
     >>> begins_of(np.array([3, 2, 4])).tolist()
     [0, 3, 5]
@@ -151,7 +151,7 @@ def begins_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def spread(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The positions of all characters of some words, one word behind the other.
+    """The positions of all characters of some words, one word after the other.
 
     >>> spread(np.array([40, 10]), np.array([3, 2])).tolist()
     [40, 41, 42, 10, 11]

@@ -39,7 +39,7 @@ HASHED = np.uint64(1 << 63)  # the bit of a key that is a hash
 
 
 def codes_of(texts: list[str]) -> np.ndarray:
-    """The code points of some texts, with a BREAK behind each text: (N,) int64.
+    """The code points of some texts, with a BREAK after each text: (N,) int64.
 
     numpy converts indices to int64 for every look-up, so they are converted only once, here.
 
@@ -206,7 +206,7 @@ class WordStore:
     def words_from(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(codes, lengths) of the words from this existing row on.
 
-        codes: the code points of all of them, one word behind the other, int64.
+        codes: the code points of all of them, one word after the other, int64.
         """
         return self.codes[self.begins[row] : self.used].astype(np.int64), self.lengths[row:]
 
@@ -297,10 +297,10 @@ class WordCounter(WordStore):
         return np.concatenate(slots), np.repeat(weights, blocks)
 
     def _symbols_of(self, rows: np.ndarray, lookup: np.ndarray) -> np.ndarray:
-        """The ids of the symbols of some words in a row, with a GAP behind each word."""
+        """The ids of the symbols of some words in a row, with a GAP after each word."""
         lengths = self.lengths.take(rows) + 1  # with room for a BREAK, which `lookup` makes a GAP
         positions = spread(self.begins.take(rows), lengths)
-        codes = self.codes.take(positions, mode="clip")  # behind the last word there may be no code
+        codes = self.codes.take(positions, mode="clip")  # after the last word there may be no code
         codes[np.cumsum(lengths) - 1] = BREAK
         return lookup.take(self.level.symbol_codes(codes))
 
