@@ -48,7 +48,7 @@ def generate(
     ids: one prompt, a list of ids or a LongTensor (T,); or a list of prompts, of any lengths
     eos_token_id: the id or ids that end an answer; by default those of the config; with None an
         answer always has max_new_tokens ids
-    generator: of the random numbers, on the device of the model
+    generator: gives the random numbers, on the device of the model
     how: the filters of sampling.py, temperature=0.8, top_k=50 and so on; greedy by default
 
     Returns the new ids, [EOS] included, without the prompt; for many prompts a list of such lists.

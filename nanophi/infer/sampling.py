@@ -241,7 +241,7 @@ def choose(
     how: Sampling,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Logits (B, V) of any dtype -> one id per row. generator: of the random numbers.
+    """Logits (B, V) of any dtype -> one id per row. generator: gives the random numbers.
 
     >>> logits = torch.tensor([[1.0, 5.0, 4.0]])
     >>> choose(logits, [[1]], Sampling())

@@ -334,7 +334,7 @@ def messages_of(row: dict) -> list[dict]:
 def preference_of(row: dict) -> tuple[str, str, str]:
     """(prompt, chosen answer, rejected answer) of a preference pair."""
     schemas = _preference_schemas()
-    # A row without all keys of any schema is measured by one that it has some key of.
+    # If no schema is complete, the message speaks of the first one of which the row has a key.
     complete = [schema for schema in schemas if schema.has_all_keys(row)]
     begun = [schema for schema in schemas if any(key in row for key in schema.compared)]
     schema = [*complete, *begun, *schemas][0]

@@ -280,7 +280,7 @@ class Tokenizer:
         return ids
 
     def encode_word(self, word: str) -> list[int]:
-        """The ids of one word of the split, or of a part of a word that no token reaches out of."""
+        """The ids of one word, or of a part of it whose border no token can cross."""
         ids = []
         for symbol in self.level.symbols(word):
             i = self.vocab.get(symbol)

@@ -196,7 +196,7 @@ def open_run(run: RunDirectory, setup: Setup, steps: int) -> RunDirectory:
     """Go on from the state in --out, or delete the run that it holds; then write run.json."""
     cfg = setup.cfg
     world = setup.world
-    torch.manual_seed(cfg.seed + 10_007 * world.rank)  # of dropout; `restore` overrides it
+    torch.manual_seed(cfg.seed + 10_007 * world.rank)  # for dropout; `restore` overrides it
     if cfg.resume and (run.out / STATE).exists():
         run.restore(steps)
     elif world.first:

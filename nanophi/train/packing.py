@@ -35,7 +35,7 @@ from torch import Tensor
 from nanophi.cli import UserError
 
 IGNORE = -100  # the target of a position where nothing is learned
-PAD = 0  # [PAD]; no text encodes to it, so it marks padding
+PAD = 0  # [PAD] of our tokenizers; no text encodes to it there, so it marks padding
 NO_EPOCH = 2**32  # a number that no epoch reaches: packing has a random order of its own
 
 
