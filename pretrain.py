@@ -5,13 +5,6 @@
 
 The model learns to predict the next token of documents. They are packed into rows and isolated from
 each other. Ctrl-C saves the run, and --resume goes on exactly.
-
-`main` is the recipe. What it calls:
-
-    train/packing.py    documents -> rows -> the batch of a step
-    model/phi.py        the network
-    train/losses.py     the loss of the next token
-    train/loop.py       the training loop; train/step.py is one step of it
 """
 
 from dataclasses import dataclass
@@ -54,6 +47,14 @@ class Config(TrainConfig):
     width: int | None = flag(None, at_least=1, help="hidden_size, instead of the preset's")
     heads: int | None = flag(None, at_least=1, help="attention heads, instead of the preset's")
     mlp: int | None = flag(None, at_least=1, help="width of the MLP, instead of the preset's")
+
+
+# The recipe. To go deeper, read what it calls:
+#
+#     train/packing.py    documents -> rows -> the batch of a step
+#     model/phi.py        the network
+#     train/losses.py     the loss of the next token
+#     train/loop.py       the training loop; train/step.py is one step of it
 
 
 def main(cfg: Config) -> Phi:
