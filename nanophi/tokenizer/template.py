@@ -46,13 +46,16 @@ PROMPT = "##提问:\n{question}\n##回答:\n"
 def wenda(messages: list[dict]) -> list[Segment]:
     """The template of Phi2-mini-Chinese. The last system message before a question joins it.
 
-    >>> question = {"role": "user", "content": "你是谁？"}
+    >>> first = {"role": "user", "content": "你是谁？"}
     >>> answer = {"role": "assistant", "content": "小助手。"}
-    >>> for segment in wenda([question, answer]):
+    >>> brief = {"role": "system", "content": "简短回答。"}
+    >>> second = {"role": "user", "content": "会做饭吗？"}
+    >>> for segment in wenda([first, answer, brief, second]):
     ...     print(repr(segment.text), segment.learned)
     '##提问:\\n你是谁？\\n##回答:\\n' False
     '小助手。' True
     '[EOS]' True
+    '##提问:\\n简短回答。\\n会做饭吗？\\n##回答:\\n' False
     """
     segments: list[Segment] = []
     before = ""

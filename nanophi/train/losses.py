@@ -154,7 +154,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def answer_logps(model: Phi, batch: Batch) -> Tensor:
-    """log p(answer | prompt) of each row, summed over its learned tokens: (B,)."""
+    """log p(answer | prompt) of each row, summed over its learned tokens: (B,).
+
+    Two rows of 4 places; only the answers have targets:
+
+        learned places in the flattened batch   2    3    5    6    7
+        their log-probabilities                -1   -2   -1   -1   -3
+        their rows, place // 4                  0    0    1    1    1     -> [-3, -5]
+    """
     hidden, targets = learned_positions(model, batch)
     chunk = chunk_size(model.cfg.vocab_size, hidden.device.type, hidden.dtype)
 

@@ -137,6 +137,10 @@ class Adafactor(Optimizer):
 
     The learning rate comes from outside; there is no scaling by the parameter's size and no
     momentum. A matrix keeps one mean square per row and one per column, instead of one per weight.
+    Their outer product, divided by the mean of all, stands for the squares:
+
+        squares  1  2  3    rows 2, 4    columns 1.5, 3, 4.5    mean 3
+                 2  4  6    row 0, column 1:  2 * 3 / 3 = 2
     """
 
     def __init__(
