@@ -19,7 +19,7 @@ from nanophi.model.phi import Phi
 from nanophi.text.shards import TokenSet
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.config import TrainConfig, total_steps
-from nanophi.train.loop import train
+from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
@@ -138,7 +138,7 @@ def training_data(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Packe
     return Mixture(sources, list(weights.values()), rows)
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int):
+def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
     """A function of the model: its loss on the held-out documents of all sources. None where
     nothing is held out.
     """

@@ -20,7 +20,7 @@ from nanophi.tokenizer.chat import chat_prompt, encode_chat
 from nanophi.tokenizer.template import TEMPLATES
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.config import TrainConfig, context_of, total_steps
-from nanophi.train.loop import train
+from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.packing import Packed
 from nanophi.train.setup import begin
@@ -139,7 +139,7 @@ def pack(
     return Packed(documents, context, batch_rows, seed, masks)
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int):
+def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
     """A function of the model: its loss on the answers of --val-data. None without --val-data."""
     if not cfg.val_data:
         return None

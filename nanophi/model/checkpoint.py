@@ -141,11 +141,15 @@ def pick_device(name: str) -> str:
 def load(
     directory: str | Path, device: str = "cpu", network: type[Phi] = Phi
 ) -> tuple[Phi, Tokenizer | None]:
-    """Read any PhiForCausalLM directory with safetensors -> (model in fp32 and eval mode, tokenizer
-    or None).
+    """Read any PhiForCausalLM directory with safetensors -> (model, tokenizer or None).
+
+    The model is in fp32 and in eval mode.
 
     device:  as `pick_device` takes it, for example "auto"
     network: the class that computes it; a changed one reads what it has saved
+
+    Raises a UserError that names the file if the directory holds no model, or another one than
+    config.json says.
     """
     directory = Path(directory)
     cfg = _read_config(directory, network.architecture)

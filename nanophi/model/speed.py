@@ -15,7 +15,7 @@ which asks the head how it multiplies; the estimate of memory; and the loop, whi
 """
 
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,10 +54,19 @@ def speed_up(model: Phi, recompute: bool = False, compile: bool = False) -> None
 
 
 def _mix_into(module: Any, mixin: type) -> None:
-    """Put a class before that of a module, whatever it is: `class FastBlock(FastBlock, Block)`."""
-    plain = type(module)
+    """Put a class before that of a module, whatever it is."""
     if not isinstance(module, mixin):
-        module.__class__ = type(mixin.__name__, (mixin, plain), {})
+        module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _mixed(mixin: Any, plain: Any) -> type:
+    """`class FastBlock(FastBlock, Block)`, the same one for all blocks.
+
+    torch.compile compiles once for each class: with a class of its own, each layer would cost a
+    compilation, and those beyond the eighth would not be compiled at all.
+    """
+    return type(mixin.__name__, (mixin, plain), {})
 
 
 def _is_recomputed(model: Phi, name: str) -> bool:

@@ -30,7 +30,10 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x W^T + b
 
 
 def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """Cross entropy in nats over the positions with a target: for pretraining and SFT."""
+    """Cross entropy over the positions with a target, for pretraining and SFT.
+
+    Returns (sum of the losses in nats, (); number of targets; no metrics).
+    """
     hidden, targets = learned_positions(model, batch)
     head = model.lm_head
     loss = head_cross_entropy(hidden, head.weight, head.bias, targets, product_of(head))

@@ -263,7 +263,11 @@ OPTIMIZERS = {
 def build_optimizers(
     model: nn.Module, name: str, lr: float, weight_decay: float
 ) -> list[Optimizer]:
-    """The optimizers of one name of OPTIMIZERS, which together train every parameter once."""
+    """The optimizers of one name of OPTIMIZERS, which together train every parameter once.
+
+    lr: the peak learning rate, see the function of that name. weight_decay: decoupled; biases and
+    norms have none. Raises a UserError for an unknown name.
+    """
     return row_named(OPTIMIZERS, name, "optimizer").build(model, lr, weight_decay)
 
 

@@ -19,7 +19,7 @@ def compute_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if has_bf16 else "float16"
 
 
-def autocast(dtype: str, device: str, cache: bool = True) -> torch.autocast:
+def autocast(dtype: str, device: str, cache: bool) -> torch.autocast:
     """The context in which forward passes compute in `dtype`; it does nothing for "float32".
 
     cache: keep the half-precision copies of the weights until the context ends. One forward pass

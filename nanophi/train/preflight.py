@@ -57,17 +57,12 @@ class Size:
 def size_of(cfg: PhiConfig) -> Size:
     """Counted from the network itself, built without memory."""
     with torch.device("meta"):
-        return _size_of(Phi(cfg))
-
-
-def _size_of(model: Phi) -> Size:
-    parameters = dict(model.named_parameters())
-    matrices = sum(
-        p.numel() for name, p in parameters.items() if p.dim() == 2 and "embed" not in name
-    )
-    return Size(
-        model.num_parameters(), matrices, _kept_by_mlp(model.model.layers[0], model.cfg.hidden_size)
-    )
+        model = Phi(cfg)
+    matrices = [
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
+    ]
+    kept = _kept_by_mlp(model.model.layers[0], cfg.hidden_size)
+    return Size(model.num_parameters(), sum(matrices), kept)
 
 
 def _kept_by_mlp(block: nn.Module, width: int) -> int:

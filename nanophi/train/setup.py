@@ -1,14 +1,15 @@
 """What follows from the flags of a run. `begin` derives it once.
 
-setup = begin(cfg)     checks the flags, checks --out, waits for the other ranks
-setup.world            the rank, the number of ranks, the device
-setup.dtype            the dtype of the computation
+    setup = begin(cfg)     checks the flags, checks --out, waits for the other ranks
+    setup.world            the rank, the number of ranks, the device
+    setup.dtype            the dtype of the computation
+
+The scripts begin with it and pass the setup on.
 """
 
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from nanophi.cli import UserError
 from nanophi.model.checkpoint import pick_device
@@ -25,10 +26,6 @@ class Setup:
     cfg: TrainConfig
     world: World  # rank, number of ranks, device
     dtype: str  # "float32", "bfloat16" or "float16"
-
-    @property
-    def out(self) -> Path:
-        return Path(self.cfg.out)
 
     @property
     def writes(self) -> bool:

@@ -152,6 +152,31 @@ def test_a_model_sped_up_is_the_plain_one(recompute):
     assert {"FastLinear", "FrugalMLP", "FastBlock", "CastingNorm"} <= kinds
 
 
+def test_all_blocks_are_of_one_class():
+    """Each block once got a class of its own, and torch.compile compiled each layer anew."""
+    model = tiny_model()
+    speed_up(model)
+    assert len({type(block) for block in model.model.layers}) == 1
+    assert len({type(block.input_layernorm) for block in model.model.layers}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_layers_share_one_compiled_graph():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model(num_hidden_layers=3)
+    model.attention = "sdpa"
+    speed_up(model, compile=True)
+    ids = torch.arange(7, 71).view(2, 32)
+    for boundaries in ([0, 10, 32, 64], [0, 5, 9, 32, 64]):
+        model(ids, torch.tensor(boundaries, dtype=torch.int32)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_changed_mlp_is_not_overruled():
     """A class swapped in from outside must not bring back the MLP that its reader has replaced."""
     model = tiny_model()
