@@ -13,17 +13,22 @@ It needs the standard library only and stands below all rooms, so that each of t
 """
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
 import difflib
 import io
 import os
+import signal
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+SHOWN = 40  # characters of a wrong value in a message
 
 
 class UserError(ValueError):
@@ -52,6 +57,21 @@ def flag(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse a flag that stands twice: argparse would forget the first without a word."""
+        args = sys.argv[1:] if args is None else list(args)
+        seen = set()
+        for word in args:
+            if word == "--":
+                break
+            name = word.split("=")[0]
+            flag_name = "--" + name.removeprefix("--").removeprefix("no-")
+            if word.startswith("--") and flag_name in self._option_string_actions:
+                if flag_name in seen:
+                    self.error(f"{flag_name} is given twice: give all its values behind one")
+                seen.add(flag_name)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> typing.NoReturn:
         """Print one line instead of the whole usage, with the flag that was probably meant."""
         known = [name for action in self._actions for name in action.option_strings]
@@ -62,7 +82,8 @@ class _Parser(argparse.ArgumentParser):
             meant = [name for names in similar for name in names]
             if meant:
                 hint = f"did you mean {', '.join(meant)}? "
-        self.exit(2, f"error: {message}; {hint}--help explains every flag\n")
+        line = " ".join(message.replace(": it is empty", " is empty").split())[:500]
+        self.exit(2, f"error: {line}; {hint}--help explains every flag\n")
 
 
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
@@ -106,17 +127,18 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: A
         options["choices"] = typing.get_args(kind)
     elif typing.get_origin(kind) is list:
         options["nargs"] = "+"
-        options["type"] = typing.get_args(kind)[0]
+        options["type"] = _parser_of(typing.get_args(kind)[0], metadata)
         options["metavar"] = "X"
     else:
-        options["type"] = _in_range(kind, metadata)
+        options["type"] = _parser_of(kind, metadata)
         options["metavar"] = "N" if kind in (int, float) else "X"
     if "const" in metadata:
         options["nargs"] = "?"
         options["const"] = metadata["const"]
     if metadata.get("positional"):
         name = field.name
-        parser.add_argument(name, nargs="+", help=options["help"], metavar=name.upper())
+        help_text = options["help"]
+        parser.add_argument(name, nargs="+", type=_not_empty, help=help_text, metavar=name.upper())
     else:
         parser.add_argument(_flag_name(field.name), **options)
 
@@ -127,7 +149,7 @@ def _add_row(parser: argparse.ArgumentParser, field: str, name: str, row: Any) -
     parser.add_argument(
         _flag_name(name),
         dest=f"{field}.{name}",
-        type=_in_range(row.kind, limits),
+        type=_parser_of(row.kind, limits),
         default=row.default,
         help=_help(row.help, row.default),
         metavar="N" if row.kind in (int, float) else "X",
@@ -158,31 +180,63 @@ def _help(text: str, default: Any) -> str:
     return (text + shown).replace("%", "%%")
 
 
-def _in_range(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
-    """`kind`, or a function that also refuses numbers outside of the range (nan always is)."""
+LARGEST_WHOLE = 2**63 - 1  # of a flag without another limit: what 64 bits hold
+
+
+def _parser_of(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
+    """What turns the word behind a flag into its value, or refuses it."""
+    if kind is str:
+        return _not_empty
+    if kind not in (int, float):
+        return kind
     at_least = metadata.get("at_least")
     above = metadata.get("above")
     at_most = metadata.get("at_most")
     named = (("at least", at_least), ("above", above), ("at most", at_most))
     limits = [f"{words} {limit}" for words, limit in named if limit is not None]
-    if not limits:
-        return kind
 
     def number(text: str) -> Any:
-        value = kind(text)
-        inside = (
-            (at_least is None or value >= at_least)
-            and (above is None or value > above)
-            and (at_most is None or value <= at_most)
-        )
-        if not inside:
+        try:
+            value = kind(text)
+        except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{text} is out of range: it must be {' and '.join(limits)}"
+                f"invalid {kind.__name__} value: {text[:SHOWN]!r}"
+            ) from None
+        largest = LARGEST_WHOLE if kind is int else sys.float_info.max
+        if not -largest <= value <= largest:  # also nan, of which no comparison is true
+            raise argparse.ArgumentTypeError(f"{text[:SHOWN]} is no number that can be used")
+        if outside(value, at_least, above, at_most):
+            raise argparse.ArgumentTypeError(
+                f"{text[:SHOWN]} is out of range: it must be {' and '.join(limits)}"
             )
         return value
 
-    number.__name__ = kind.__name__  # argparse says "invalid int value"
     return number
+
+
+def _not_empty(text: str) -> str:
+    """A name or text. An empty one often comes from a shell variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
+    return text
+
+
+def outside(
+    value: float,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> bool:
+    """Whether a number is out of a range, of which None is no limit.
+
+    >>> outside(0, at_least=0), outside(0, above=0)
+    (False, True)
+    """
+    return (
+        (at_least is not None and value < at_least)
+        or (above is not None and value <= above)
+        or (at_most is not None and value > at_most)
+    )
 
 
 def row_named(table: Mapping[str, Any], name: str, kind: str) -> Any:
@@ -199,6 +253,10 @@ def row_named(table: Mapping[str, Any], name: str, kind: str) -> Any:
 
 # ---- running a command
 
+# What is let go when a command ends, or the process: the locks of claims.py.
+at_end = contextlib.ExitStack()
+atexit.register(at_end.close)
+
 
 def run_command(cls: type, main: Callable[[Any], Any], argv: list[str] | None = None) -> None:
     """Parse the flags of `cls`, call `main(cfg)`, and end with an exit code that scripts can chain
@@ -206,15 +264,19 @@ def run_command(cls: type, main: Callable[[Any], Any], argv: list[str] | None = 
 
     0    success
     2    a user's mistake: one line on standard error; NANOPHI_TRACEBACK=1 shows where it was raised
-    130  interrupted by Ctrl-C; training ends with 143 after SIGTERM
+    129  the terminal was closed
+    130  interrupted by Ctrl-C
     141  the reader of standard output has gone away
+    143  ended by SIGTERM. Like Ctrl-C it is an exception inside of `main`, so that files that are
+         half written go
     """
+    _prepare_streams()
     description = sys.modules[main.__module__].__doc__ or ""
     values = vars(parser_for(cls, description).parse_args(argv))
     cfg = cls(**_collect(cls, values))
-    _prepare_output()
     try:
-        main(cfg)
+        with _signals_as_exits(), at_end:
+            main(cfg)
         sys.stdout.flush()  # a reader that has gone away is noticed here, not when Python ends
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -222,28 +284,77 @@ def run_command(cls: type, main: Callable[[Any], Any], argv: list[str] | None = 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         if os.environ.get("NANOPHI_TRACEBACK"):
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.filename:
-            text = f"{error.strerror}: {error.filename}"
-        print("error:", " ".join(text.split()), file=sys.stderr)
+        print("error:", " ".join(_message(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
+def _message(error: Exception) -> str:
+    """What an exception says to a user."""
+    if isinstance(error, MemoryError):
+        return f"the memory does not suffice ({str(error)[:100] or 'nothing is left'})"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
+@contextlib.contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """Inside, SIGTERM and the end of the terminal (SIGHUP) raise SystemExit.
+
+    Without it they end the process at once, and its temporary files stay.
+    """
+
+    def leave(number: int, frame: types.FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # What nohup has told to ignore is ignored.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            with contextlib.suppress(ValueError):  # only the main thread can set a handler
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 of those that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is rank 0 of those that torchrun started, or the only one.
+
+    A cluster may set RANK for reasons of its own, so it counts only beside a WORLD_SIZE.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone or os.environ.get("RANK", "0") == "0"
 
 
-def _prepare_output() -> None:
-    """Under torchrun only rank 0 prints; errors of all ranks are printed."""
-    if not is_first_rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open until the end
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # In a log file, lines then come in the same order as those of standard error.
-        sys.stdout.reconfigure(line_buffering=True)
+def _prepare_streams() -> None:
+    """Make standard input, output and error such that they end no command.
+
+    A stream may be closed (`>&-`), and it may have an encoding that lacks Chinese, such as a
+    terminal under LC_ALL=C, or one that lacks a sign: GBK has no ⏎. Then escapes are printed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # it is closed, and this takes its place: the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - until the end
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if not is_first_rank():  # under torchrun only rank 0 prints; errors of all ranks are printed
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # In a log file, lines of both streams then come in the order of their printing.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 # ---- time, memory, progress
@@ -299,7 +410,7 @@ class Progress:
 
     def _terminal_bar(self) -> Any:
         """tqdm's bar, 80 columns wide at most; None without a terminal or without tqdm."""
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             return None
         try:
             from tqdm import tqdm
