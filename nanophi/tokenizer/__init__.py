@@ -1,4 +1,6 @@
-"""Strings -> token ids and back. Imports nothing of ours but the ground (cli, files, parallel)."""
+"""Strings -> token ids and back. Imports nothing of ours but the ground: cli, expect, files and
+parallel.
+"""
 
 from typing import TYPE_CHECKING
 

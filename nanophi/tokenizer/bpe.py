@@ -32,7 +32,13 @@ from nanophi.cli import UserError
 from nanophi.tokenizer.fast.merges import LARGEST_VOCABULARY, Trainer
 from nanophi.tokenizer.fast.words import count_words
 from nanophi.tokenizer.levels import Level, level_named
-from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Pair, Tokenizer, refuse_one_string
+from nanophi.tokenizer.tokenizer import (
+    SPECIAL_TOKENS,
+    Pair,
+    Tokenizer,
+    checked_size,
+    refuse_one_string,
+)
 
 # ---- The rule
 
@@ -138,6 +144,8 @@ def train_bpe(
     [12, 7, 9, 10]
     """
     refuse_one_string(texts, "train_bpe")
+    vocab_size = checked_size(vocab_size, "vocab_size")
+    min_frequency = checked_size(min_frequency, "min_frequency")
     chosen = level_named(level, byte_fallback, split)
     if vocab_size > LARGEST_VOCABULARY:
         raise UserError(

@@ -31,6 +31,8 @@ def encode_chat(
 
     bos: put [BOS] first.
     """
+    if not isinstance(tok, Tokenizer):
+        raise UserError(f"tok is of type {type(tok).__name__}, expected a Tokenizer")
     ids = [tok.bos_id] if bos else []
     mask = [False] if bos else []
     for segment in segments(messages, tok.template):

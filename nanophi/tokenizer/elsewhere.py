@@ -14,17 +14,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nanophi.cli import UserError
+from nanophi.cli import SHOWN, UserError
+from nanophi.expect import Expected, check
 from nanophi.files import replacing, utf8
 from nanophi.tokenizer.levels import BYTE_TO_CHAR, PieceLevel, level_named
-from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer, refuse_one_string
+from nanophi.tokenizer.tokenizer import (
+    LARGEST_ID,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    checked_size,
+    each_text,
+    refuse_one_string,
+)
 
 # ---- 1. tiktoken's rank files: GPT's, and Qwen's .tiktoken
 
 # Each line has a token's bytes in base64 and its rank, which is its id: "5oSf 57" is 感. tiktoken
 # merges any two neighbours whose bytes together are a token, the smallest rank first.
-
-LARGEST_RANK = 2**31 - 1
 
 
 def load_ranks(
@@ -36,7 +42,14 @@ def load_ranks(
     {text: id} of its special tokens, which the file does not hold either. Raises a UserError that
     names the line at fault.
     """
-    specials = dict(specials or {})
+    specials = specials or {}
+    check(specials, Expected(dict), "specials")
+    for text, i in specials.items():
+        check(text, Expected(str), "a text of specials")
+        check(i, Expected(int, at_least=0, at_most=LARGEST_ID), f"the id of {text} in specials")
+    if len(set(specials.values())) < len(specials):
+        raise UserError("two special tokens have one id")
+    specials = dict(specials)
     ranks = read_ranks(path)
     taken = set(ranks.values())
     if clash := [text for text, i in specials.items() if i in taken]:
@@ -68,10 +81,11 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
             rank = int(digits)
         except (ValueError, binascii.Error):
             raise UserError(f"{path}, line {number}: not a token in base64 and its rank") from None
-        if token in ranks or rank in taken or not 0 <= rank <= LARGEST_RANK:
+        if token in ranks or rank in taken or not 0 <= rank <= LARGEST_ID:
+            shown_rank = digits[:SHOWN].decode()
             raise UserError(
-                f"{path}, line {number}: the token or its rank {rank} stands there twice, "
-                "or is no rank"
+                f"{path}, line {number}: the token or its rank {shown_rank} stands there twice, "
+                f"or is no rank from 0 to {LARGEST_ID:,}"
             )
         ranks[token] = rank
         taken.add(rank)
@@ -89,7 +103,7 @@ def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     >>> parts_of(b"hugs", {b"h": 0, b"u": 1, b"g": 2, b"s": 3, b"ug": 4, b"hug": 5, b"hugs": 6})
     [b'hug', b's']
     """
-    never = LARGEST_RANK + 1
+    never = LARGEST_ID + 1
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         joined = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
@@ -119,6 +133,9 @@ def train_sentencepiece(
     or if vocab_size is too small for its characters.
     """
     refuse_one_string(texts, "train_sentencepiece")
+    vocab_size = checked_size(vocab_size, "vocab_size")
+    if vocab_size > LARGEST_ID:
+        raise UserError(f"vocab_size {vocab_size:,} is too large: at most {LARGEST_ID:,}")
     model = sentencepiece_model(texts, vocab_size)
     if model_file is not None:
         with replacing(model_file) as beside:
@@ -131,14 +148,19 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     texts_with_content = 0
+    faults: list[Exception] = []  # sentencepiece forgets what its iterator raises
 
     def sentences() -> Iterator[str]:
         nonlocal texts_with_content
-        for text in texts:
-            utf8(text)  # refuses half of a surrogate pair
-            if text.strip():
-                texts_with_content += 1
-            yield text
+        try:
+            for text in each_text(texts, "train_sentencepiece"):
+                utf8(text)  # refuses half of a surrogate pair
+                if text.strip():
+                    texts_with_content += 1
+                yield text
+        except Exception as error:
+            faults.append(error)
+            raise
 
     ids: dict[str, Any] = {f"{role}_id": i for role, i in SENTENCEPIECE_ROLES.items()}
     names: dict[str, Any] = {f"{role}_piece": f"[{role.upper()}]" for role in SENTENCEPIECE_ROLES}
@@ -163,6 +185,8 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int) -> bytes:
             **names,
         )
     except RuntimeError as error:
+        if faults:
+            raise faults[0] from None
         if texts_with_content == 0:
             raise UserError("there is no text to train a tokenizer on") from None
         raise UserError(

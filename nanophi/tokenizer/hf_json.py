@@ -15,17 +15,17 @@ Writing is `to_dict` and `save`. Reading is `load`: `misshapen` checks that the 
 give other ids, so they are refused.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanophi.cli import UserError
-from nanophi.files import write_json
+from nanophi.cli import SHOWN, UserError
+from nanophi.expect import Expected, check, check_fields, read_json, shown
+from nanophi.files import finish, together, write_json
 from nanophi.tokenizer.levels import ByteLevel, CharLevel, Level, PieceLevel
 from nanophi.tokenizer.splits import SPLITS
 from nanophi.tokenizer.template import TEMPLATES, template_of
-from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanophi.tokenizer.tokenizer import LARGEST_ID, SPECIAL_TOKENS, Tokenizer, checked_directory
 
 Json = dict[str, Any]  # an object of a JSON file
 
@@ -72,7 +72,7 @@ def added_token(text: str, token_id: int, special: bool) -> Json:
 
 def save(tok: Tokenizer, directory: str | Path) -> None:
     """Write the three files so that AutoTokenizer of transformers 4.57 and 5 reads them."""
-    directory = Path(directory)
+    directory = checked_directory(directory)
     roles = roles_of(tok)
     jinja = tok.unknown_jinja
     if tok.template in TEMPLATES:
@@ -83,9 +83,10 @@ def save(tok: Tokenizer, directory: str | Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": jinja,
     }
-    write_json(directory / "tokenizer.json", to_dict(tok))
-    write_json(directory / "special_tokens_map.json", roles)
-    write_json(directory / "tokenizer_config.json", config | roles)
+    with together(directory):
+        write_json(directory / "tokenizer.json", to_dict(tok))
+        write_json(directory / "special_tokens_map.json", roles)
+        write_json(directory / "tokenizer_config.json", config | roles)
 
 
 def roles_of(tok: Tokenizer) -> dict[str, str]:
@@ -180,7 +181,9 @@ def load(directory: str | Path) -> Tokenizer:
 
     Raises a UserError that says what is wrong with the file.
     """
-    path = Path(directory) / "tokenizer.json"
+    directory = checked_directory(directory)
+    finish(directory)
+    path = directory / "tokenizer.json"
     data = read(path)
     level = level_of(data, path)
     vocab = data["model"]["vocab"]
@@ -194,8 +197,11 @@ def load(directory: str | Path) -> Tokenizer:
         pairs = [(vocab[left], vocab[right]) for left, right in merges]
         tok = Tokenizer.of_parts(level, added, specials, ordinary, pairs)
     except KeyError as error:
-        raise UserError(f"{path}: tokens and merges do not fit together, at {error}") from None
-    jinja = jinja_of(Path(directory) / "tokenizer_config.json")
+        at = shown(error.args[0])
+        raise UserError(f"{path}: tokens and merges do not fit together, at {at}") from None
+    except UserError as error:  # half of a surrogate pair in a token
+        raise UserError(f"{path}: {error}") from None
+    jinja = jinja_of(directory / "tokenizer_config.json")
     tok.template = template_of(jinja)
     if tok.template not in TEMPLATES:
         tok.unknown_jinja = jinja
@@ -209,10 +215,7 @@ def read(path: Path) -> Json:
             f"no tokenizer.json in {path.parent}; "
             f"python train_tokenizer.py --out {path.parent} writes one"
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+    data = read_json(path)
     fault = misshapen(data)
     if fault is not None:
         raise UserError(f"{path} is no tokenizer.json: {fault}")
@@ -237,14 +240,20 @@ def pair_of(merge: Any) -> Any:
 def added_of(data: Json, path: Path) -> dict[str, int]:
     """{text: id} of the added tokens, by id."""
     vocab = data["model"]["vocab"]
-    added = {}
+    text_of_id = {i: text for text, i in vocab.items()}
+    added: dict[str, int] = {}
     for token in sorted(data["added_tokens"], key=lambda token: token["id"]):
         text = token["content"]
         if not text:
             continue
         if vocab.get(text, token["id"]) != token["id"]:
             raise UserError(
-                f"{path}: {text} has one id in the vocabulary and another in added_tokens"
+                f"{path}: {shown(text)} has one id in the vocabulary and another in added_tokens"
+            )
+        if text in added or text_of_id.setdefault(token["id"], text) != text:
+            raise UserError(
+                f"{path}: {shown(text)} stands twice in added_tokens, "
+                f"or another token has its id {token['id']}, too"
             )
         added[text] = token["id"]
     return added
@@ -262,12 +271,19 @@ def ordinary_tokens(
     return {token: i for token, i in vocab.items() if token not in specials or token in made}
 
 
-def jinja_of(path: Path) -> str | None:
-    """The chat template of a tokenizer_config.json; None if there is no file or no template."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
+def jinja_of(path: Path) -> Any:
+    """The chat template of a tokenizer_config.json; None if there is no file or no template.
+
+    It may be a list of templates with names, which is known to none of TEMPLATES.
+    """
+    if not path.exists():
         return None
+    config = read_json(path)
+    check_fields(config, {}, path)
+    jinja = config.get("chat_template")
+    if not is_list_of(is_named_template, jinja):
+        check(jinja, Expected(str, optional=True), f"{path}: chat_template")
+    return jinja
 
 
 # ---- The shape of the file
@@ -283,7 +299,10 @@ def misshapen(data: Any) -> str | None:
     if not is_list_of(is_object, pre_tokenizers(data)) or not pre_tokenizers(data):
         return "pretokenizers is no list of objects"
     if not is_list_of(is_added_token, data.get("added_tokens", [])):
-        return "added_tokens is no list of objects with content, id and special"
+        return (
+            "added_tokens is no list of objects with content, special, "
+            f"and an id from 0 to {LARGEST_ID:,}"
+        )
     if data["model"].get("type") != "BPE":
         return None  # `level_of` refuses it with a better message
     return misshapen_model(data["model"])
@@ -293,7 +312,7 @@ def misshapen_model(model: Json) -> str | None:
     """The same for the entries of a BPE model."""
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not is_list_of(is_id, list(vocab.values())):
-        return "model.vocab is no object of ids"
+        return f"model.vocab is no object of ids from 0 to {LARGEST_ID:,}"
     if len(set(vocab.values())) < len(vocab):
         return "two tokens of model.vocab have one id"
     if not is_list_of(is_merge, model.get("merges")):
@@ -321,7 +340,15 @@ def is_object(value: Any) -> bool:
 
 def is_id(value: Any) -> bool:
     """Whether a value can be a token's id. JSON's true and false are ints to Python."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_ID
+
+
+def is_named_template(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("template"), str)
+    )
 
 
 def is_added_token(value: Any) -> bool:
@@ -363,10 +390,10 @@ def nearest_level(data: Json) -> Level:
 
 def unlike(data: Json, level: Level) -> str | None:
     """What in a tokenizer.json is not as the level has it, and would give other ids; else None."""
-    kinds = "+".join(str(part.get("type")) for part in pre_tokenizers(data))
+    kinds = "+".join(named(part.get("type")) for part in pre_tokenizers(data)[:5])
     if not has_known_model(data["model"], level):
         return (
-            f"a model {data['model'].get('type')} with pre_tokenizer {kinds} is not read; "
+            f"a model {named(data['model'].get('type'))} with pre_tokenizer {kinds} is not read; "
             "byte-level BPE, and char-level BPE with [UNK], are"
         )
     if not has_known_split(data, level):
@@ -376,10 +403,10 @@ def unlike(data: Json, level: Level) -> str | None:
         )
     normalizer = data.get("normalizer")
     if normalizer != settings_of(level)["normalizer"]:
-        return f"the normalizer {normalizer} is not supported"
+        return f"the normalizer {named(normalizer)} is not supported"
     post_processor = (data.get("post_processor") or {}).get("type")
     if post_processor not in (None, "ByteLevel"):  # ByteLevel's changes the offsets only
-        return f"the post_processor {post_processor} is not supported"
+        return f"the post_processor {named(post_processor)} is not supported"
     for token in data["added_tokens"]:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             return "lstrip, rstrip and single_word of added tokens are not supported"
@@ -387,6 +414,11 @@ def unlike(data: Json, level: Level) -> str | None:
     if others:
         return f"the settings {', '.join(others)} are not supported"
     return None
+
+
+def named(value: Any) -> str:
+    """A value of the file as messages show it: a name as it is."""
+    return shown(value) if isinstance(value, list | dict) else str(value)[:SHOWN]
 
 
 def has_known_model(model: Json, level: Level) -> bool:

@@ -22,7 +22,6 @@ spelling stands for:
 The methods that take or give arrays serve the fast half, nanophi/tokenizer/fast.
 """
 
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,9 @@ from typing import Any
 import numpy as np
 
 from nanophi.cli import UserError
+from nanophi.expect import Expected, check
 from nanophi.files import utf8
+from nanophi.tokenizer.normal import normalize
 from nanophi.tokenizer.splits import CHAR_SPLIT, SPLITS, char_starts, text_starts
 
 # ---- How bytes are spelled
@@ -91,7 +92,7 @@ class ByteLevel:
 
     def normalized(self, text: str) -> str:
         """The text that is split and encoded."""
-        return unicodedata.normalize("NFC", text) if self.nfc else text
+        return normalize("NFC", text) if self.nfc else text
 
     def words(self, text: str) -> list[str]:
         """The words (pre-tokens) of a normalized text."""
@@ -151,7 +152,7 @@ class CharLevel:
 
     def normalized(self, text: str) -> str:
         """The text that is split and encoded."""
-        return unicodedata.normalize("NFKC", text).replace(" ", "▁")
+        return normalize("NFKC", text).replace(" ", "▁")
 
     def words(self, text: str) -> list[str]:
         """The words (pre-tokens) of a normalized text."""
@@ -225,9 +226,10 @@ def level_named(name: str, byte_fallback: bool = False, split: str = "gpt2") -> 
     byte_fallback: at the level "char" a character unseen in training becomes its bytes, not [UNK].
     split: at the level "byte" a name in splits.SPLITS.
     """
+    check(byte_fallback, Expected(bool), "byte_fallback")
     if name not in ("byte", "char"):
         raise UserError(f"level {name!r} is not known; there are 'byte' and 'char'")
-    if split not in SPLITS:
+    if split not in list(SPLITS):  # a list, because what is no name may have no hash
         raise UserError(f"split {split!r} is not known; there are {', '.join(SPLITS)}")
     if name == "char":
         return CharLevel(byte_fallback)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nanophi.files import replacing, write_text
 from nanophi.tokenizer.levels import BYTE_TOKENS
-from nanophi.tokenizer.tokenizer import Tokenizer
+from nanophi.tokenizer.tokenizer import Tokenizer, each_text
 
 # Texts that a tokenizer should give back unchanged.
 ROUND_TRIPS = {
@@ -140,7 +140,7 @@ def report(tok: Tokenizer, texts: Iterable[str]) -> str:
     """
     used: Counter[int] = Counter()  # token id -> how often
     characters = 0
-    for text in texts:
+    for text in each_text(texts, "report"):
         characters += len(text)
         used.update(tok.encode(text))
     total = max(used.total(), 1)

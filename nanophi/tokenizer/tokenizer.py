@@ -22,6 +22,8 @@ encodes many texts at once.
 import hashlib
 import heapq
 import json
+import operator
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -30,13 +32,17 @@ from typing import Any
 
 import numpy as np
 
-from nanophi.cli import UserError
+from nanophi.cli import SHOWN, UserError
+from nanophi.expect import Expected, check, shown
 from nanophi.files import utf8
 from nanophi.tokenizer.levels import BYTE_TOKENS, Level
 from nanophi.tokenizer.template import DEFAULT
 
 # The original's special tokens in its order: ids 0 to 6.
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]
+
+# A larger id is refused in files: what has one entry for each id would fill the memory.
+LARGEST_ID = 2**24 - 1
 
 FEW_CHARACTERS = 4096  # a smaller batch is encoded text by text: calling numpy would cost more
 MEMO_LENGTH = 100  # characters; the ids of longer words are not remembered
@@ -150,7 +156,7 @@ class Tokenizer:
         self.merge_list = list(merges)
         self.merge_counts = list(merge_counts)
         self.template = DEFAULT
-        self.unknown_jinja: str | None = None
+        self.unknown_jinja: Any = None
         self._index()
 
     @classmethod
@@ -206,9 +212,10 @@ class Tokenizer:
 
     def special_id(self, text: str) -> int:
         """The id of a special or added token: `tok.special_id("[SEP]")`."""
+        check(text, Expected(str), "the name of a special token")
         if text not in self.added:
             raise UserError(
-                f"this tokenizer has no {text}; "
+                f"this tokenizer has no {text[:SHOWN]}; "
                 f"its added tokens are {', '.join(self.added) or 'none'}"
             )
         return self.added[text]
@@ -343,8 +350,7 @@ class Tokenizer:
         from nanophi.parallel import batches
         from nanophi.tokenizer.fast.words import BLOCK_CHARACTERS
 
-        refuse_one_string(texts, "encode_batch")
-        for block in batches(texts, BLOCK_CHARACTERS):
+        for block in batches(each_text(texts, "encode_batch"), BLOCK_CHARACTERS):
             if sum(map(len, block)) < FEW_CHARACTERS:
                 for text in block:
                     yield np.array(self.encode(text, specials), np.int32)
@@ -379,19 +385,26 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids -> the exact bytes. Raises a UserError if an id is no token."""
+        return self._bytes_of(whole_numbers(ids))
+
+    def _bytes_of(self, ids: list[int]) -> bytes:
         try:
-            return b"".join([self.id_to_bytes[int(i)] for i in ids])
+            return b"".join([self.id_to_bytes[i] for i in ids])
         except KeyError as error:
             raise UserError(
-                f"no token has the id {error}; the largest is {len(self) - 1}"
+                f"no token has the id {shown(error.args[0])}; the largest is {len(self) - 1}"
             ) from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids -> text. Bytes that are no UTF-8 become U+FFFD."""
+        """Ids -> text. Bytes that are no UTF-8 become U+FFFD.
+
+        ids: of one text; an array of numpy or a tensor will do, too.
+        """
+        numbers = whole_numbers(ids)
         if skip_special_tokens:
             hidden = self._special_ids()
-            ids = [i for i in ids if int(i) not in hidden]
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+            numbers = [i for i in numbers if i not in hidden]
+        return self._bytes_of(numbers).decode("utf-8", "replace")
 
     def byte_lengths(self) -> list[int]:
         """For each id, how many bytes of text it stands for: 0 for special tokens and for gaps."""
@@ -414,8 +427,7 @@ class Tokenizer:
         that is a token of the vocabulary already keeps its id, as in HF. The others get new ids at
         the end, and a model has to follow: `model.set_vocabulary(len(tok))`.
         """
-        refuse_one_string(texts, "add_tokens")
-        texts = [text for text in texts if text]
+        texts = [text for text in each_text(texts, "add_tokens") if text]
         for text in texts:
             utf8(text)  # refuses half of a surrogate pair, before anything is changed
         before = len(self.added)
@@ -466,10 +478,74 @@ def split_at(tokens: Collection[str], text: str) -> list[str]:
     return regex.split(f"({pattern})", text)
 
 
+# ---- Arguments
+
+
 def refuse_one_string(texts: Iterable[str], function: str) -> None:
-    """Refuse one string where a list of strings is expected: it would be read as its characters."""
-    if isinstance(texts, str):
+    """Refuse one string where a list of strings is expected: it would be read as its characters.
+
+    A dict would be read as its keys.
+    """
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        name = "one string" if isinstance(texts, str) else f"a {type(texts).__name__}"
         raise UserError(
-            f"{function} takes a list of strings, one for each text, and not one string; "
+            f"{function} takes a list of strings, one for each text, and not {name}; "
             f"for a single text write {function}([text])"
         )
+
+
+def each_text(texts: Iterable[str], function: str) -> Iterator[str]:
+    """The texts, which may stream in; a UserError at the first that is no string.
+
+    >>> list(each_text(["一", b"x"], "encode_batch"))  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    nanophi.cli.UserError: text number 2 is of type bytes, a string was expected
+    """
+    refuse_one_string(texts, function)
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise UserError(
+                f"{function}: text number {number} is of type {type(text).__name__}, "
+                "a string was expected"
+            )
+        yield text
+
+
+def whole_numbers(ids: Any) -> list[int]:
+    """Ids as a list of ints: of a list, an array of numpy or a tensor.
+
+    >>> whole_numbers(np.array([7, 9], np.int32)), whole_numbers(i for i in (7, 9))
+    ([7, 9], [7, 9])
+    """
+    values = ids.tolist() if hasattr(ids, "tolist") else ids  # far faster than one by one
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise UserError(f"decode takes a list of ids, not {shown(ids)}")
+    numbers = list(values)
+    if set(map(type, numbers)) <= {int}:
+        return numbers
+    for place, value in enumerate(numbers):
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            numbers[place] = operator.index(value)  # an int of numpy is one, 2.5 is none
+        except TypeError:
+            raise UserError(
+                f"decode takes a list of whole numbers, and one of them is {shown(value)}; "
+                "for several texts call it once for each"
+            ) from None
+    return numbers
+
+
+def checked_size(value: Any, name: str) -> int:
+    """A whole number of at least 1, which may be one of numpy's."""
+    if isinstance(value, np.integer):
+        value = int(value)
+    check(value, Expected(int, at_least=1), name)
+    return value
+
+
+def checked_directory(directory: Any) -> Path:
+    """The path of a directory that is given as a string or as a Path."""
+    if not isinstance(directory, str | os.PathLike):
+        raise UserError(f"the directory of a tokenizer is {shown(directory)}, expected its path")
+    return Path(directory)

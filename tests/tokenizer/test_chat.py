@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nanophi.cli import UserError
 from nanophi.tokenizer.chat import chat_prompt, encode_chat
+from nanophi.tokenizer.template import TEMPLATES, template_of
 
 
 def turns(*texts):
@@ -59,3 +60,45 @@ def test_messages_out_of_turn_are_refused(tok):
         chat_prompt(turns("一", "二"), tok)
     with pytest.raises(UserError, match="no question"):
         encode_chat([], tok)
+
+
+def of(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def test_several_system_messages_before_a_question_all_join_it(tok, tmp_path):
+    """Only the last one did, and the others were lost without a word."""
+    from transformers import AutoTokenizer
+
+    messages = of(("system", "甲"), ("system", "乙"), ("user", "一？"), ("assistant", "壹。"))
+    messages += of(("system", "丙"), ("user", "二？"))
+    assert tok.decode(chat_prompt(messages, tok)) == (
+        "##提问:\n甲\n乙\n一？\n##回答:\n壹。[EOS]##提问:\n丙\n二？\n##回答:\n"
+    )
+    tok.save(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    assert auto.apply_chat_template(messages, return_dict=False) == chat_prompt(messages, tok)
+
+
+def test_a_system_message_that_no_question_follows_is_refused(tok):
+    """It was lost without a word."""
+    turn = of(("user", "一？"), ("assistant", "壹。"))
+    for messages in (turn + of(("system", "甲")), turn[:1] + of(("system", "甲")) + turn[1:]):
+        with pytest.raises(UserError, match="is from 'system' and no question follows"):
+            encode_chat(messages, tok)
+
+
+def test_templates_that_were_saved_earlier_are_known():
+    """The text of a template is how it is recognised, and checkpoints hold the earlier one."""
+    former = (
+        "{%- set ns = namespace(before='') -%}"
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'system' -%}"
+        "{%- set ns.before = message['content'] + '\n' -%}"
+        "{%- elif message['role'] == 'user' -%}"
+        "{{- '##提问:\n' + ns.before + message['content'] + '\n##回答:\n' -}}"
+        "{%- set ns.before = '' -%}"
+        "{%- else -%}{{- message['content'] | trim + '[EOS]' -}}{%- endif -%}"
+        "{%- endfor -%}"
+    )
+    assert template_of(former) == template_of(TEMPLATES["wenda"].jinja) == "wenda"

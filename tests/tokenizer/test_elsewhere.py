@@ -113,3 +113,16 @@ def test_batches_and_auto_tokenizer(trained, monkeypatch):
 def test_one_string_instead_of_texts_is_refused():
     with pytest.raises(UserError, match="train_sentencepiece takes a list of strings"):
         train_sentencepiece("感冒了要多喝水", 300)
+
+
+def test_what_the_texts_raise_comes_out_of_sentencepiece():
+    """sentencepiece said "a larger vocab_size may do", whatever had stopped the texts."""
+
+    def texts():
+        yield "感冒了"
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train_sentencepiece(texts(), 300)
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        train_sentencepiece(["感冒了", "\ud83d"], 300)

@@ -155,7 +155,7 @@ def test_adding_what_is_a_token_keeps_its_id(hf, tok, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalizer": {"type": "NFKC"}}, "the normalizer {'type': 'NFKC'} is not supported"),
+        ({"normalizer": {"type": "NFKC"}}, 'the normalizer {"type": "NFKC"} is not supported'),
         (
             {"pre_tokenizer": {"type": "Whitespace"}},
             "a model BPE with pre_tokenizer Whitespace is not read",
@@ -244,9 +244,9 @@ def test_a_damaged_file_is_one_clear_error_or_a_tokenizer(path, level, tmp_path)
             Tokenizer.load(tmp_path).encode_batch(TEXTS)
         except UserError:
             continue
-    for text in ("null", "[]", "[" * 100_000):
+    for text in ("null", "[]", "[" * 100_000, ""):
         (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=r"tokenizer\.json is no"):
+        with pytest.raises(UserError, match=r"tokenizer\.json is (no|damaged)"):
             Tokenizer.load(tmp_path)
 
 

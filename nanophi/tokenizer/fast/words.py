@@ -29,6 +29,7 @@ from nanophi.tokenizer.fast.merges import GAP, WEIGHT_SHIFT
 from nanophi.tokenizer.fast.table import Table, begins_of, spread
 from nanophi.tokenizer.levels import Level
 from nanophi.tokenizer.splits import BREAK
+from nanophi.tokenizer.tokenizer import each_text
 
 BLOCK_CHARACTERS = 1 << 20  # characters that are counted, or encoded, together
 WORDS_AT_ONCE = 1 << 19  # words that are laid out together: bounds what exists twice
@@ -308,6 +309,6 @@ class WordCounter(WordStore):
 def count_words(texts: Iterable[str], level: Level) -> WordCounter:
     """Count the words of all texts, which may stream in."""
     counter = WordCounter(level)
-    for block in batches(texts, BLOCK_CHARACTERS):
+    for block in batches(each_text(texts, "count_words"), BLOCK_CHARACTERS):
         counter.add(block)
     return counter
