@@ -8,9 +8,11 @@
 Greedy unless --temperature is given. With --prompt only the answer goes to standard output
 (sources to standard error); without it, --chat, --rag and --compare ask for questions until /exit
 or Ctrl-D. /reset forgets what was said, /save FILE.jsonl keeps it, Ctrl-C stops an answer and not
-the program.
+the program. An answer ends where the context of the model is full, with a note on standard error.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,7 +99,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"{flags} choose among sampled tokens: give --temperature too, 0.8 say")
     if cfg.prompt is not None and not cfg.prompt.strip():
         raise UserError("--prompt is empty: there is no question to answer")
-    if cfg.compare == cfg.model:
+    if cfg.compare is not None and os.path.realpath(cfg.compare) == os.path.realpath(cfg.model):
         raise UserError(f"--compare {cfg.compare} is the model itself: name another")
 
 
@@ -131,21 +133,25 @@ def silent_answers(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[str], s
 
 def answer(model: Phi, tok: Tokenizer, prompt: list[int], cfg: Config, show: bool = True) -> str:
     """Answer a prompt; with `show`, print each piece as it comes."""
-    context = model.cfg.max_position_embeddings
-    if len(prompt) >= context:  # not even one new token would fit
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model was made for {context}: shorten it"
-        )
     generator = torch.Generator(model.device).manual_seed(cfg.seed)
-    pieces = []
-    for piece in stream(
+    stream_of_pieces = stream(
         model, tok, prompt, cfg.max_new_tokens, generator=generator, **cfg.sampling
-    ):
+    )
+    pieces: list[str] = []
+    while True:
+        try:
+            piece = next(stream_of_pieces)
+        except StopIteration as end:
+            context_is_full = end.value
+            break
         pieces.append(piece)
         if show:
             print(piece, end="", flush=True)
     if show:
         print()
+    if context_is_full:
+        context = model.cfg.max_position_embeddings
+        print(f"(the answer stops: the context of {context} tokens is full)", file=sys.stderr)
     return "".join(pieces)
 
 

@@ -10,13 +10,17 @@ the other:
 makes it. `converse` asks for questions at the terminal and gives them to a reply.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
+from nanophi.claims import refuse
 from nanophi.cli import UserError
+from nanophi.expect import Expected, check
 from nanophi.infer.columns import side_by_side
 from nanophi.infer.rag import NOT_FOUND, Index, question_with
 from nanophi.text.corpus import write_rows
+from nanophi.text.outputs import rows_output
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.tokenizer.tokenizer import Tokenizer
 
@@ -54,13 +58,16 @@ def retrieving(
     """Answer from the best `passages` of the documents, and name them on standard error.
 
     Where even the best score is below the threshold the answer is NOT_FOUND, without the model: a
-    small model would invent an answer.
+    small model would invent an answer. So it is where no passage has anything in common with the
+    question.
     """
+    check(passages, Expected(int, at_least=1), "passages")
+    check(threshold, Expected(float, at_least=0), "threshold")
 
     def reply(question: str) -> str:
         ranked = index.search(question, passages)
         best = ranked[0][0] if ranked else 0.0
-        if best < threshold:
+        if not ranked or best < threshold:
             print(NOT_FOUND)
             print(
                 f"(best score {best:.2f} is below the threshold {threshold:.2f})", file=sys.stderr
@@ -99,11 +106,13 @@ def converse(start: Callable[[], Reply]) -> None:
     """Ask for questions until /exit or Ctrl-D. `start` makes a reply that remembers nothing.
 
     /reset            forget the conversation
-    /save FILE.jsonl  write the conversation as a row that sft.py reads
+    /save FILE.jsonl  write the conversation as a row that sft.py reads, into a new file or one that
+                      this chat has written
     Ctrl-C            stop an answer and not the program
     """
     reply = start()
     messages: list[dict] = []
+    saved: set[str] = set()
     while True:
         try:
             line = input("提问> ").strip()
@@ -118,19 +127,31 @@ def converse(start: Callable[[], Reply]) -> None:
                 reply = start()
                 messages = []
             elif command == "/save":
-                save(messages, argument.strip() or "chat.jsonl")
+                save(messages, argument.strip() or "chat.jsonl", saved)
             elif line:
                 answer = reply(line)
                 messages.append({"role": "user", "content": line})
                 messages.append({"role": "assistant", "content": answer})
         except KeyboardInterrupt:
             print(" [stopped]")
-        except (UserError, OSError) as error:
+        except (ValueError, OSError) as error:
             # A question that is too long, or a file that cannot be written, does not end the chat.
+            # A UserError is a ValueError, and so is what Python says of a zero byte in a file name.
             print(error)
 
 
-def save(messages: list[dict], path: str) -> None:
-    """Write a conversation as one row."""
+def save(messages: list[dict], path: str, saved: set[str]) -> None:
+    """Write a conversation as one row.
+
+    saved: the files that this chat has written, which it may write again; this one is put in. Any
+    other file may hold what somebody needs, such as a whole corpus, and is refused
+    """
+    if not messages:
+        raise UserError("there is nothing to save yet")
+    refuse(rows_output("/save", path))
+    real = os.path.realpath(path)
+    if os.path.exists(real) and real not in saved:
+        raise UserError(f"/save {path}: the file is there already, name another")
     write_rows(path, [{"messages": messages}])
+    saved.add(real)
     print(f"saved {len(messages) // 2} turns to {path}")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.cli import SHOWN, Progress, UserError, flag, run_command
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import expand, read_texts
@@ -28,6 +28,8 @@ from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.losses import head_cross_entropy
 
 # ---- 1. bits per byte
+
+LARGEST_EXPONENT = 709  # e^710 is beyond the largest float
 
 
 @dataclass
@@ -59,7 +61,8 @@ class Score:
 
     def __str__(self) -> str:
         bits_per_character = self.nats / math.log(2) / max(self.characters, 1)
-        perplexity = math.exp(self.nats / max(self.tokens, 1))
+        nats_per_token = self.nats / max(self.tokens, 1)
+        perplexity = math.exp(nats_per_token) if nats_per_token < LARGEST_EXPONENT else math.inf
         return (
             f"{self.bits_per_byte:8.3f} {bits_per_character:9.3f} {perplexity:11.2f} "
             f"{self.tokens:10,} {self.bytes:11,}"
@@ -89,6 +92,11 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         first = stop
 
 
+NO_NUMBERS = (
+    "the model gives no probabilities (nan or infinite): its weights are damaged or far too large"
+)
+
+
 @torch.inference_mode()
 def score_text(model: Phi, tok: Tokenizer, text: str, stride: int) -> Score:
     """Score one document with its [EOS], which costs bits and spells nothing."""
@@ -100,6 +108,8 @@ def score_text(model: Phi, tok: Tokenizer, text: str, stride: int) -> Score:
         # The input at place i predicts the token at place i + 1.
         hidden = hidden[first - 1 - start :]
         score.nats += head_cross_entropy(hidden, head.weight, head.bias, ids[first:stop]).item()
+    if not math.isfinite(score.nats):
+        raise UserError(NO_NUMBERS)
     spelled = tok.decode_bytes(ids[1:-1].tolist())
     score.bytes = len(spelled)
     score.characters = len(spelled.decode("utf-8", "ignore"))
@@ -135,11 +145,11 @@ def read_subjects(directory: str | Path) -> list[Subject]:
             f"{root} holds no val/, test/ or dev/ folder of CSV files (id,question,A,B,C,D,answer)"
         )
     examples = {}
-    for path in sorted(folders.get("dev", root).glob("*.csv")):
+    for path in csv_files(folders.get("dev", root)):
         examples[name_of(path)] = read_questions(path)
     asked = next(iter(folders))  # the name of the first folder there is
     subjects = []
-    for path in sorted(folders[asked].glob("*.csv")):
+    for path in csv_files(folders[asked]):
         name = name_of(path)
         subject = Subject(name, read_questions(path), examples.get(name, []), asked == "dev")
         subjects.append(subject)
@@ -148,6 +158,11 @@ def read_subjects(directory: str | Path) -> list[Subject]:
             f"{folders[asked]} holds no CSV file with a question whose answer is A, B, C or D"
         )
     return subjects
+
+
+def csv_files(folder: Path) -> list[Path]:
+    """The CSV files of a folder, in order."""
+    return sorted(path for path in folder.glob("*.csv") if path.is_file())
 
 
 def read_questions(path: Path) -> list[dict]:
@@ -159,7 +174,7 @@ def read_questions(path: Path) -> list[dict]:
     rows = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for cells in csv.DictReader(file):
+            for cells in csv.DictReader(file, strict=True):
                 row = {}
                 for name, value in cells.items():
                     if name is not None:  # None: the cells beyond the last column
@@ -171,7 +186,15 @@ def read_questions(path: Path) -> list[dict]:
         raise UserError(
             f"{path}: the columns {', '.join(rows[0])} lack some of question, A, B, C, D, answer"
         )
-    return [row for row in rows if row["answer"] in OPTIONS]
+    questions = [row for row in rows if row["answer"] in OPTIONS]
+    for row in questions:
+        lacking = [name for name in sorted(COLUMNS) if row[name] is None]
+        if lacking:
+            raise UserError(
+                f"{path}: the question {str(row['question'])[:SHOWN]!r} has fewer cells than there "
+                f"are columns; {', '.join(lacking)} would be empty"
+            )
+    return questions
 
 
 def name_of(path: Path) -> str:
@@ -227,16 +250,28 @@ def option_logprobs(
         shown += 1
     hidden = model.hidden(torch.tensor([ids], device=model.device))[0, -1]  # (D,)
     logprobs = model.lm_head(hidden).float().log_softmax(-1)  # (V,)
-    return logprobs[[tok.encode(option)[0] for option in OPTIONS]], shown
+    of_options = logprobs[option_ids(tok)]
+    if of_options.isnan().any():
+        raise UserError(NO_NUMBERS)
+    return of_options, shown
 
 
-def multiple_choice(model: Phi, tok: Tokenizer, directory: str, shots: int) -> dict:
-    """Accuracy over all questions of a folder, printed by subject.
+def option_ids(tok: Tokenizer) -> list[int]:
+    """The tokens of A, B, C and D, which a tokenizer without these letters cannot tell apart."""
+    ids = [tok.encode(option)[0] for option in OPTIONS]
+    if len(set(ids)) < len(OPTIONS):
+        raise UserError(
+            "the tokenizer does not know the letters A, B, C and D: no choice can be seen"
+        )
+    return ids
+
+
+def multiple_choice(model: Phi, tok: Tokenizer, subjects: list[Subject], shots: int) -> dict:
+    """Accuracy over all questions of some subjects, printed by subject.
 
     shots: examples before each question. The standard error of a share p of n right answers is
     sqrt(p (1 - p) / n): with 1,346 questions and 25 % right it is 1.2 %.
     """
-    subjects = read_subjects(directory)
     total = sum(len(subject.questions) for subject in subjects)
     right = 0
     shown_total = 0
@@ -302,17 +337,23 @@ def main(cfg: Config) -> dict:
     """Score texts, or choices, or both; returns the figures it prints."""
     if cfg.data is None and cfg.choices is None:
         raise UserError("say what to evaluate: --data FILES or --choices FOLDER")
+    # All files are looked at first: a mistake in the last one should not cost the work before it.
+    files = expand(cfg.data or [])
+    for path in files:
+        if not any(read_texts([path])):
+            raise UserError(f"{path} holds no text to score")
+    subjects = read_subjects(cfg.choices) if cfg.choices is not None else []
     model, tok = load_with_tokenizer(cfg.model, cfg.device)
     results: dict[str, float] = {}
-    if cfg.data is not None:
-        results |= score_files(model, tok, cfg.data, cfg.stride, cfg.documents)
-    if cfg.choices is not None:
-        results |= multiple_choice(model, tok, cfg.choices, cfg.shots)
+    if files:
+        results |= score_files(model, tok, files, cfg.stride, cfg.documents)
+    if subjects:
+        results |= multiple_choice(model, tok, subjects, cfg.shots)
     return results
 
 
 def score_files(
-    model: Phi, tok: Tokenizer, data: list[str], stride: int | None, documents: int | None
+    model: Phi, tok: Tokenizer, files: list[Path], stride: int | None, documents: int | None
 ) -> dict:
     """Score the texts of files, printed by file; at most `documents` texts of each file."""
     context = model.cfg.max_position_embeddings
@@ -325,7 +366,7 @@ def score_files(
         f"{'bits/byte':>8} {'bits/char':>9} {'perplexity':>11} {'tokens':>9} {'bytes':>11}   file"
     )
     total = Score()
-    for path in expand(data):
+    for path in files:
         score = Score()
         with Progress(path.name, None) as bar:
             for number, text in enumerate(read_texts([path])):

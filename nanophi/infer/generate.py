@@ -7,6 +7,9 @@ r"""Generation: run the prompt through the model once, then decode one token at 
 Both are greedy unless a temperature is given. They take the filters of sampling.py as keywords, and
 `max_new_tokens`, `eos_token_id` and `generator`; names and meanings are those of transformers.
 
+An answer ends with [EOS], after max_new_tokens, or where the context is full: prompt and answer
+together have at most max_position_embeddings tokens.
+
 The loop is `decode_steps`. With a prompt of three tokens:
 
     step     model reads     KV cache holds     logits of      gives
@@ -16,14 +19,14 @@ The loop is `decode_steps`. With a prompt of three tokens:
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
-from numbers import Integral
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from nanophi.cli import UserError
+from nanophi.expect import Expected, check, shown
 from nanophi.infer.sampling import Keywords, Sampling, choose
 from nanophi.model.phi import KVCache, Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
@@ -36,7 +39,7 @@ Eos = int | list[int] | None | Literal["config"]
 
 def generate(
     model: Phi,
-    ids: list[int] | Tensor | Sequence[list[int]],
+    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int = 256,
     *,
     eos_token_id: Eos = "config",
@@ -45,29 +48,27 @@ def generate(
 ) -> list:
     """Continue one prompt, or many prompts at once.
 
-    ids: one prompt, a list of ids or a LongTensor (T,); or a list of prompts, of any lengths
+    ids: one prompt, a list of ids; or a list of prompts, of any lengths. Tensors and NumPy arrays
+        of whole numbers are taken too, (T,) for one prompt and (B, T) for many
+    max_new_tokens: the longest answer, where the context does not end it before
     eos_token_id: the id or ids that end an answer; by default those of the config; with None an
-        answer always has max_new_tokens ids
+        answer goes on to its longest
     generator: gives the random numbers, on the device of the model
     how: the filters of sampling.py, temperature=0.8, top_k=50 and so on; greedy by default
 
     Returns the new ids, [EOS] included, without the prompt; for many prompts a list of such lists.
-    A UserError where a prompt is text, empty, longer than the context, or has ids that the model
-    does not know. An answer may grow beyond the context; it is then on positions that the model
-    was not trained on.
+    An answer also ends where the context is full. A UserError where a prompt is text, empty, as
+    long as the context, or has ids that the model does not know.
     """
-    given: list[Any] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    check_is_no_text(given)
-    many = bool(given) and not isinstance(given[0], Integral)
-    prompts = [list(map(int, prompt)) for prompt in given] if many else [given]
-    check_prompts(model, prompts)
+    prompts, many = as_prompts(ids)
+    rooms = check_prompts(model, prompts, max_new_tokens)
     eos = stop_ids(model, eos_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
-    for new in decode_steps(model, prompts, max_new_tokens, Sampling(**how), generator):
+    for new in decode_steps(model, prompts, max(rooms), Sampling(**how), generator):
         for row in list(running):
             answers[row].append(new[row])
-            if new[row] in eos:
+            if new[row] in eos or len(answers[row]) == rooms[row]:
                 running.discard(row)
         if not running:
             break
@@ -77,17 +78,20 @@ def generate(
 def stream(
     model: Phi,
     tok: Tokenizer,
-    prompt: str | list[int],
+    prompt: str | Sequence[int] | Tensor,
     max_new_tokens: int = 256,
     *,
     eos_token_id: Eos = "config",
     generator: torch.Generator | None = None,
     **how: Unpack[Keywords],
-) -> Iterator[str]:
+) -> Generator[str, None, bool]:
     r"""Yield the continuation of `prompt` in pieces of whole characters.
 
     The prompt is taken as it is; `chat_prompt` puts a question into the chat template. [EOS] ends
     the stream and is not part of it. The other arguments are those of `generate`.
+
+    The stream also ends where the context is full. Then the generator returns True, which
+    `is_full = yield from stream(...)` tells; otherwise False.
 
     A token may end within a character: 好 is the three bytes e5 a5 bd, and a tokenizer that did not
     learn 好 spells it with two or three tokens. The decoder keeps the bytes of an unfinished
@@ -97,17 +101,20 @@ def stream(
     >>> [utf8.decode(token) for token in (b"\xe5", b"\xa5\xbd", b"\xef\xbc\x81")]
     ['', '好', '！']
     """
-    ids = tok.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    check_prompts(model, [ids])
+    prompts, many = as_prompts(tok.encode(prompt) if isinstance(prompt, str) else prompt)
+    if many:
+        raise UserError("stream continues one prompt: a text, or one list of ids")
+    (room,) = check_prompts(model, prompts, max_new_tokens)
     eos = stop_ids(model, eos_token_id)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    for (new,) in decode_steps(model, [ids], max_new_tokens, Sampling(**how), generator):
+    for (new,) in decode_steps(model, prompts, room, Sampling(**how), generator):
         if new in eos:
-            break
+            return False
         # The model may have more rows than there are tokens; such an id spells nothing.
         piece = utf8.decode(tok.id_to_bytes.get(new, b""))
         if piece:
             yield piece
+    return room < max_new_tokens
 
 
 # ---- the loop
@@ -126,6 +133,10 @@ def decode_steps(
     A row goes on after its [EOS], because all rows of a batch take the same steps. The caller stops
     reading a row, and stops the loop after the last one.
     """
+    if not isinstance(generator, torch.Generator | None):
+        raise UserError(
+            f"generator is {shown(generator)}, expected torch.Generator(device).manual_seed(0)"
+        )
     ids, left_pad = pad_left(prompts, model.cfg.pad_token_id)
     ids = ids.to(model.device)
     if left_pad is not None:
@@ -167,41 +178,88 @@ def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor | No
 
 def stop_ids(model: Phi, eos_token_id: Eos) -> set[int]:
     """The ids that end an answer."""
-    if eos_token_id == "config":
-        eos_token_id = model.cfg.eos_token_id
     if eos_token_id is None:
         return set()
-    if isinstance(eos_token_id, int):
-        return {eos_token_id}
-    return set(eos_token_id)
+    if eos_token_id == "config":
+        eos_token_id = model.cfg.eos_token_id
+    ids = list(eos_token_id) if isinstance(eos_token_id, list | tuple | set) else [eos_token_id]
+    if not ids:
+        raise UserError("eos_token_id is empty; None lets an answer go on to its longest")
+    for token in ids:
+        known = Expected(int, at_least=0, at_most=model.cfg.vocab_size - 1)
+        check(token, known, "eos_token_id", "None lets an answer go on to its longest")
+    return set(ids)
 
 
 # ---- mistakes that are found before the model runs
 
 
-def check_is_no_text(ids: list) -> None:
-    """Refuse text where token ids are needed: the list of "你好" is ["你", "好"]."""
-    if any(isinstance(item, str) for item in ids):
+def as_prompts(ids: Any) -> tuple[list[list[int]], bool]:
+    """Prompts of any form as lists, and whether there may be more than one.
+
+    >>> as_prompts(torch.tensor([5, 6]))
+    ([[5, 6]], False)
+    >>> as_prompts([range(2), (7, 8, 9)])
+    ([[0, 1], [7, 8, 9]], True)
+    """
+    given = _as_list(ids)
+    many = isinstance(given, list) and any(isinstance(item, list) for item in given)
+    prompts = given if many else [given]
+    for prompt in prompts:
+        if not isinstance(prompt, list):
+            raise UserError(f"{shown(prompt)} is no list of token ids: {EXAMPLE}")
+        for token in prompt:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise UserError(f"{shown(token)} is no token id: {EXAMPLE}")
+    return prompts, many
+
+
+EXAMPLE = "a prompt is [5, 6, 7], and many are [[5, 6, 7], [8, 9]]"
+
+
+def _as_list(ids: Any, depth: int = 0) -> Any:
+    """Sequences, tensors and arrays as lists; what stands in them, which may be wrong, as it is."""
+    if isinstance(ids, str | bytes):  # the list of "你好" is ["你", "好"]
         raise UserError(
             "generate continues token ids, and this prompt is text: encode it first, with "
             "tok.encode(text) or chat_prompt(text, tok), or use stream(model, tok, text)"
         )
+    if hasattr(ids, "tolist"):
+        return ids.tolist()
+    if isinstance(ids, Sequence) and depth < 2:
+        return [_as_list(item, depth + 1) for item in ids]
+    return ids
 
 
-def check_prompts(model: Phi, prompts: list[list[int]]) -> None:
-    """Refuse prompts that are empty or too long, and ids that the model does not know."""
-    context = model.cfg.max_position_embeddings
+def check_prompts(model: Phi, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    """How many tokens the answer to each prompt may have.
+
+    Refuses prompts that are empty or too long, and ids that the model does not know.
+    """
+    check(max_new_tokens, Expected(int, at_least=1), "max_new_tokens")
     vocab_size = model.cfg.vocab_size
     if not prompts or not all(prompts):
         raise UserError("a prompt is empty: there is nothing to continue")
     for prompt in prompts:
-        if len(prompt) > context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, the model was made for {context}: shorten it"
-            )
         unknown = [token for token in prompt if not 0 <= token < vocab_size]
         if unknown:
             raise UserError(
-                f"the prompt has id {unknown[0]}, the model knows ids 0 to {vocab_size - 1}: "
-                "encode the prompt with the model's own tokenizer"
+                f"the prompt has id {shown(unknown[0])}, the model knows ids 0 to "
+                f"{vocab_size - 1}: encode the prompt with the model's own tokenizer"
             )
+    return [min(max_new_tokens, room_behind(model, prompt)) for prompt in prompts]
+
+
+def room_behind(model: Phi, prompt: list[int]) -> int:
+    """Tokens that fit into the context behind a prompt. A UserError where not even one does."""
+    context = model.cfg.max_position_embeddings
+    if not fits(model, prompt):
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model was made for {context}: shorten it"
+        )
+    return context - len(prompt)
+
+
+def fits(model: Phi, prompt: list[int]) -> bool:
+    """Whether the context holds a prompt and at least one token of an answer."""
+    return len(prompt) < model.cfg.max_position_embeddings

@@ -16,11 +16,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from nanophi.claims import claim
 from nanophi.cli import Progress, UserError, flag, run_command
-from nanophi.infer.generate import generate
+from nanophi.infer.generate import fits, generate
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
-from nanophi.text.corpus import read_rows, write_rows
+from nanophi.text.corpus import expand, read_rows, write_rows
+from nanophi.text.outputs import rows_output
 from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.tokenizer.tokenizer import Tokenizer
@@ -71,6 +73,8 @@ def questions_of(row: dict) -> tuple[str, str]:
     messages = [message for message in messages_of(row) if message["role"] != "system"]
     if len(messages) < 2:
         raise UserError("a conversation without an answer gives no pair")
+    if [message["role"] for message in messages[:2]] != ["user", "assistant"]:
+        raise UserError("a conversation gives a pair if it begins with user and assistant")
     return messages[0]["content"], messages[1]["content"]
 
 
@@ -121,13 +125,19 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Answer every prompt and write the pairs; returns the counts it prints."""
+    with claim(expand(cfg.data), rows_output("--out", cfg.out)):
+        return write_pairs(cfg)
+
+
+def write_pairs(cfg: Config) -> dict:
+    """`main`, while nobody else writes the output."""
     # 1. questions that the model can read
     questions = list(read_rows(cfg.data, use=questions_of))
     if not questions:
         raise UserError(f"no conversation in {', '.join(cfg.data)}")
     model, tok = load_with_tokenizer(cfg.model, cfg.device)
     context = model.cfg.max_position_embeddings
-    fitting = [pair for pair in questions if len(chat_prompt(pair[0], tok)) <= context]
+    fitting = [pair for pair in questions if fits(model, chat_prompt(pair[0], tok))]
 
     # 2. rejected answers
     prompts = [prompt for prompt, _ in fitting]

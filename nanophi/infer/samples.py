@@ -5,7 +5,7 @@ sample: 春天来了，小草从土里探出头来……
 
 from collections.abc import Callable
 
-from nanophi.infer.generate import generate
+from nanophi.infer.generate import fits, generate
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 
@@ -16,15 +16,16 @@ def evaluating_aloud(
     """An `evaluate` for the training loop that first prints how the model continues a prompt.
 
     evaluate: model -> figures, called after the sample; None: there are no figures
-    prompt: its ids; a prompt longer than the context loses its beginning, because a sample must
-        not stop a training run
+    prompt: its ids; of a prompt that fills the context only the last half context is read, because
+        a sample must not stop a training run
     tokens: of the continuation, which is greedy, so that samples of different steps compare
     """
 
     def evaluated(model: Phi) -> dict[str, float]:
         was_training = model.training
         model.eval()
-        ids = generate(model, prompt[-model.cfg.max_position_embeddings :], max_new_tokens=tokens)
+        half = model.cfg.max_position_embeddings // 2
+        ids = generate(model, prompt if fits(model, prompt) else prompt[-half:], tokens)
         model.train(was_training)
         text = tok.decode(prompt) + tok.decode(ids, skip_special_tokens=True)
         print("sample:", text.replace("\n", "⏎"))

@@ -12,7 +12,10 @@ The table FILTERS lists the filters in the order in which `choose` applies them:
       -> softmax, then one random id per row
 
 Order and meaning are those of transformers' generate, so that the same settings give the same
-tokens. A new filter is one function and one row; `generate`, `stream` and the flags of generate.py
+tokens. Each filter has a neutral value with which it is off, and None means that value. A filter
+that would forbid all ids of a row leaves the row as it was, so that there is always an id to take.
+
+A new filter is one function and one row; `generate`, `stream` and the flags of generate.py
 all read the table. For example:
 
     def keep_min_p(logits, history, p):
@@ -27,7 +30,6 @@ all read the table. For example:
     its answer so far
 """
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
@@ -35,13 +37,20 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from nanophi.cli import UserError, row_named
+from nanophi.cli import UserError, outside, row_named
+from nanophi.expect import KINDS, Expected, shown
+from nanophi.model.phi import MASKED_BIAS
 
 NEVER = float("-inf")  # the logit of a forbidden id: its probability is exactly 0
 
 History = list[list[int]]
 
 # ---- the filters: (logits, history, value) -> logits
+
+
+def within_fp32(value: float) -> float:
+    """A value that is neither 0 nor infinite in fp32: 1e-45 and 1e308 would make logits nan."""
+    return min(max(value, 1e-30), 1e30)
 
 
 def penalize_repetition(logits: Tensor, history: History, penalty: float) -> Tensor:
@@ -53,6 +62,7 @@ def penalize_repetition(logits: Tensor, history: History, penalty: float) -> Ten
     tensor([[ 2., -2.,  3.]])
     """
     logits = logits.clone()
+    penalty = within_fp32(penalty)
     for row, ids in zip(logits, history, strict=True):
         seen = torch.tensor(sorted(set(ids)), device=row.device)
         scores = row[seen]
@@ -62,6 +72,9 @@ def penalize_repetition(logits: Tensor, history: History, penalty: float) -> Ten
 
 def forbid_repeated_ngrams(logits: Tensor, history: History, size: int) -> Tensor:
     """Forbid every id that would complete an n-gram of `size` ids a second time.
+
+    With size 1 each id may occur once. When all have occurred, nothing is forbidden any more (see
+    `choose`).
 
     Let size be 3 and the ids 1 2 3 1 2. The next id completes the n-gram that begins with 1 2.
     After 1 2 there was a 3 before, so 3 is forbidden:
@@ -81,8 +94,12 @@ def forbid_repeated_ngrams(logits: Tensor, history: History, size: int) -> Tenso
 
 
 def apply_temperature(logits: Tensor, history: History, temperature: float) -> Tensor:
-    """Divide by the temperature: below 1 the likely ids gain, above 1 the unlikely ones."""
-    return logits / temperature
+    """Divide by the temperature: below 1 the likely ids gain, above 1 the unlikely ones.
+
+    >>> apply_temperature(torch.tensor([[1.0, 3.0]]), [[]], 1e-45).softmax(-1)
+    tensor([[0., 1.]])
+    """
+    return logits / within_fp32(temperature)
 
 
 def keep_top_k(logits: Tensor, history: History, k: int) -> Tensor:
@@ -135,16 +152,16 @@ class Filter:
     greedy: bool = False  # whether the filter applies to greedy decoding too
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse a value outside of the range with a UserError; nan is outside of every range."""
-        ranges: list[tuple[str, Callable[[Any, Any], bool], Any]] = [
-            ("at least", operator.ge, self.at_least),
-            ("above", operator.gt, self.above),
-            ("at most", operator.le, self.at_most),
-        ]
-        limits = [limit for limit in ranges if limit[2] is not None]
-        if not all(compare(value, bound) for _, compare, bound in limits):
-            expected = " and ".join(f"{words} {bound}" for words, _, bound in limits)
-            raise UserError(f"{name} {value} is out of range: it must be {expected}")
+        """Refuse a value of another type or outside of the range with a UserError."""
+        if not Expected(self.kind).fits(value) or outside(
+            value, self.at_least, self.above, self.at_most
+        ):
+            limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most}
+            expected = [f"{words} {limit}" for words, limit in limits.items() if limit is not None]
+            raise UserError(
+                f"{name} {shown(value)} is out of range: it must be "
+                f"{' and '.join([*expected, KINDS[self.kind]])}"
+            )
 
 
 FILTERS: dict[str, Filter] = {
@@ -174,14 +191,14 @@ FILTERS: dict[str, Filter] = {
     "top_k": Filter(
         keep_top_k,
         kind=int,
-        default=None,
-        help="sample from the k likeliest tokens",
-        at_least=1,
+        default=0,
+        help="sample from the k likeliest tokens; 0: from all",
+        at_least=0,
     ),
     "top_p": Filter(
         keep_top_p,
         kind=float,
-        default=None,
+        default=1.0,
         help="sample from the likeliest tokens that together reach this probability",
         above=0,
         at_most=1,
@@ -195,9 +212,9 @@ class Keywords(TypedDict, total=False):
     The code reads FILTERS; a filter that is added there works without an entry here.
     """
 
-    repetition_penalty: float
-    no_repeat_ngram_size: int
-    temperature: float
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    temperature: float | None
     top_k: int | None
     top_p: float | None
 
@@ -219,13 +236,14 @@ class Sampling:
     """
 
     def __init__(self, **values: Unpack[Keywords]):
-        for name, value in values.items():
-            row = row_named(FILTERS, name, "sampling filter")
-            if value != row.default:
-                row.check(name, value)
         self.chosen: dict[str, Any] = {}
+        for name in values:
+            row_named(FILTERS, name, "sampling filter")
         for name, row in FILTERS.items():
-            value = values.get(name, row.default)
+            value = values.get(name)
+            if value is None:
+                continue
+            row.check(name, value)
             if value != row.default:
                 self.chosen[name] = value
         self.greedy = "temperature" not in self.chosen
@@ -250,10 +268,30 @@ def choose(
     [2]
     """
     logits = logits.float()
+    if not (logits < float("inf")).all().tolist():  # no comparison with nan is true
+        raise UserError(
+            "the model computes no probabilities: some of its logits are nan or infinite, so its "
+            "weights are damaged or far too large, or their dtype is too narrow (model.float())"
+        )
+    if how.chosen:  # ids that no tokenizer uses are nothing that a filter may leave
+        logits = unless_nothing_is_left(logits.masked_fill(logits < MASKED_BIAS / 2, NEVER), logits)
     for name, value in how.chosen.items():
         row = FILTERS[name]
         if row.greedy or not how.greedy:
-            logits = row.apply(logits, history, value)
+            logits = unless_nothing_is_left(row.apply(logits, history, value), logits)
+            logits = logits.clamp(max=torch.finfo(logits.dtype).max)  # two filters may overflow
     if how.greedy:
         return logits.argmax(-1).tolist()
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+
+
+def unless_nothing_is_left(filtered: Tensor, before: Tensor) -> Tensor:
+    """The filtered logits; of rows in which every id is forbidden, those before the filter.
+
+    >>> before = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> unless_nothing_is_left(torch.tensor([[NEVER, 2.0], [NEVER, NEVER]]), before)
+    tensor([[-inf, 2.],
+            [3., 4.]])
+    """
+    is_left = filtered.max(-1, keepdim=True).values > NEVER  # (B, 1)
+    return torch.where(is_left, filtered, before)

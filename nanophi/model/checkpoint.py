@@ -5,21 +5,28 @@
                      special_tokens_map.json
 
 Training adds run.json, metrics.jsonl and train_state.pt. To ship a model, delete train_state.pt.
-Every file is written beside its name and renamed.
+All files appear together, when the last one is written. model.safetensors carries a checksum of
+itself, so that a bit that has flipped on a disk or on the way is found when it is loaded.
+
+Read in this order: `save`, the checksum, `load`.
 """
 
 import json
+import os
+import zlib
 from pathlib import Path
+from typing import IO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from nanophi.cli import UserError
-from nanophi.files import replacing, write_json
+from nanophi.cli import SHOWN, UserError
+from nanophi.expect import Expected, check_fields, read_json, shown
+from nanophi.files import finish, replacing, together, write_json
 from nanophi.model.config import PHI, PhiConfig
-from nanophi.model.phi import Phi
+from nanophi.model.phi import MASKED_BIAS, Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -43,26 +50,28 @@ def save(
     check_architecture(model)
     directory = Path(directory)
     cfg = model.cfg
-    write_json(directory / "config.json", cfg.to_dict(model.architecture))
     ids = {
         "bos_token_id": cfg.bos_token_id,
         "eos_token_id": cfg.eos_token_id,  # without it, transformers' generate would never stop
         "pad_token_id": cfg.pad_token_id,
     }
-    write_json(directory / "generation_config.json", ids)
-    if tok is not None:
-        tok.save(directory)
     if weights is None:
         weights = model.state_dict()
     state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
-    with replacing(directory / WEIGHTS) as beside:
-        try:
-            # Only one key of metadata: several come in a different order each time.
-            save_file(state, beside, metadata={"format": "pt"})
-        except SafetensorError as error:  # such as a full disk
-            raise UserError(f"cannot write {directory / WEIGHTS}: {error}") from None
-    # The index of a split model that stood here would be read first.
-    (directory / WEIGHTS_INDEX).unlink(missing_ok=True)
+    with together(directory) as files:
+        write_json(directory / "config.json", cfg.to_dict(model.architecture))
+        write_json(directory / "generation_config.json", ids)
+        if tok is not None:
+            tok.save(directory)
+        with replacing(directory / WEIGHTS) as beside:
+            try:
+                save_file(state, beside, metadata={"format": "pt", "crc32": NO_CHECKSUM})
+            except SafetensorError as error:  # such as a full disk
+                raise UserError(f"cannot write {directory / WEIGHTS}: {error}") from None
+            add_checksum(beside)
+        if (directory / WEIGHTS_INDEX).exists():
+            # The index of a split model that stood here would be read first.
+            files.delete(directory / WEIGHTS_INDEX)
 
 
 # A tiny network that uses all of Phi: grouped queries, several rotary frequencies, far positions.
@@ -121,6 +130,74 @@ def _probe(network: type[Phi], backend: str) -> Tensor:
         return model(ids)[0, -1]
 
 
+# ---- the checksum of model.safetensors
+
+CHECKSUM_MARK = "crc32:"
+NO_CHECKSUM = CHECKSUM_MARK + "00000000"
+BLOCK = 2**24  # bytes that are read at once
+
+
+def add_checksum(path: Path) -> None:
+    """Put the checksum of a file that save_file has written into its metadata.
+
+        8 bytes   the length of the header
+        header    {"__metadata__": {"crc32": "crc32:1a2b3c4d", "format": "pt"}, name: place, ...}
+        data      the numbers of all tensors, at the places that the header says
+
+    The checksum is that of the whole file, in which its own eight digits are zeros. Other programs
+    read the file as before; those that write it anew leave the checksum out.
+    """
+    with open(path, "rb+") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        entries = json.loads(header)
+        # The library writes several entries of metadata in a random order.
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+        ordered = text.encode().ljust(len(header))
+        assert len(ordered) == len(header)
+        found = checksum(length + ordered, file)
+        file.seek(8)
+        file.write(ordered.replace(NO_CHECKSUM.encode(), found.encode(), 1))
+
+
+def checksum(beginning: bytes, file: IO[bytes]) -> str:
+    """The CRC-32 of some bytes and of the rest of a file, with the mark in front.
+
+    >>> import io
+    >>> checksum(b"1234", io.BytesIO(b"56789"))
+    'crc32:cbf43926'
+    """
+    crc = zlib.crc32(beginning)
+    while block := file.read(BLOCK):
+        crc = zlib.crc32(block, crc)
+    return f"{CHECKSUM_MARK}{crc:08x}"
+
+
+def check_checksum(path: Path, metadata: dict[str, str]) -> None:
+    """A UserError where a file is not as it was written. Files without a checksum pass.
+
+    The checksum is known by its name and by its mark, so one flipped bit cannot hide it.
+    """
+    stored = [
+        value
+        for name, value in metadata.items()
+        if name == "crc32" or value.startswith(CHECKSUM_MARK)
+    ]
+    if not stored:
+        return
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        header = header.replace(stored[0].encode(), NO_CHECKSUM.encode(), 1)
+        found = checksum(length + header, file)
+    if found != stored[0]:
+        raise UserError(
+            f"{path} is damaged: its checksum is {found}, and {stored[0][:SHOWN]} when it was "
+            "written; copy it again, or train the model again"
+        )
+
+
 # ---- load
 
 
@@ -132,9 +209,11 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {error}") from None
+        torch.zeros(1, device=name).item()  # "meta" has tensors, but no numbers in them
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        line = f"--device {str(name)[:SHOWN]} cannot be used here: {reason}"
+        raise UserError(line if len(line) <= 200 else line[:199] + "…") from None
     return name
 
 
@@ -151,17 +230,26 @@ def load(
     Raises a UserError that names the file if the directory holds no model, or another one than
     config.json says.
     """
+    device = pick_device(device)
     directory = Path(directory)
+    finish(directory)  # what a killed `save` has left
     cfg = _read_config(directory, network.architecture)
+    files = _weight_files(directory)
+    shapes = _read_shapes(files)
+    if cfg.num_hidden_layers > len(shapes):  # building layers takes time
+        raise UserError(
+            f"{files[0]} does not fit its config.json: {len(shapes):,} tensors are too few for "
+            f"{cfg.num_hidden_layers:,} layers"
+        )
     with torch.device("meta"):  # only shapes: the weights come from the file
         model = network(cfg)
-    weights = _read_weights(directory)
-    _check_weights(model.state_dict(), weights, directory / WEIGHTS)
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_shapes(expected, shapes, directory / WEIGHTS)
+    model.load_state_dict(_read_weights(files), assign=True)
     tok = None
     if (directory / "tokenizer.json").exists():
         tok = Tokenizer.load(directory)
-    model.to(pick_device(device))
+    model.to(device)
     return model.requires_grad_().eval(), tok
 
 
@@ -181,7 +269,22 @@ def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi
             f"{directory}: tokenizer.json has {len(tok):,} tokens, the model of config.json knows "
             f"{model.cfg.vocab_size:,}; they do not belong together"
         )
+    used = rows_in_use(model)
+    if used < model.cfg.vocab_size and used != len(tok):
+        raise UserError(
+            f"{directory}: tokenizer.json has {len(tok):,} tokens, the model uses {used:,}; they "
+            "do not belong together (after tok.add_tokens, call model.set_vocabulary(len(tok)))"
+        )
     return model, tok
+
+
+def rows_in_use(model: Phi) -> int:
+    """The rows of lm_head up to those at the end that `set_vocabulary` has made impossible.
+
+    In models from elsewhere these are often all rows, also where the tokenizer has fewer tokens.
+    """
+    possible = model.lm_head.bias > MASKED_BIAS / 2
+    return int(possible.nonzero().max()) + 1 if possible.any() else 0
 
 
 def _read_config(directory: Path, architecture: str) -> PhiConfig:
@@ -191,47 +294,97 @@ def _read_config(directory: Path, architecture: str) -> PhiConfig:
             f"no model in {directory}: config.json is missing; pretrain.py, sft.py and dpo.py "
             "write one"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    return PhiConfig.from_dict(config, architecture)
+    return PhiConfig.from_dict(read_json(path), architecture, str(path))
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, or of the files that an index names."""
-    names = [WEIGHTS]
+def _weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the files of the directory that an index names."""
     index = directory / WEIGHTS_INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
+    if not index.exists():
+        if (directory / WEIGHTS).is_file():
+            return [directory / WEIGHTS]
+        pickled = [*directory.glob("*.bin"), *directory.glob("*.pt")]
+        warning = ""
+        if pickled:
+            listed = ", ".join(path.name for path in pickled)
+            warning = f" ({listed} may run code when loaded)"
+        raise UserError(
+            f"{directory / WEIGHTS} is missing; only safetensors weights are read{warning}"
+        )
+    fix = "copy the index and all files of the model again"
+    fields = read_json(index, fix)
+    check_fields(fields, {"weight_map": Expected(dict)}, index, fix)
+    weight_map = fields["weight_map"]
+    check_fields(weight_map, dict.fromkeys(weight_map, Expected(str)), f"{index}: weight_map", fix)
+    names = sorted(set(weight_map.values()))
+    if not names:
+        raise UserError(f"{index}: weight_map names no file; {fix}")
+    # What is in the listing is a plain name: no path, no "..", nothing outside of the directory.
+    present = os.listdir(directory)
     for name in names:
-        if not (directory / name).exists():
-            pickled = [*directory.glob("*.bin"), *directory.glob("*.pt")]
-            warning = ""
-            if pickled:
-                listed = ", ".join(path.name for path in pickled)
-                warning = f" ({listed} may run code when loaded)"
+        if name not in present or not (directory / name).is_file():
             raise UserError(
-                f"{directory / name} is missing; only safetensors weights are read{warning}"
+                f"{index}: weight_map names {shown(name)}, which is no file in {directory}; {fix}"
             )
+    return [directory / name for name in names]
+
+
+# The types of weights, as safetensors names them. Others hold no plain numbers: float8 weights
+# need scales that lie elsewhere.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def _read_shapes(files: list[Path]) -> dict[str, list[int]]:
+    """The shapes of all tensors, by the headers of the files, whose checksums are looked at."""
+    shapes: dict[str, list[int]] = {}
+    for path in files:
         try:
-            weights |= load_file(directory / name)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                types = {name: tensor.get_dtype() for name, tensor in slices.items()}
+                here = {name: tensor.get_shape() for name, tensor in slices.items()}
         except SafetensorError as error:
-            raise UserError(f"{directory / name} is damaged: {error}") from None
-    return weights
+            raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
+        check_checksum(path, metadata)
+        for name, dtype in types.items():
+            if dtype not in FLOATS:
+                raise UserError(
+                    f"{path}: {name[:SHOWN]} is of type {dtype}, expected one of "
+                    f"{', '.join(FLOATS)}; convert the weights to float32 first"
+                )
+            if name in shapes:
+                raise UserError(f"{path}: {name[:SHOWN]} is in another file of the model too")
+        shapes |= here
+    return shapes
 
 
-def _check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+def _check_shapes(expected: dict[str, list[int]], found: dict[str, list[int]], path: Path) -> None:
     """Refuse weights that do not fit: missing, of another shape, or of no layer."""
-    faults = [f"{name} is missing" for name in expected if name not in weights]
-    for name, tensor in expected.items():
-        if name in weights and weights[name].shape != tensor.shape:
-            shapes = f"{list(weights[name].shape)}, not {list(tensor.shape)}"
-            faults.append(f"{name} has the shape {shapes}")
-    faults += [f"{name} is not of this model" for name in weights if name not in expected]
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            faults.append(f"{name} has the shape {found[name]}, not {shape}")
+    faults += [f"{name[:SHOWN]} is not of this model" for name in found if name not in expected]
     if faults:
-        shown = "; ".join(faults[:6])
+        listed = "; ".join(faults[:6])
         if len(faults) > 6:
-            shown += f"; and {len(faults) - 6} more"
-        raise UserError(f"{path} does not fit its config.json: {shown}")
+            listed += f"; and {len(faults) - 6} more"
+        raise UserError(f"{path} does not fit its config.json: {listed}")
+
+
+def _read_weights(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors in fp32. A UserError names those with numbers that are not finite."""
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            here = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        for name, tensor in here.items():
+            wrong = tensor.numel() - int(tensor.isfinite().sum())
+            if wrong:
+                raise UserError(
+                    f"{path}: {wrong:,} of {tensor.numel():,} numbers of {name} are not finite: "
+                    "the training has diverged, or the file is damaged; take an earlier checkpoint"
+                )
+        weights |= here
+    return weights

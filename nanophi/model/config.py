@@ -1,9 +1,14 @@
-"""The shape of a Phi model: HF's field names, the presets, and config.json."""
+"""The shape of a Phi model: HF's field names, the presets, and config.json.
+
+FIELDS says what each field may be. A config that is made in Python and one that is read from a file
+pass the same table.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanophi.cli import UserError
+from nanophi.cli import SHOWN, UserError
+from nanophi.expect import Expected, check, check_fields
 
 PHI = "PhiForCausalLM"  # the architecture that transformers and other engines know
 
@@ -22,7 +27,9 @@ class PhiConfig:
     num_attention_heads: int = 12
     """H; the head width K is D / H"""
     num_key_value_heads: int | None = None
-    """fewer than H: grouped-query attention (Ainslie et al. 2023); None: H"""
+    """fewer than H: grouped-query attention (Ainslie et al. 2023). None: H; H itself becomes None,
+    so that `dataclasses.replace` of H alone keeps one key head for each query head
+    """
     max_position_embeddings: int = 512
     """longest context trained on, in tokens"""
     partial_rotary_factor: float = 0.5
@@ -42,8 +49,11 @@ class PhiConfig:
     bos_token_id: int = 3
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+        for name, expected in FIELDS.items():
+            check(getattr(self, name), expected, name)
+        if self.num_key_value_heads == self.num_attention_heads:
+            self.num_key_value_heads = None
+        self._check_token_ids()
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -60,6 +70,19 @@ class PhiConfig:
                 f"rotates {self.rotary_dim} dimensions; rotation works on pairs: choose a factor "
                 "that gives an even number"
             )
+
+    def _check_token_ids(self) -> None:
+        """An id that the model does not know would never be produced: no answer would end."""
+        known = Expected(int, at_least=0, at_most=self.vocab_size - 1)
+        advice = f"vocab_size is {self.vocab_size:,}"
+        check(self.pad_token_id, known, "pad_token_id", advice)
+        check(self.bos_token_id, known, "bos_token_id", advice)
+        if not isinstance(self.eos_token_id, list):
+            check(self.eos_token_id, known, "eos_token_id", advice)
+        else:
+            check(self.eos_token_id, Expected(list, of=known), "eos_token_id", advice)
+            if not self.eos_token_id:
+                raise UserError("eos_token_id is an empty list: no answer would end")
 
     @property
     def head_dim(self) -> int:
@@ -82,35 +105,47 @@ class PhiConfig:
         return cls(**PRESETS[name] | overrides)
 
     @classmethod
-    def from_dict(cls, config: dict, architecture: str = PHI) -> "PhiConfig":
+    def from_dict(
+        cls, config: dict, architecture: str = PHI, where: str = "config.json"
+    ) -> "PhiConfig":
         """Read a config.json: that of HF's model_type "phi", as transformers 4 and 5 write it, or
         that of a changed network, whose name is `architecture`.
+
+        where: the file, for messages. A field that is missing or null has its default, but the
+        shape must be there: nobody knows how many heads some weights have.
         """
+        check_fields(config, ENTRIES, where, FIX)
         names = config.get("architectures") or []
         if architecture != PHI and architecture not in names:
             raise UserError(
-                f"config.json is that of {', '.join(names) or 'a model without a name'}; "
+                f"{where} is that of {', '.join(names)[:SHOWN] or 'a model without a name'}; "
                 f"this network is a {architecture}"
             )
         if architecture == PHI and config.get("model_type") != "phi":
-            raise UserError(
-                f"config.json has model_type {config.get('model_type')!r}; only 'phi' can be loaded"
-            )
+            found = repr(config.get("model_type"))[:SHOWN]
+            raise UserError(f"{where} has model_type {found}; only 'phi' can be loaded")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        check_fields(rope, ROPE_ENTRIES, f"{where}: rope_parameters", FIX)
+        rope_type = rope.get("rope_type") or rope.get("type")
         for key, value, expected in (
-            ("hidden_act", config.get("hidden_act", "gelu_new"), "gelu_new"),
-            ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
-            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+            ("hidden_act", config.get("hidden_act"), "gelu_new"),
+            ("tie_word_embeddings", config.get("tie_word_embeddings"), False),
+            ("rope_type", rope_type, "default"),
         ):
-            if value != expected:
-                raise UserError(f"config.json has {key} {value!r}; only {expected!r} is supported")
-        fields = {
-            name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None
-        }
+            if value is not None and value != expected:
+                found = repr(value)[:SHOWN]
+                raise UserError(f"{where} has {key} {found}; only {expected!r} is supported")
+        fields = dict(config)
         for name in ("rope_theta", "partial_rotary_factor"):
-            if name in rope:
+            if rope.get(name) is not None:
                 fields[name] = rope[name]
-        return cls(**fields)
+        check_fields(fields, {name: FIELDS[name] for name in SHAPE}, where, FIX)
+        known = cls.__dataclass_fields__
+        given = {name: fields[name] for name in known if fields.get(name) is not None}
+        try:
+            return cls(**given)
+        except UserError as error:
+            raise UserError(f"{where}: {error}; {FIX}") from None
 
     def to_dict(self, architecture: str = PHI) -> dict:
         """config.json for transformers 4.57 and 5.x, vLLM and llama.cpp.
@@ -124,6 +159,7 @@ class PhiConfig:
         the activation, is left out.
         """
         entries = asdict(self) | {
+            "num_key_value_heads": self.key_heads,
             "architectures": [architecture],
             "model_type": "phi",
             "hidden_act": "gelu_new",
@@ -142,6 +178,58 @@ class PhiConfig:
             for name in ("hidden_act", "n_inner", "rope_parameters"):
                 del entries[name]
         return entries
+
+
+# ---- what the fields may be
+
+FIX = "take the config.json that was written together with the weights"
+
+# What each field may be; the ids of tokens are looked at beside it, as vocab_size limits them. The
+# largest numbers are far beyond any model, and still can be checked before a layer is built.
+FIELDS = {
+    "vocab_size": Expected(int, at_least=1, at_most=2**24),
+    "hidden_size": Expected(int, at_least=1, at_most=2**20),
+    "intermediate_size": Expected(int, at_least=1, at_most=2**24),
+    "num_hidden_layers": Expected(int, at_least=1, at_most=10_000),
+    "num_attention_heads": Expected(int, at_least=1, at_most=2**20),
+    "num_key_value_heads": Expected(int, at_least=1, at_most=2**20, optional=True),
+    "max_position_embeddings": Expected(int, at_least=2, at_most=2**24),
+    "partial_rotary_factor": Expected(float, above=0, at_most=1),
+    "rope_theta": Expected(float, at_least=1),
+    "layer_norm_eps": Expected(float, above=0, at_most=1),
+    "qk_layernorm": Expected(bool),
+    "embd_pdrop": Expected(float, at_least=0, at_most=1),
+    "resid_pdrop": Expected(float, at_least=0, at_most=1),
+    "attention_dropout": Expected(float, at_least=0, at_most=1),
+    "initializer_range": Expected(float, at_least=0, at_most=1),
+}
+
+# The fields that config.json must have.
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+# What else is read of config.json, and of its rope_parameters.
+ENTRIES = {
+    "architectures": Expected(list, of=Expected(str), optional=True),
+    "model_type": Expected(str, optional=True),
+    "hidden_act": Expected(str, optional=True),
+    "tie_word_embeddings": Expected(bool, optional=True),
+    "rope_parameters": Expected(dict, optional=True),
+    "rope_scaling": Expected(dict, optional=True),
+}
+ROPE_ENTRIES = {
+    "rope_type": Expected(str, optional=True),
+    "type": Expected(str, optional=True),
+}
+
+
+# ---- presets
 
 
 def _shape(

@@ -21,6 +21,7 @@ attention.py computes attention. What makes training faster is put on from outsi
     F width of the MLP, V vocabulary, L layers
 """
 
+import math
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -100,7 +101,14 @@ class KVCache:
     ):
         """Room for max_len tokens in each of `batch` rows. like: has the dtype and the device."""
         shape = (cfg.num_hidden_layers, 2, batch, cfg.key_heads, max_len, cfg.head_dim)
-        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        try:
+            self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        except RuntimeError:
+            gigabytes = math.prod(shape) * like.itemsize / 1e9
+            raise UserError(
+                f"keys and values of {batch} rows of {max_len:,} tokens take {gigabytes:,.0f} GB, "
+                "more than there is: lower max_new_tokens"
+            ) from None
         self.length = 0  # tokens that all layers hold; Phi.hidden advances it after the last layer
         self.left_pad = left_pad
 
@@ -231,6 +239,25 @@ class Trunk(nn.Module):
         self.final_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
 
+def check_ids(ids: Tensor) -> None:
+    """Refuse ids of another type or form. The ids themselves are not read, as they may be on a GPU.
+
+    >>> check_ids(torch.tensor([5, 6, 7]))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    nanophi.cli.UserError: the model reads ids of the form (rows, tokens) ... not (3,) ...
+    """
+    if not isinstance(ids, Tensor):
+        found = type(ids).__name__
+    elif ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+        found = f"{tuple(ids.shape)} {ids.dtype}"
+    else:
+        return
+    raise UserError(
+        "the model reads ids of the form (rows, tokens) and the type torch.int64, not "
+        f"{found}: one row is torch.tensor([ids])"
+    )
+
+
 @dataclass
 class Record:
     """What a forward pass computes inside: `model(ids, record=record)` fills it, layer by layer.
@@ -291,6 +318,7 @@ class Phi(nn.Module):
         record: Record | None = None,
     ) -> Tensor:
         """ids (B, T) -> states before the head (B, T, D). The arguments are those of `forward`."""
+        check_ids(ids)
         time = ids.shape[1]
         longest = self.cfg.max_position_embeddings
         if cache is None and cu_seqlens is None and time > longest:
@@ -308,7 +336,13 @@ class Phi(nn.Module):
             weights=None if record is None else record.attention,
         )
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
-        x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
+        try:
+            x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
+        except IndexError:  # only of the CPU: to ask a GPU would be to wait for it
+            raise UserError(
+                f"ids are from {ids.min()} to {ids.max()}, the model knows 0 to "
+                f"{self.cfg.vocab_size - 1}: encode the text with the model's own tokenizer"
+            ) from None
         with preferred_kernels(ids.device, masked=plan.visible is not None):
             for layer, block in enumerate(self.model.layers):
                 if record is not None:

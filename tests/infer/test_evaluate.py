@@ -158,3 +158,62 @@ def test_command_prints_both(tok, tmp_path, capsys):
     assert "2 of 4 right = 50.0%, standard error 25.0%, chance 25.0%" in printed
     with pytest.raises(UserError, match="say what to evaluate"):
         main(Config(model="x"))
+
+
+def test_bad_weights_give_figures_or_a_message(tok, tmp_path, capsys):
+    """With the head times 1,000 the perplexity was an OverflowError: math range error."""
+    model = tiny_model(max_position_embeddings=64, spread=0.3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    nanophi.save(tmp_path / "model", model, tok)
+    (tmp_path / "texts.txt").write_text(TEXTS[0], encoding="utf-8")
+    main(Config(model=str(tmp_path / "model"), data=[str(tmp_path / "texts.txt")]))
+    assert " inf " in capsys.readouterr().out
+    with torch.no_grad():
+        model.lm_head.weight.fill_(1e38)
+    row = {"question": "？", "A": "一", "B": "二", "C": "三", "D": "四", "answer": "B"}
+    with pytest.raises(UserError, match="the model gives no probabilities"):
+        score_text(model, tok, TEXTS[0], stride=32)
+    with pytest.raises(UserError, match="the model gives no probabilities"):
+        option_logprobs(model, tok, row, [])
+
+
+HEAD = "id,question,A,B,C,D,answer\n"
+BAD_CSV = {
+    "a field beyond the limit": (HEAD + f"1,{'长' * 200_000},甲,乙,丙,丁,A", "is no CSV file"),
+    "a lone return": ("id,question\r1,2\r\r,", "lack some of question|is no CSV file"),
+    "too few columns": ("id,question,A\n1,问,甲", "lack some of question"),
+    "a cell is missing": ("answer,question,A,B,C,D\nA,问,甲,乙", "C, D would be empty"),
+    "the answer is missing": (HEAD + "1,问,甲", "holds no CSV file with a question"),
+    "empty": ("", "holds no CSV file with a question"),
+    "header only": (HEAD, "holds no CSV file with a question"),
+    "an open quote": (HEAD + '1,"问,甲,乙,丙,丁,A\n' * 2, "is no CSV file"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_CSV.values(), ids=BAD_CSV.keys())
+def test_malformed_questions_are_named(text, message, tmp_path):
+    """A row with too few cells was asked as "C. None"."""
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/law_val.csv").write_text(text, encoding="utf-8", newline="")
+    with pytest.raises(UserError, match=message):
+        read_subjects(tmp_path)
+
+
+def test_a_folder_named_like_a_file_is_no_subject(tmp_path):
+    write_csv(tmp_path / "val/law_val.csv", "A")
+    (tmp_path / "val/x.csv").mkdir()
+    assert [subject.name for subject in read_subjects(tmp_path)] == ["law"]
+
+
+def test_all_files_are_looked_at_before_the_model(tmp_path):
+    """A second file without a text was named after the first one had been scored. The model does
+    not exist, so nothing has begun.
+    """
+    (tmp_path / "full.txt").write_text(TEXTS[0], encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    full, empty = str(tmp_path / "full.txt"), str(tmp_path / "empty.txt")
+    with pytest.raises(UserError, match=r"empty\.txt holds no text to score"):
+        main(Config(model="none", data=[full, empty]))
+    with pytest.raises(UserError, match="holds no val/"):
+        main(Config(model="none", data=[full], choices=str(tmp_path)))

@@ -46,6 +46,8 @@ def test_questions_of_every_schema():
         assert questions_of(row) == ("问", "答")
     with pytest.raises(UserError, match="without an answer"):
         questions_of({"messages": messages[:1]})
+    with pytest.raises(UserError, match="begins with user and assistant"):
+        questions_of({"messages": messages[1:]})
 
 
 def test_command_writes_what_dpo_reads(tok, tmp_path, capsys):
@@ -81,3 +83,33 @@ def test_prompts_longer_than_the_context_are_dropped_and_counted(tok, tmp_path, 
     )
     assert (counts["prompts"], counts["long"]) == (2, 1)
     assert "1 longer than the context of 64 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("q.jsonl", "is an input and would be overwritten"),
+        ("sub/../q.jsonl", "is an input and would be overwritten"),
+        ("link.jsonl", "is an input and would be overwritten"),
+        ("x.doc", r"x\.doc"),
+        ("sub", "sub"),
+        ("run.json", "is a file of a model, tokenizer or run"),
+        ("other.jsonl", "is a file of another kind"),
+        ("q.jsonl/pairs.jsonl", "is a file and no directory"),
+    ],
+)
+def test_outputs_are_refused_before_the_work(out, message, tmp_path):
+    """`--data q.jsonl --out q.jsonl` replaced the questions by pairs, and x.doc was refused only
+    when every answer was there. The model does not exist, so nothing has begun.
+    """
+    question = json.dumps({"prompt": "问题？", "chosen": "回答。"})
+    (tmp_path / "q.jsonl").write_text(question, encoding="utf-8")
+    (tmp_path / "link.jsonl").symlink_to("q.jsonl")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "other.jsonl").write_bytes(b"\x89PNG")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    data = [str(tmp_path / "q.jsonl")]
+    with pytest.raises(UserError, match=message):
+        main(Config(model=str(tmp_path / "none"), data=data, out=str(tmp_path / out)))
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before

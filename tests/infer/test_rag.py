@@ -195,3 +195,53 @@ def test_columns_line_up_with_wide_characters(capsys):
     printed = capsys.readouterr().out
     assert "问一" in printed
     assert "问二" in printed
+
+
+@pytest.mark.parametrize("there", ["corpus.jsonl", "config.json", "folder"])
+def test_saving_a_chat_replaces_no_file(there, tmp_path, monkeypatch, capsys):
+    """/save corpus.jsonl replaced a corpus of any size by one conversation."""
+    path = tmp_path / there
+    if there == "folder":
+        path.mkdir()
+    else:
+        path.write_text('{"text": "一二三"}\n', encoding="utf-8")
+    own = tmp_path / "own.jsonl"
+    lines = [
+        "/save",
+        "甲",
+        f"/save {path}",
+        f"/save {own}",
+        "乙",
+        f"/save {own}",
+        "/save a\0.jsonl",
+    ]
+    typed = iter([*lines, "/exit"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    converse(lambda: lambda question: "好。")
+    printed = capsys.readouterr().out
+    assert "there is nothing to save yet" in printed
+    assert printed.count(there) == 1
+    if there != "folder":
+        assert path.read_text(encoding="utf-8") == '{"text": "一二三"}\n'
+    (row,) = read_rows([own])  # what the chat has written itself it may write again
+    assert len(messages_of(row)) == 4
+
+
+def test_without_documents_nothing_is_found(tok, capsys):
+    """With an empty index and the threshold 0 the model was asked without any background."""
+    asked = []
+    reply = retrieving(lambda ids: asked.append(ids) or "", tok, Index([], tok), 10**9, 0)
+    assert reply("月亮为什么会发光？") == NOT_FOUND
+    assert asked == []
+    for passages, threshold in ((0, 0.2), (2, float("nan")), (2.5, 0.2), (2, "x")):
+        with pytest.raises(UserError, match=r"(passages|threshold) is"):
+            retrieving(lambda ids: "", tok, Index([], tok), passages, threshold)
+
+
+@pytest.mark.parametrize("columns", ["0", "5", "x", "-3", "100000"])
+def test_columns_in_a_terminal_of_any_width(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    table = side_by_side(["标题" * 500, ""], ["感冒了要休息", ""])
+    assert table.replace("\n", "").replace(" ", "").count("标题") >= 1
+    assert all(wrap("感冒，了", width) for width in (-1, 0, 1))

@@ -17,6 +17,7 @@ def test_the_sample_is_greedy_and_the_model_goes_on_training(tok, capsys):
 
 
 def test_a_prompt_longer_than_the_context_does_not_stop_training(tok, capsys):
-    prompt = [7] * 65
-    evaluating_aloud(None, tok, prompt, tokens=5)(tiny_model(spread=0.3))  # context 64
-    assert capsys.readouterr().out.startswith(f"sample: {tok.decode(prompt)}")
+    for length in (64, 65, 1000):
+        prompt = [7] * length
+        evaluating_aloud(None, tok, prompt, tokens=5)(tiny_model(spread=0.3))  # context 64
+        assert capsys.readouterr().out.startswith(f"sample: {tok.decode(prompt)}")

@@ -73,16 +73,62 @@ def test_greedy_takes_the_first_maximum_after_the_penalties():
     "settings",
     [
         {"temperature": -1.0},
-        {"top_k": 0},
+        {"top_k": -1},
         {"top_p": 1.5},
         {"repetition_penalty": 0.0},
         {"no_repeat_ngram_size": -1},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "1"},
+        {"temperature": True},
+        {"top_k": 2.0},
+        {"top_k": "5"},
+        {"top_p": 0},
+        {"top_p": [0.5]},
+        {"no_repeat_ngram_size": 1.5},
     ],
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(UserError, match="is out of range"):
         Sampling(**settings)
+
+
+def test_none_and_the_neutral_value_turn_a_filter_off():
+    """As in transformers. temperature=None was a TypeError, and top_k=0 was refused."""
+    assert Sampling(**dict.fromkeys(FILTERS)).chosen == {}
+    assert Sampling(top_k=0, top_p=1, temperature=0).chosen == {}
+    assert Sampling(top_k=0, temperature=1).chosen == {"temperature": 1}
+
+
+TINY, HUGE = 5e-324, 1e308
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 1e-45},
+        {"temperature": TINY},
+        {"temperature": TINY, "repetition_penalty": TINY},
+        {"temperature": TINY, "no_repeat_ngram_size": 1},
+        {"temperature": TINY, "top_p": TINY},
+        {"temperature": 1.0, "repetition_penalty": TINY},
+    ],
+    ids=repr,
+)
+def test_extreme_settings_choose_the_likeliest(how):
+    """1 / 1e-45 is beyond fp32, and the probabilities became nan: a RuntimeError of torch."""
+    logits = torch.tensor([[0.0, -2.0, 5.0, -1.0]])
+    history = [[2]] if "repetition_penalty" in how else [[1]]
+    assert choose(logits, history, Sampling(**how)) == [2]
+
+
+@pytest.mark.parametrize(
+    "how", [{"temperature": HUGE, "top_k": 2}, {"temperature": 1.0, "repetition_penalty": HUGE}]
+)
+def test_extreme_settings_leave_numbers(how):
+    logits = torch.tensor([[0.0, -2.0, 5.0, -1e4]])
+    for history in ([[1]], [[0, 1, 2, 3]]):
+        assert choose(logits, history, Sampling(**how))[0] in (0, 1, 2)
 
 
 def test_unknown_filters_are_refused_with_the_names_of_the_known_ones():

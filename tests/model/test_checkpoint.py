@@ -2,17 +2,29 @@
 
 import dataclasses
 import json
+import random
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PhiForCausalLM
 from transformers import PhiConfig as HFConfig
 
 import nanophi
 from nanophi.cli import UserError
 from nanophi.model import attention, checkpoint
-from nanophi.model.checkpoint import PROBE, PROBE_LOGITS, check_architecture
+from nanophi.model.checkpoint import (
+    PROBE,
+    PROBE_LOGITS,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    check_architecture,
+    load_with_tokenizer,
+    pick_device,
+)
 from tests.conftest import tiny_model
+from tests.test_fuzz import mutated_header, mutated_json
 
 IDS = torch.arange(5, 45).view(2, 20)
 
@@ -107,10 +119,15 @@ def test_saving_over_a_split_model_leaves_no_index_of_it(tmp_path):
     assert torch.equal(nanophi.load(tmp_path)[0](IDS), model(IDS))
 
 
-def test_unknown_devices_are_named():
-    for name in ("foo", "cuda:99"):
-        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
-            nanophi.model.checkpoint.pick_device(name)
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta", "mps", "xla", "hpu", "", "x" * 1000])
+def test_unknown_devices_are_named_in_one_short_line(name):
+    """torch's reason for "mps" has 1,500 characters in many lines; "meta" was taken as a device."""
+    with pytest.raises(UserError) as error:
+        pick_device(name)
+    message = str(error.value)
+    assert message.startswith(f"--device {name[:40]} cannot be used here")
+    assert len(message) <= 200
+    assert "\n" not in message
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
@@ -159,3 +176,274 @@ def test_the_probe_sees_a_window(monkeypatch):
     monkeypatch.setattr(attention, "attention_weights", within_32)
     with pytest.raises(UserError, match="does not compute what PhiForCausalLM computes"):
         check_architecture(tiny_model())
+
+
+# ---- files that are damaged, or from elsewhere
+
+
+def split(directory, model=None):
+    """A model in two files with an index."""
+    state = (model or tiny_model()).state_dict()
+    nanophi.save(directory, model or tiny_model())
+    (directory / WEIGHTS).unlink()
+    names = sorted(state)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, part in parts.items():
+        save_file({name: state[name] for name in part}, directory / file)
+    write_index(directory, {name: file for file, part in parts.items() for name in part})
+
+
+def write_index(directory, weight_map):
+    (directory / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def refusal(directory, match):
+    with pytest.raises(UserError, match=match) as error:
+        nanophi.load(directory)
+    assert len(str(error.value)) < 600
+
+
+JSON = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'"x"',
+    b"5",
+    b"\xff",
+    b"[" * 100_000,
+    b'{"a": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize("raw", JSON, ids=lambda raw: repr(raw[:9]))
+def test_json_of_any_other_form_is_refused(raw, tmp_path):
+    """`[]` in config.json was an AttributeError, and deep brackets a RecursionError."""
+    split(tmp_path)
+    index = (tmp_path / WEIGHTS_INDEX).read_bytes()
+    (tmp_path / WEIGHTS_INDEX).write_bytes(raw)
+    refusal(tmp_path, WEIGHTS_INDEX)
+    (tmp_path / WEIGHTS_INDEX).write_bytes(index)
+    assert nanophi.load(tmp_path)
+    (tmp_path / "config.json").write_bytes(raw)
+    refusal(tmp_path, r"config\.json")
+
+
+def test_a_million_layers_are_refused_before_they_are_built(tmp_path):
+    """Ten thousand layers can be built, in a minute; the file has tensors for two."""
+    nanophi.save(tmp_path, tiny_model())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for layers, message in (
+        (10**6, "num_hidden_layers is 1000000"),
+        (10_000, "too few for 10,000"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        refusal(tmp_path, message)
+
+
+OUTSIDE = [
+    *(
+        "../outside.safetensors",
+        "{root}/outside.safetensors",
+        "",
+        ".",
+        "..",
+        "/",
+        "x/../a.safetensors",
+    ),
+    *("./a.safetensors", "sub", "none.safetensors", "a" * 10_000, "a\0", "\ud83d", "..\\x"),
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=lambda name: name[:20].encode("unicode-escape"))
+def test_an_index_names_files_of_its_directory_only(name, tmp_path):
+    """weight_map {"x": "../outside.safetensors"} was followed out of the directory."""
+    directory = tmp_path / "model"
+    split(directory)
+    (directory / "sub").mkdir()
+    load_file(directory / "a.safetensors")
+    (tmp_path / "outside.safetensors").write_bytes((directory / "a.safetensors").read_bytes())
+    fields = json.loads((directory / WEIGHTS_INDEX).read_text())["weight_map"]
+    first = min(fields)
+    write_index(directory, fields | {first: name.format(root=tmp_path)})
+    refusal(directory, "weight_map names .*, which is no file in")
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, [], "x", {}, {"a": 5}, {"a": ["x"]}, {"a": None}, {"a": {}}], ids=repr
+)
+def test_a_weight_map_of_another_form_is_refused(weight_map, tmp_path):
+    split(tmp_path)
+    write_index(tmp_path, weight_map)
+    refusal(tmp_path, f"{WEIGHTS_INDEX}: weight_map")
+
+
+def test_a_tensor_that_two_files_have_is_refused(tmp_path):
+    split(tmp_path)
+    b = load_file(tmp_path / "b.safetensors")
+    name, tensor = next(iter(load_file(tmp_path / "a.safetensors").items()))
+    save_file(b | {name: tensor}, tmp_path / "b.safetensors")
+    refusal(tmp_path, f"{name} is in another file of the model too")
+
+
+def test_links_within_a_checkpoint_are_followed(tmp_path):
+    """The cache of huggingface_hub is made of links."""
+    model = tiny_model()
+    split(tmp_path / "model", model)
+    (tmp_path / "blob").write_bytes((tmp_path / "model/a.safetensors").read_bytes())
+    (tmp_path / "model/a.safetensors").unlink()
+    (tmp_path / "model/a.safetensors").symlink_to("../blob")
+    assert torch.equal(nanophi.load(tmp_path / "model")[0](IDS), model(IDS))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    """One nan in lm_head.bias made greedy answers of [MASK] alone, with exit code 0."""
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        model = tiny_model()
+        with torch.no_grad():
+            model.lm_head.bias[5:7] = wrong
+        nanophi.save(tmp_path, model)
+        refusal(tmp_path, r"model\.safetensors: 2 of 448 numbers of lm_head\.bias are not finite")
+
+
+def test_doubles_that_exceed_fp32_are_not_finite(tmp_path):
+    nanophi.save(tmp_path, tiny_model())
+    weights = load_file(tmp_path / WEIGHTS)
+    weights["lm_head.bias"] = torch.full((448,), 1e300, dtype=torch.float64)
+    save_file(weights, tmp_path / WEIGHTS)
+    refusal(tmp_path, "448 of 448 numbers of lm_head")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "float8_e4m3fn", "complex64"])
+def test_weights_of_other_types_are_refused(dtype, tmp_path):
+    """Whole numbers were read as weights, and float8 without the scales that belong to it."""
+    nanophi.save(tmp_path, tiny_model())
+    weights = load_file(tmp_path / WEIGHTS)
+    weights["lm_head.bias"] = weights["lm_head.bias"].to(getattr(torch, dtype))
+    save_file(weights, tmp_path / WEIGHTS)
+    refusal(tmp_path, "lm_head.bias is of type .*, expected one of F64, F32, F16, BF16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_other_widths_are_read(dtype, tmp_path):
+    nanophi.save(tmp_path, tiny_model())
+    halves = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    save_file(halves, tmp_path / WEIGHTS)
+    assert {p.dtype for p in nanophi.load(tmp_path)[0].parameters()} == {torch.float32}
+
+
+# ---- the checksum
+
+
+def test_any_bit_that_flips_is_found(tmp_path):
+    """Every bit of the header, and some of the data. A flip in the checksum's own name is one."""
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 2, "vocab_size": 8}
+    nanophi.save(tmp_path, tiny_model(**small, partial_rotary_factor=1.0))
+    path = tmp_path / WEIGHTS
+    whole = path.read_bytes()
+    data = 8 + int.from_bytes(whole[:8], "little")
+    bits = [*range(64), *range(64, 8 * data, 11), *range(8 * data, 8 * len(whole), 997)]
+    mark = 8 * whole.index(b'"crc32":"crc32:')
+    bits += range(mark, mark + 8 * len('"crc32":"crc32:00000000"'))
+    for bit in bits:
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged"):
+            nanophi.load(tmp_path)
+    path.write_bytes(whole)
+    assert nanophi.load(tmp_path)
+
+
+def test_the_checksum_leaves_the_format_as_it_is(tmp_path):
+    nanophi.save(tmp_path, tiny_model())
+    raw = (tmp_path / WEIGHTS).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    assert list(header["__metadata__"]) == ["crc32", "format"]
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+    for name, tensor in load_file(tmp_path / WEIGHTS).items():
+        assert torch.equal(tensor, tiny_model().state_dict()[name])
+
+
+def test_files_of_other_programs_have_no_checksum_and_raise_no_alarm(tmp_path):
+    model = tiny_model()
+    nanophi.save(tmp_path / "ours", model)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        hf.lm_head.bias += 1
+        model.lm_head.bias += 1
+    hf.save_pretrained(tmp_path / "theirs")
+    again, _ = nanophi.load(tmp_path / "theirs")
+    assert torch.equal(again(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS_INDEX, WEIGHTS])
+def test_a_mutated_file_is_read_or_refused(name, tmp_path):
+    """A part of tests/test_fuzz.py that needs no command."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 64}
+    model = tiny_model(**shape)
+    if name == WEIGHTS_INDEX:
+        split(tmp_path, model)
+    else:
+        nanophi.save(tmp_path, model)
+    whole = (tmp_path / name).read_bytes()
+    mutate = mutated_header if name == WEIGHTS else mutated_json
+    messages = []
+    for seed in range(200):
+        (tmp_path / name).write_bytes(mutate(whole, random.Random(seed)))
+        try:
+            nanophi.load(tmp_path)
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert "\n" not in "".join(messages)
+
+
+# ---- several files that belong together
+
+
+def test_a_save_that_fails_leaves_the_model_that_was_there(tok, tmp_path, monkeypatch):
+    """config.json was written before the weights: a full disk left a new shape with old weights."""
+    model = tiny_model()
+    nanophi.save(tmp_path, model, tok)
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        nanophi.save(tmp_path, tiny_model(hidden_size=64), tok)
+    assert torch.equal(nanophi.load(tmp_path)[0](IDS), model(IDS))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_loading_completes_a_save_that_was_killed(tmp_path):
+    nanophi.save(tmp_path, tiny_model(hidden_size=64))
+    other = tmp_path / "other"
+    nanophi.save(other, tiny_model(seed=3))
+    names = ["config.json", WEIGHTS]
+    for name in names:
+        (other / name).rename(tmp_path / f"{name}.1-1.tmp")
+    renames = [[f"{name}.1-1.tmp", name] for name in names]
+    plan = {"renames": renames, "deletions": []}
+    (tmp_path / "ready.tmp").write_text(json.dumps(plan))
+    assert torch.equal(nanophi.load(tmp_path)[0](IDS), tiny_model(seed=3)(IDS))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tok, tmp_path):
+    """A tokenizer with fewer tokens than the model has rows passed, and ids meant other tokens."""
+    model = tiny_model()
+    model.set_vocabulary(len(tok))
+    nanophi.save(tmp_path, model, tok)
+    assert load_with_tokenizer(tmp_path)
+    model.set_vocabulary(len(tok) + 10)
+    nanophi.save(tmp_path, model, tok)
+    with pytest.raises(UserError, match=r"they do not belong together .*set_vocabulary"):
+        load_with_tokenizer(tmp_path)
+    with torch.no_grad():
+        model.lm_head.bias.zero_()  # as in models from elsewhere, whose spare rows say nothing
+    nanophi.save(tmp_path, model, tok)
+    assert load_with_tokenizer(tmp_path)

@@ -234,3 +234,29 @@ def test_a_record_of_packed_documents_has_no_weight_between_them():
     ]  # of row 0, the second document looking at the first
     assert between.abs().max() == 0
     assert len(record.hidden) == 3
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([[5, 6]], dtype=torch.int32),
+        torch.tensor([[5.0, 6.0]]),
+        torch.tensor([[True]]),
+        torch.tensor([5, 6]),
+        torch.tensor([[[5]]]),
+        torch.zeros(1, 0, dtype=torch.long),
+        [[5, 6]],
+        "感冒",
+    ],
+    ids=str,
+)
+def test_ids_of_another_type_or_form_are_refused(ids):
+    """A row without a batch was an error deep within attention, or was read as another form."""
+    with pytest.raises(UserError, match=r"ids of the form \(rows, tokens\)"):
+        tiny_model()(ids)
+
+
+@pytest.mark.parametrize("token", [-1, 448])
+def test_ids_that_the_model_does_not_know_are_named(token):
+    with pytest.raises(UserError, match=f"ids are from 5 to {token}|{token} to 5, the model knows"):
+        tiny_model()(torch.tensor([[5, token]]))
