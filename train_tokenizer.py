@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nanophi.claims import Output, claim
 from nanophi.cli import Progress, UserError, flag, peak_memory_gb, run_command
-from nanophi.text.corpus import Reading, Skipped
+from nanophi.files import MODEL_NAMES, TOKENIZER_NAMES, together
+from nanophi.text.corpus import Reading, Skipped, expand
 from nanophi.text.schemas import text_of
 from nanophi.text.share import in_share
 from nanophi.tokenizer.bpe import train_bpe
@@ -24,12 +26,17 @@ from nanophi.tokenizer.report import draw_lengths, report, write_vocabulary
 from nanophi.tokenizer.splits import SPLITS
 from nanophi.tokenizer.tokenizer import Tokenizer
 
+FILES = (*TOKENIZER_NAMES, "lengths.png", "sentencepiece.model")  # in --out
+
 
 @dataclass(kw_only=True)
 class Config(Reading):
     out: str = flag(help="directory for tokenizer.json and its companions")
     vocab_size: int = flag(
-        40960, help="tokens, the 7 special ones and the bytes or characters among them"
+        40960,
+        at_least=1,
+        at_most=10_000_000,
+        help="tokens, the 7 special ones and the bytes or characters among them",
     )
     level: Literal["byte", "char"] = flag(
         "byte", help="what merges start from: bytes or characters"
@@ -48,7 +55,7 @@ class Config(Reading):
     special_tokens: list[str] | None = flag(
         None, help="special tokens beside the 7, such as those of a chat template"
     )
-    min_frequency: int = flag(2, help="a pair that occurs less often is not merged")
+    min_frequency: int = flag(2, at_least=1, help="a pair that occurs less often is not merged")
     held_out: list[str] | None = flag(
         None, help="texts to report on (default: a sample of the training text)"
     )
@@ -58,39 +65,56 @@ class Config(Reading):
     max_memory: float | None = flag(
         None, above=0.3, help="GB; a text that may need more is sampled, by documents"
     )
+    overwrite: bool = flag(False, help="replace the tokenizer that --out holds")
 
 
 def main(cfg: Config) -> dict[str, int]:
     """Train and save; returns the numbers of tokens and of characters read."""
-    # 1. The flags fit together.
+    # 1. The flags fit together, and --out may be written.
     refuse_contradictions(cfg)
+    inputs = cfg.files(cfg.out)
+    held_out = cfg.held_out or []
+    out = Output("--out", cfg.out, folder=True, files=FILES, foreign=tuple(MODEL_NAMES))
+    with claim([*inputs, *expand(held_out)], out):
+        refuse_another_tokenizer(cfg)
+        return learn(cfg, inputs)
 
+
+def learn(cfg: Config, inputs: list[Path]) -> dict[str, int]:
     # 2. The text. What is held out is read first: a mistake there shows before the long work.
     skipped = Skipped()
     held_out = None
     if cfg.held_out:
         held_out = list(cfg.rows(skipped, text_of, cfg.held_out))
-    texts = TrainingText(cfg, skipped, share_that_fits(cfg))
+    texts = TrainingText(cfg, inputs, skipped, share_that_fits(cfg, inputs))
 
-    # 3. Training.
-    started = time.monotonic()
-    tok = train(cfg, texts)
-    tok.add_tokens(cfg.special_tokens or [], special=True)
-    seconds = time.monotonic() - started
-
-    # 4. What is kept: tokenizer.json and its companions, and a table to read.
+    # 3. Training. What is kept: tokenizer.json and its companions, and a table to read.
     out = Path(cfg.out)
-    tok.save(out)
-    write_vocabulary(tok, out / "vocab.tsv")
+    started = time.monotonic()
+    with together(out):
+        tok = train(cfg, texts)
+        tok.add_tokens(cfg.special_tokens or [], special=True)
+        seconds = time.monotonic() - started
+        tok.save(out)
+        write_vocabulary(tok, out / "vocab.tsv")
     say_what_was_learned(cfg, tok, texts, seconds)
 
-    # 5. How well it serves.
+    # 4. How well it serves.
     if cfg.report:
         if held_out is None:
             say_how_it_serves(tok, texts.sample, "of the training text", out)
         else:
             say_how_it_serves(tok, held_out, "held out", out)
     return {"tokens": len(tok), "characters": texts.characters}
+
+
+def refuse_another_tokenizer(cfg: Config) -> None:
+    """Shards and models of another tokenizer would no longer be understood."""
+    if (Path(cfg.out) / "tokenizer.json").exists() and not cfg.overwrite:
+        raise UserError(
+            f"--out {cfg.out} holds a tokenizer, with which shards or models may have been made: "
+            "name another directory, or replace it with --overwrite"
+        )
 
 
 def refuse_contradictions(cfg: Config) -> None:
@@ -112,13 +136,13 @@ FACTOR = 1.55e-5
 POWER = 0.62
 
 
-def share_that_fits(cfg: Config) -> float:
+def share_that_fits(cfg: Config, inputs: list[Path]) -> float:
     """The share of the documents that --max-memory lets in; all texts are read once to know their
     size.
     """
     if cfg.max_memory is None:
         return 1.0
-    characters = sum(map(len, cfg.rows(Skipped(), text_of)))
+    characters = sum(map(len, cfg.rows(Skipped(), text_of, inputs)))
     fits = ((cfg.max_memory - BASE) / FACTOR) ** (1 / POWER)
     share = min(fits / max(characters, 1), 1.0)
     print(
@@ -137,8 +161,9 @@ class TrainingText:
     report.
     """
 
-    def __init__(self, cfg: Config, skipped: Skipped, share: float):
+    def __init__(self, cfg: Config, inputs: list[Path], skipped: Skipped, share: float):
         self.cfg = cfg
+        self.inputs = inputs
         self.skipped = skipped  # bad rows
         self.share = share  # of the documents that are taken
         self.characters = 0
@@ -147,7 +172,7 @@ class TrainingText:
 
     def __iter__(self) -> Iterator[str]:
         with Progress("documents", None) as bar:
-            for text in self.cfg.rows(self.skipped, text_of):
+            for text in self.cfg.rows(self.skipped, text_of, self.inputs):
                 bar.update()
                 if self.share < 1 and not in_share(f"sample {text}", self.share):
                     continue

@@ -153,6 +153,7 @@ def make_tokenizer(cfg: Config) -> str:
         input=[text_file(cfg, name) for name in TEXTS],
         out=folder(cfg, "tokenizer"),
         vocab_size=cfg.vocab_size,
+        overwrite=True,
     )
     report = train_tokenizer.main(settings)
     return f"{report['tokens']:,} tokens"

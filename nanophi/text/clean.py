@@ -9,6 +9,8 @@ Rules change texts, filters drop documents:
 
     row -> clean_row: rules until nothing changes -> why_dropped: filters -> cleaned row, or dropped
 
+A conversation in which user and assistant do not take turns is dropped, too: training takes none.
+
 Questions, which people type without a full stop, get none: `clean(text, final=False)`. For your own
 list of rules: `clean(text, rules={**RULES, "mine": str.strip})`.
 
@@ -18,24 +20,25 @@ Cleaning is a step of its own: the training scripts never clean.
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, Literal
 
+from nanophi.claims import claim
 from nanophi.cli import Progress, UserError, flag, run_command
-from nanophi.files import replacing
+from nanophi.files import replacing, together
 from nanophi.parallel import batches, ordered
-from nanophi.text.corpus import Reading, Skipped, read_rows
+from nanophi.text.corpus import Reading, Skipped
 from nanophi.text.filters import Limits, why_dropped
-from nanophi.text.formats import format_of, opened, writable, write_jsonl
-from nanophi.text.outputs import complete_files, settings_of, write_groups, write_rows
-from nanophi.text.rules import RULES, Rule, simplify
+from nanophi.text.formats import format_of, opened, write_jsonl
+from nanophi.text.outputs import Numbered, kept_rows, rows_output, write_rows
+from nanophi.text.rules import RULES, Rule, simplify, without_joints
 from nanophi.text.schemas import (
     asked_keys,
+    is_pair,
     learned_keys,
     messages_of,
     text_of,
@@ -45,10 +48,13 @@ from nanophi.text.schemas import (
     with_texts,
 )
 from nanophi.text.share import in_share
+from nanophi.tokenizer.template import check
 
 SHOWN = 16  # characters of a sample in the report
 BATCH = 200_000  # characters that a process gets at once
-ROUNDS = 100  # how often all rules are applied to a text at most: a user's own may never settle
+# How often all rules are applied to a text before its joints go, and once more so often at most: a
+# user's own rules may never settle. Ordinary text needs two or three sweeps.
+SWEEPS = 10
 
 
 # ---- 1. the report
@@ -125,18 +131,22 @@ def clean(
     names = [name for name in rules if final or name != "final"]
     changed: set[str] = set()  # the rules that have changed this text
     quiet = 0  # how many rules in a row have changed nothing
-    for name in names * ROUNDS:
-        before = text
-        text = rules[name](text)
-        if text == before:
-            quiet += 1
-        else:
+    for sweep in range(2 * SWEEPS):
+        if sweep >= SWEEPS:
+            text = without_joints(text, names)
             quiet = 0
-            if report is not None:
-                report.note(name, before, text, first=name not in changed)
-                changed.add(name)
-        if quiet == len(names):
-            break
+        for name in names:
+            before = text
+            text = rules[name](text)
+            if text == before:
+                quiet += 1
+            else:
+                quiet = 0
+                if report is not None:
+                    report.note(name, before, text, first=name not in changed)
+                    changed.add(name)
+            if quiet == len(names):
+                return text
     return text
 
 
@@ -227,13 +237,10 @@ def refuse_contradictions(cfg: Config) -> None:
             "--dedup sees all rows at once: clean with --shard-rows, then "
             "python -m nanophi.text.dedup"
         )
-    if cfg.dropped:
-        is_jsonl = format_of(Path(cfg.dropped)) == ".jsonl"
-        if not is_jsonl or Path(cfg.dropped) == Path(cfg.out) or cfg.resume:
-            raise UserError(
-                f"--dropped {cfg.dropped}: a .jsonl of its own, written anew each time "
-                "(so not with --resume)"
-            )
+    if cfg.dropped and (format_of(Path(cfg.dropped)) != ".jsonl" or cfg.resume):
+        raise UserError(
+            f"--dropped {cfg.dropped}: a .jsonl, written anew each time (so not with --resume)"
+        )
     if cfg.resume and not cfg.shard_rows:
         raise UserError("--resume goes on behind complete shards: it needs --shard-rows")
 
@@ -243,17 +250,19 @@ def refuse_contradictions(cfg: Config) -> None:
 
 def main(cfg: Config) -> dict:
     """Clean every row of the inputs; returns the counts it prints."""
-    writable(cfg.out)
-    inputs = cfg.files(cfg.out, cfg.dropped)
     refuse_contradictions(cfg)
+    outputs = [rows_output("--out", cfg.out), rows_output("--dropped", cfg.dropped)]
+    inputs = cfg.files(cfg.out, cfg.dropped)
     report = Report()
     skipped = Skipped()  # rows that could not be read
     counts = {"read": 0, "written": 0, "repeated": 0}
-    with open_dropped(cfg.dropped) as file:
+    # Numbered files are complete one by one, so that --resume finds them.
+    at_the_end = nullcontext() if cfg.shard_rows else together()
+    with claim(inputs, *outputs), at_the_end, open_dropped(cfg.dropped) as file:
         rows = sampled_rows(cfg, inputs, skipped)
         cleaned = partial(clean_in_processes, cfg=cfg, report=report, counts=counts, dropped=file)
         if cfg.shard_rows:
-            written = write_numbered(cfg, rows, cleaned, inputs)
+            written = write_numbered(cfg, rows, cleaned, inputs, counts, skipped)
         elif cfg.dedup:
             written = write_unique(cfg, refuse_none(cleaned(rows), cfg, counts, skipped), counts)
         else:
@@ -317,12 +326,20 @@ def clean_rows(rows: list[dict], cfg: Config) -> tuple[list[dict], list[dict], R
 
 
 def _why_dropped(row: dict, cleaned: dict, limits: Limits) -> str | None:
-    """Why a row is dropped: a document by the filters, a conversation if any text is empty."""
+    """Why a row is dropped: a document by the filters, a conversation if any text is empty, or if
+    training would refuse it, because its speakers do not take turns.
+    """
     if "text" in row:
         return why_dropped(row["text"], cleaned["text"], limits)
     texts = texts_of(cleaned)
     if not texts or not all(text.strip() for text in texts):
         return "empty"
+    if is_pair(cleaned):
+        return None
+    try:
+        check(messages_of(cleaned))
+    except UserError:
+        return "turns"
     return None
 
 
@@ -335,10 +352,14 @@ def refuse_none(
         is_empty = False
         yield row
     if is_empty:
-        bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
-        raise UserError(
-            f"nothing to write to {cfg.out}: of {counts['read']:,} rows all are dropped{bad}"
-        )
+        raise nothing_to_write(cfg, counts, skipped)
+
+
+def nothing_to_write(cfg: Config, counts: dict[str, int], skipped: Skipped) -> UserError:
+    bad = f"; {skipped.count:,} bad, such as {skipped.first[0]}" if skipped.count else ""
+    return UserError(
+        f"nothing to write to {cfg.out}: of {counts['read']:,} rows all are dropped{bad}"
+    )
 
 
 @contextmanager
@@ -357,16 +378,12 @@ def open_dropped(path: str | None) -> Iterator[IO | None]:
 def write_unique(cfg: Config, rows: Iterable[dict], counts: dict[str, int]) -> int:
     """Write the rows that repeat no earlier one; returns how many. Adds to counts: repeated.
 
-    Duplicates are found in two passes. So the cleaned rows go to a file beside --out, which is
-    read twice: no text stays in memory.
+    Duplicates are found in two passes. So the cleaned rows go to a file without a name, which is
+    read again and again: no text stays in memory.
     """
-    from nanophi.text.dedup import Duplicates, Restartable
+    from nanophi.text.dedup import Duplicates
 
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=Path(cfg.out).parent) as folder:
-        file = Path(folder) / "cleaned.jsonl"
-        write_rows(file, rows)
-        cleaned = Restartable(lambda: read_rows([file]))
+    with kept_rows(rows, cfg.out) as cleaned:
         return write_rows(cfg.out, Duplicates(workers=cfg.workers).drop(cleaned, counts))
 
 
@@ -375,6 +392,8 @@ def write_numbered(
     rows: Iterator[dict],
     cleaned: Callable[[Iterable[dict]], Iterator[dict]],
     inputs: list[Path],
+    counts: dict[str, int],
+    skipped: Skipped,
 ) -> int:
     """Write one numbered file for each --shard-rows rows read; returns how many rows were written.
 
@@ -383,16 +402,23 @@ def write_numbered(
 
         --shard-rows 30, 102 rows    name-00000 of rows 0 to 29, ..., name-00003 of rows 90 to 101
         killed while it wrote the third; --resume reads past 60 rows and writes name-00002
+
+    Files of an earlier run are replaced at the end, when all new ones are complete.
     """
     assert cfg.shard_rows is not None
-    files = [[str(path), path.stat().st_size] for path in inputs]
-    resumes = cfg.resume and settings_of(cfg.out).exists()
-    complete = complete_files(cfg.out, cfg.effective | {"files": files}, resumes)
-    if resumes:
-        print(f"clean: {complete} complete shards of {cfg.shard_rows:,} rows each stay")
-    past = complete * cfg.shard_rows
+    sizes = [[str(path), path.stat().st_size] for path in inputs]
+    files = Numbered(cfg.out, cfg.effective | {"files": sizes}, cfg.resume)
+    if files.complete:
+        print(f"clean: {files.complete} complete shards of {cfg.shard_rows:,} rows each stay")
+    before = files.complete
+    past = before * cfg.shard_rows
     next(islice(rows, past, past), None)  # reads past the rows of the complete files
-    return write_groups(cfg.out, rows, cfg.shard_rows, first_number=complete, change=cleaned)
+    written = files.write_groups(rows, cfg.shard_rows, cleaned)
+    if not written and not before:
+        files.discard()
+        raise nothing_to_write(cfg, counts, skipped)
+    files.publish()
+    return written
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ Read in this order: `read_rows`, `Skipped`, `Reading`, `main`. outputs.py holds 
 """
 
 import glob
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from nanophi.claims import claim
 from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.files import OWN_NAMES
 from nanophi.text.formats import (
     FORMATS,
     SampleBy,
@@ -31,7 +34,13 @@ from nanophi.text.formats import (
     readable_names,
     writable,
 )
-from nanophi.text.outputs import numbered_files, settings_of, write_files, write_rows
+from nanophi.text.outputs import (
+    numbered_files,
+    rows_output,
+    settings_of,
+    write_files,
+    write_rows,
+)
 from nanophi.text.schemas import row_checker, text_of, with_texts
 
 T = TypeVar("T")
@@ -50,7 +59,9 @@ def expand(inputs: Iterable[str | Path]) -> list[Path]:
 
 def _paths_of(item: str) -> list[Path]:
     """The path itself, or those that match a glob."""
-    if Path(item).exists():
+    if not item.strip():
+        raise UserError("the name of an input is empty: is a variable of the shell not set?")
+    if os.path.exists(item):
         return [Path(item)]
     paths = [Path(path) for path in sorted(glob.glob(item, recursive=True))]
     if not paths:
@@ -59,13 +70,23 @@ def _paths_of(item: str) -> list[Path]:
 
 
 def _files_in(path: Path) -> list[Path]:
-    """The file itself, or all files in a directory whose format is known."""
+    """The file itself, or all files in a directory that hold documents, as their names say."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and format_of(file))
+    files = sorted(file for file in path.rglob("*") if _is_document(file.relative_to(path), path))
     if not files:
         raise UserError(f"{path} holds no file that ends in {readable_names()}")
     return files
+
+
+def _is_document(file: Path, directory: Path) -> bool:
+    """Whether a file within a directory is to be read.
+
+    Files of models and runs are not, and neither is what a killed command has left in a folder that
+    ends in .tmp.
+    """
+    is_ours = file.name in OWN_NAMES or any(part.endswith(".tmp") for part in file.parts)
+    return not is_ours and format_of(file) is not None and (directory / file).is_file()
 
 
 def refuse(message: str) -> None:
@@ -167,29 +188,32 @@ class Reading:
         help="stop at a bad row (not decodable, no JSON, no known keys) instead of skipping it",
     )
 
-    def files(self, out: str, *beside: str | None) -> list[Path]:
-        """The input files. What this command wrote earlier into an input directory is not read
-        back: --out, other files of the command, and the numbered files of --out. A settings file
-        shows that the numbered files are its own.
+    def files(self, *own: str | None) -> list[Path]:
+        """The input files without what this command wrote earlier into an input directory: its
+        outputs and, where a settings file shows that they are its own, their numbered files.
 
-        beside: the other files that the command writes; None for one that it does not
+        own: what the command writes; None for what it does not write this time
 
-        An --out that is itself named as an input is a UserError: it would overwrite what it reads.
+        An output that is itself named as an input is a UserError: it would overwrite what it reads.
         """
-        own = {Path(path).resolve() for path in (out, *beside) if path is not None}
-        if settings_of(out).exists():
-            own |= {path.resolve() for path in numbered_files(out)}
+        written = [path for path in own if path is not None]
+        ours = {os.path.realpath(path) for path in written}
+        for path in written:
+            if settings_of(path).exists():
+                ours |= {os.path.realpath(file) for file in numbered_files(path)}
         files: dict[Path, None] = {}
         for item in self.input:
-            for path in expand([item]):
-                if path.resolve() not in own:
-                    files[path] = None
+            for file in expand([item]):
+                if os.path.realpath(file) not in ours:
+                    files[file] = None
                 elif not Path(item).is_dir():
                     raise UserError(
-                        f"{path} is an input and would be overwritten: name another --out"
+                        f"{file} is an input and would be overwritten: name another --out"
                     )
         if not files:
-            raise UserError(f"--out {out} is the only input: it would overwrite what it reads")
+            raise UserError(
+                f"{', '.join(written)} is the only input: the command would overwrite what it reads"
+            )
         return list(files)
 
     def rows(
@@ -230,6 +254,12 @@ def main(cfg: Config) -> int:
     if (cfg.input is None) == (cfg.fetch is None):
         raise UserError("give --input FILES to convert, or --fetch NAME to get public text")
     out_format = writable(cfg.out)
+    inputs = [] if cfg.input is None else cfg.files(cfg.out)
+    with claim(inputs, rows_output("--out", cfg.out)):
+        return _convert_or_fetch(cfg, inputs, out_format)
+
+
+def _convert_or_fetch(cfg: Config, inputs: list[Path], out_format: str) -> int:
     skipped = Skipped()
     note = ""  # on the rights of a fetched text
     if cfg.fetch:
@@ -239,7 +269,7 @@ def main(cfg: Config) -> int:
         note = rights_note(cfg.fetch) + "\n"
     else:
         use = with_texts if out_format == ".txt" else as_it_is  # a .txt file holds only texts
-        rows = cfg.rows(skipped, use, cfg.files(cfg.out))
+        rows = cfg.rows(skipped, use, inputs)
     rows = _shown(rows, cfg.out, skipped)
     if cfg.rows_per_file is None:
         written = write_rows(cfg.out, rows)

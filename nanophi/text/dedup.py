@@ -39,10 +39,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from nanophi.claims import claim
 from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.files import together
 from nanophi.parallel import batches, ordered
-from nanophi.text.corpus import Reading, Skipped, writable, write_rows
+from nanophi.text.corpus import Reading, Skipped, write_rows
 from nanophi.text.filters import code_points
+from nanophi.text.outputs import rows_output
 from nanophi.text.schemas import text_of, with_texts
 
 SHINGLE = 5  # characters
@@ -503,7 +506,7 @@ class Config(Reading, Duplicates):
 
 def main(cfg: Config) -> dict[str, int]:
     """Write the rows that say something new; returns the counts it prints."""
-    writable(cfg.out)
+    outputs = [rows_output("--out", cfg.out), rows_output("--clusters", cfg.clusters)]
     inputs = cfg.files(cfg.out, cfg.clusters)
     counts = {"read": 0, "lines": 0, "repeated": 0}
     skipped = Skipped()
@@ -521,7 +524,8 @@ def main(cfg: Config) -> dict[str, int]:
         if not counts["read"]:  # raised while writing, so no file appears
             raise UserError(f"nothing to read in {', '.join(cfg.input)}; {skipped}")
 
-    counts["written"] = write_rows(cfg.out, cfg.drop(Restartable(rows), counts))
+    with claim(inputs, *outputs), together():
+        counts["written"] = write_rows(cfg.out, cfg.drop(Restartable(rows), counts))
     counts["skipped"] = skipped.count
     bands, rows_per_band = bands_and_rows(cfg.threshold)
     print(

@@ -3,11 +3,15 @@
     write_rows("news.jsonl", rows)           news.jsonl
     write_files("news.jsonl", rows, 1000)    news-00000.jsonl  news-00001.jsonl  ...
 
-Each file appears under its name only when it is complete.
+A file appears under its name only when it is complete, and numbered files all together. Until then
+they are collected in a folder beside:
 
-Numbered files are resumable: each is made of the same number of rows read, so their number says
-which row comes next. A settings file beside them holds the flags that decide what is in them, so
-that `complete_files` refuses to go on with other flags:
+    news.jsonl.tmp/      news-00000.jsonl  news-00001.jsonl  settings
+        the last one is complete: the old numbered files go, and these take their places
+
+So numbered files are resumable: each is made of the same number of rows read, and their number says
+which row comes next. The settings beside them hold the flags that decide what is in them, so that
+`Numbered` refuses to go on with other flags:
 
     news.jsonl.settings    {"sample": 1.0, ..., "files": [["raw/a.jsonl", 20113]]}
 
@@ -16,15 +20,29 @@ formats.py writes the rows; corpus.py, the door, offers `write_rows` to the othe
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import IO, Any
 
+from nanophi.claims import Output
 from nanophi.cli import UserError
-from nanophi.files import replacing, write_json
-from nanophi.text.formats import FORMATS, as_it_is, opened, writable
+from nanophi.expect import check_fields, read_json
+from nanophi.files import finish, replacing, together, write_json
+from nanophi.text.formats import FORMATS, as_it_is, opened, writable, write_jsonl
 
 # ---- 1. one file
+
+
+def rows_output(flag: str, path: str | None) -> Output:
+    """An output of rows, to be claimed; a UserError where its name says no format."""
+    if path is not None:
+        writable(path)
+    return Output(flag, path)
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> int:
@@ -65,8 +83,9 @@ def numbered_files(path: str | Path) -> list[Path]:
     folder = Path(path).parent
     if not folder.exists():
         return []
-    name = re.compile(re.escape(numbered(path, 0).name).replace("00000", r"\d{5}"))
-    return sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
+    name = re.compile(re.escape(numbered(path, 0).name).replace("00000", r"\d{5,}"))
+    files = [file for file in folder.iterdir() if name.fullmatch(file.name)]
+    return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
 def write_files(path: str | Path, rows: Iterable[dict], rows_per_file: int) -> int:
@@ -78,34 +97,13 @@ def write_files(path: str | Path, rows: Iterable[dict], rows_per_file: int) -> i
         raise UserError(
             f"{existing[0]} is there already: delete it (and those behind it) or name another --out"
         )
-    return write_groups(path, rows, rows_per_file)
+    files = Numbered(path)
+    written = files.write_groups(rows, rows_per_file)
+    files.publish()
+    return written
 
 
-def write_groups(
-    path: str | Path,
-    rows: Iterable[dict],
-    size: int,
-    first_number: int = 0,
-    change: Callable[[Iterator[dict]], Iterable[dict]] = as_it_is,
-) -> int:
-    """Write each group of `size` rows as one numbered file; returns how many rows were written.
-
-    first_number: of the first file to write
-    change: what is done to the rows of a group before they are written; it may drop some
-    """
-    rows = iter(rows)
-    number = first_number
-    written = 0
-    while True:
-        first_row = next(rows, None)
-        if first_row is None:
-            return written
-        group = chain([first_row], islice(rows, size - 1))
-        written += write_rows(numbered(path, number), change(group))
-        number += 1
-
-
-# ---- 3. resuming
+# ---- 3. collecting and resuming
 
 
 def settings_of(path: str | Path) -> Path:
@@ -115,38 +113,125 @@ def settings_of(path: str | Path) -> Path:
     return Path(f"{path}.settings")
 
 
-def complete_files(path: str | Path, settings: dict, resume: bool) -> int:
-    """How many numbered files of a path stay.
+class Numbered:
+    """The numbered files of a path while they are made.
 
-    resume: with it, which needs the settings file, all files up to the first gap stay; a UserError
-        where they were made with other settings. Without it none stays: they are deleted, and
-        `settings` is written
+    complete: how many of them are there, up to the first gap
     """
-    file = settings_of(path)
-    now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    existing = numbered_files(path)
-    if existing and not file.exists():
-        raise UserError(
-            f"{existing[0]} is there, and {file} does not say whence: name another --out"
-        )
-    if resume:
-        _refuse_other_settings(file, now)
-        complete = 0
-        while numbered(path, complete).exists():
-            complete += 1
-        return complete
-    # From the last to the first: if a kill interrupts this, the files that remain are still those
-    # that a command with the old settings would continue.
-    for old in reversed(existing):
-        old.unlink()
-    write_json(file, now)
-    return 0
+
+    def __init__(self, path: str | Path, settings: dict | None = None, resume: bool = False):
+        """settings: the flags that decide what is in the files
+
+        resume: go on behind the files of an interrupted run, or else of a finished one; a UserError
+        where they were made with other settings. Without it, what an interrupted run has left goes
+        """
+        self.path = Path(path)
+        self.folder = Path(f"{path}.tmp")
+        now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        self.complete = 0
+        finish(self.path.parent)
+        if resume and self.folder.is_dir():
+            _refuse_other_settings(self.folder / "settings", now)
+        elif resume and settings_of(path).exists():
+            _refuse_other_settings(settings_of(path), now)
+            self.folder = self.path.parent
+        else:
+            self._begin(now)
+            return
+        while self.place(self.complete).exists():
+            self.complete += 1
+
+    def _begin(self, settings: Any) -> None:
+        """An empty folder with the settings; old files must be such as may be replaced."""
+        existing = numbered_files(self.path)
+        if existing and not settings_of(self.path).exists():
+            raise UserError(
+                f"{existing[0]} is there, and {settings_of(self.path)} does not say whence: name "
+                "another --out"
+            )
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        if settings is not None:
+            write_json(self.folder / "settings", settings)
+
+    def place(self, number: int) -> Path:
+        """Where a numbered file is while it is made."""
+        return self.folder / numbered(self.path, number).name
+
+    def write_groups(
+        self,
+        rows: Iterable[dict],
+        size: int,
+        change: Callable[[Iterator[dict]], Iterable[dict]] = as_it_is,
+    ) -> int:
+        """Write each group of `size` rows as one file, behind those that are complete; returns how
+        many rows were written.
+
+        change: what is done to the rows of a group before they are written; it may drop some
+        """
+        rows = iter(rows)
+        written = 0
+        while True:
+            first_row = next(rows, None)
+            if first_row is None:
+                return written
+            group = chain([first_row], islice(rows, size - 1))
+            written += write_rows(self.place(self.complete), change(group))
+            self.complete += 1
+
+    def publish(self) -> None:
+        """Give the files their places, instead of the old ones, all at once."""
+        if self.folder == self.path.parent:
+            return
+        new = [self.place(number) for number in range(self.complete)]
+        with together(self.path.parent) as files:
+            for file in new:
+                files.rename(file, self.path.parent / file.name)
+            if (self.folder / "settings").exists():
+                files.rename(self.folder / "settings", settings_of(self.path))
+            for old in numbered_files(self.path)[len(new) :]:
+                files.delete(old)
+        shutil.rmtree(self.folder)
+
+    def discard(self) -> None:
+        """Delete what was made."""
+        if self.folder != self.path.parent:
+            shutil.rmtree(self.folder)
 
 
 def _refuse_other_settings(file: Path, now: dict) -> None:
-    before = json.loads(file.read_text(encoding="utf-8"))
+    advice = "leave --resume out"
+    before = read_json(file, advice)
+    check_fields(before, {}, file, advice)
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
-        raise UserError(
-            f"--resume: {', '.join(differing)} differ from what {file} says; leave --resume out"
-        )
+        raise UserError(f"--resume: {', '.join(differing)} differ from what {file} says; {advice}")
+
+
+# ---- 4. rows that are read more than once and kept nowhere
+
+
+@contextmanager
+def kept_rows(rows: Iterable[dict], beside: str | Path) -> Iterator[Iterable[dict]]:
+    """Yield the rows as something that can be iterated over again and again.
+
+    They lie in a file without a name, on the disk of the path `beside`: it goes with the process,
+    however that ends. One iteration must end before the next one begins.
+    """
+    folder = Path(beside).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n", dir=folder) as file:
+        write_jsonl(file, rows)
+        yield _Kept(file)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The rows of a .jsonl file that is open, from its beginning each time."""
+
+    file: IO
+
+    def __iter__(self) -> Iterator[dict]:
+        self.file.seek(0)
+        return map(json.loads, self.file)

@@ -19,15 +19,18 @@ words stay as they are. (The rules of the project that nanophi reimplements turn
 every ASCII letter and digit of NFKC(text) is still there afterwards, in the same order.
 
 No rule may need time that grows with the square of the text's length: see the comments on
-TRAILING_SPACE.
+TRAILING_SPACE and `_drop_hidden`. JOINTS, at the end, ends texts that are built to keep the rules
+busy for ever, one layer in another.
 """
 
 import html
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from html.entities import name2codepoint
+from itertools import groupby
 
 Rule = Callable[[str], str]
 
@@ -172,10 +175,21 @@ TAG_NAMES = (
 _ATTRIBUTE = r"""\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
 # Groups: 1 the slash of a closing tag, 2 the name, 3 the attributes.
 TAG = re.compile(rf"<(/?)({TAG_NAMES})((?:{_ATTRIBUTE})*)\s*/?>", re.I)
-INVISIBLE_HTML = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.S | re.I)
-# Only names of HTML 4, and only with `;`: code holds `&num;`, URLs hold `?a=1&copy=2`.
+# The beginnings of what no reader sees, and how each kind of it ends.
+HIDDEN = re.compile(r"<(?:(!--)|(script|style)\b[^<>]*>)", re.I)
+END_OF_HIDDEN = {
+    "!--": re.compile(r"-->"),
+    "script": re.compile(r"</script\s*>", re.I),
+    "style": re.compile(r"</style\s*>", re.I),
+}
+# Only names of HTML 4, and only with `;`: code holds `&num;`, URLs hold `?a=1&copy=2`. Text that
+# was escaped again and again, `&amp;amp;amp;lt;`, is one match. Group 1 is the last part, `lt;`.
 _ENTITY_NAMES = "|".join(sorted(name2codepoint))
-ENTITY = re.compile(rf"&(?:#\d{{1,7}}|#[xX][0-9a-fA-F]{{1,6}}|apos|{_ENTITY_NAMES});")
+_AMPERSAND = "(?:amp|#0{0,5}38|#[xX]0{0,4}26);"
+ENTITY = re.compile(
+    rf"&(?:{_AMPERSAND})*((?:#\d{{1,7}}|#[xX][0-9a-fA-F]{{1,6}}|apos|{_ENTITY_NAMES});)"
+)
+DECODED = 4  # how often entities are decoded at most; text that was escaped twice needs two
 # Tags that begin or end a line, and the cells of a table, which a space separates.
 BREAKING = frozenset(["p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr"])
 CELLS = frozenset(["td", "th"])
@@ -214,18 +228,49 @@ def _strip_html(text: str) -> str:
 
 
 def _decode_entities(text: str) -> str:
-    """Decode entities, and remove comments and scripts, until nothing changes.
+    """Decode entities, and remove comments and scripts, until nothing changes, or DECODED times.
 
     >>> _decode_entities("3 &amp;amp;lt; 5")
     '3 < 5'
     """
-    before = None
-    while text != before:  # this ends, because each replacement shortens the text
+    for _ in range(DECODED):
         before = text
         if ">" in text:
-            text = INVISIBLE_HTML.sub("", text)
-        text = ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+            text = _drop_hidden(text)
+        text = ENTITY.sub(lambda entity: html.unescape("&" + entity[1]), text)
+        if text == before:
+            break
     return text
+
+
+def _drop_hidden(text: str) -> str:
+    """Remove comments, scripts and styles. What nobody closes stays.
+
+    >>> _drop_hidden("甲<!-- 乙 -->丙<script>丁</script>戊<!-- 己")
+    '甲丙戊<!-- 己'
+
+    A kind that has no end in the rest of the text is not looked for again. One pattern for a whole
+    comment would look through all the rest at each of these beginnings, n * n / 2 characters:
+
+        <!--      <!--      <!--      <!--
+        ├─────────────────────────────────> no end: it stays, and so do
+                  the other three, without a search
+    """
+    parts = []
+    done = 0  # characters of the text
+    unclosed = set()
+    for beginning in HIDDEN.finditer(text):
+        kind = (beginning[1] or beginning[2]).lower()
+        if beginning.start() < done or kind in unclosed:
+            continue
+        end = END_OF_HIDDEN[kind].search(text, beginning.end())
+        if end is None:
+            unclosed.add(kind)
+        else:
+            parts.append(text[done : beginning.start()])
+            done = end.end()
+    parts.append(text[done:])
+    return "".join(parts)
 
 
 def _without_tag(text: str, closed: set[str], tag: re.Match) -> str:
@@ -275,8 +320,9 @@ INVISIBLE = re.compile(
     r"\ufff9-\ufffb"  # annotation marks
     r"\ufffe\uffff"  # no characters
     rf"]{_ACCENTS}"
-    # The zero-width joiner goes beside Han; it stays among emoji, which it joins: 👩‍🚀.
-    rf"|(?<=[{HAN}])\u200d|\u200d(?=[{HAN}])"
+    # Zero-width joiners go beside Han; they stay among emoji, which they join: 👩‍🚀. The second
+    # lookbehind has the reason that TRAILING_SPACE explains.
+    rf"|(?<=[{HAN}])\u200d+|(?<!\u200d)\u200d++(?=[{HAN}])"
 )
 LINE_BREAK = re.compile(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029")
 
@@ -358,6 +404,9 @@ KEPT_BY_NFKC = re.compile(
     r"ㄱ-ㅣㅥ-ㆎ"  # Korean letters, which would join others
     r"]+"
 )
+# NFKC sorts the accents on a letter in a time that grows with the square of their number. A run of
+# so many signs may be such accents, which then come to it in order.
+_MANY_SIGNS = re.compile(r"(?<![^\w\s])[^\w\s]{64,}")
 _BRACKETS_AROUND_HAN = re.compile(rf"＜(?=[{HAN}])([^＜＞\n]*)＞")
 _STOP_BEHIND_HAN = re.compile(rf"(?<=[{HAN}）])．")
 
@@ -386,7 +435,7 @@ def nfkc(text: str) -> str:
     """
     if not text or (max(text) < ASTRAL and not _changed_by_nfkc().search(text)):
         return text  # most texts need no change, and this test is fast
-    text = _before_nfkc(text)
+    text = _MANY_SIGNS.sub(_with_accents_in_order, _before_nfkc(text))
     parts = []
     end = 0  # of the run of kept characters before this one
     for kept in KEPT_BY_NFKC.finditer(text):
@@ -414,6 +463,20 @@ def _before_nfkc(text: str) -> str:
     return text
 
 
+def _with_accents_in_order(run: re.Match) -> str:
+    """A run of signs with the accents on each letter in the order of NFKC: by their class, a number
+    that says where an accent stands.
+    """
+    decomposed = "".join(unicodedata.normalize("NFD", char) for char in run[0])
+    parts: list[str] = []
+    for are_accents, signs in groupby(decomposed, lambda sign: unicodedata.combining(sign) > 0):
+        run_of_signs = list(signs)
+        if are_accents:
+            run_of_signs.sort(key=unicodedata.combining)  # a stable sort, as NFKC's order is
+        parts += run_of_signs
+    return "".join(parts)
+
+
 # ---- 6. simplified: traditional characters become simplified ones
 
 # OpenCC makes 苧 of 薴, and the next time 苎 of that, which is another plant.
@@ -421,20 +484,51 @@ NOT_TWICE = "薴"
 KANA = re.compile("[\u3041-\u30ff]")
 
 
-@cache
-def _opencc(config: str) -> tuple[Rule, re.Pattern]:
-    """(converter, pattern of the characters that it changes, below U+10000).
+# Traditional characters that are simplified ones too, in other words: 乾隆, 瞭望, 慰藉, 宫商角徵羽.
+BOTH = "乾瞭藉餘徵摺夥拚吒咤捱噁薹袷麴昇陞甯"
+_SENTENCE = re.compile(r"[^。！？\n]+[。！？\n]*|[。！？\n]+")
+# 著 as in 看著, which is 看着 in simplified text, and not as in 著名 or 名著. This knows the common
+# words; it reads 看著作業 as 著作, and a name such as 沈著 as 看著. A work's author stands before
+# its title, or before the end of a line.
+ASPECT = re.compile(
+    "(?<![名显卓土原合遗译论巨编专昭彰拙所知较])著(?![名作者述录称]|书立|有?[《〈「『]|[）)\n]|\\Z)"
+)
 
-    Most texts hold none of these characters and need no conversion.
-    """
+
+@dataclass(frozen=True)
+class Script:
+    """How OpenCC converts, and the characters below U+10000 by which one knows a text."""
+
+    convert: Rule
+    traditional: re.Pattern  # characters that are only traditional
+    simplified: re.Pattern  # characters that are only simplified
+
+
+@cache
+def _opencc(config: str) -> Script:
     import opencc
 
     convert = opencc.OpenCC(config).convert
     blocks = (range(0x3400, 0x4DC0), range(0x4E00, 0xA000), range(0xF900, 0xFB00))
     han = [chr(code) for block in blocks for code in block]
     converted = convert("\n".join(han)).split("\n")
-    changed = [old for old, new in zip(han, converted, strict=True) if old != new]
-    return convert, re.compile(f"[{''.join(changed)}]")
+    pairs = [(old, new) for old, new in zip(han, converted, strict=True) if old != new]
+    traditional = {old for old, _ in pairs} - set(BOTH)
+    simplified = {new for _, new in pairs if not _is_in_big5(new)} - traditional
+    return Script(
+        convert,
+        re.compile(f"[{''.join(sorted(traditional))}]"),
+        re.compile(f"[{''.join(sorted(char for char in simplified if char < ASTRAL))}]"),
+    )
+
+
+def _is_in_big5(char: str) -> bool:
+    """Whether Big5 has the character, the traditional set: 后 and 里 are in both scripts."""
+    try:
+        char.encode("big5")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def simplify(text: str, config: str = "t2s") -> str:
@@ -445,22 +539,29 @@ def simplify(text: str, config: str = "t2s") -> str:
     >>> simplify("她的頭髮很長，公司發展很快，乾隆喜歡乾燥。")
     '她的头发很长，公司发展很快，乾隆喜欢干燥。'
 
+    Simplified text has 乾 and 著 too, in other words. So those change only where the text shows
+    that it is traditional; a text of both kinds is read sentence by sentence.
+
+    >>> simplify("北京故宫的乾清宫。他著急地寫一部著作。")
+    '北京故宫的乾清宫。他着急地写一部著作。'
+
     Japanese lines stay as they are.
 
     >>> simplify("東京の大学で学ぶ\n東京很遠")
     '東京の大学で学ぶ\n东京很远'
     """
-    convert, traditional = _opencc(config)
-    if not text or (max(text) < ASTRAL and not traditional.search(text)):
+    script = _opencc(config)
+    # The first test is fast, and most texts hold no traditional character.
+    if not script.traditional.search(text):
         return text
-    if len(text) > 100 and len(traditional.findall(text)) < len(text) / 100:
+    if len(text) > 100 and len(script.traditional.findall(text)) < len(text) / 100:
         # This is simplified text with a few names and old words, which conversion would spoil:
-        # 乾元, 凌濛初.
+        # 凌濛初.
         return text
     if not KANA.search(text):
-        return _simplify(text, convert)
+        return _simplify(text, script)
     lines = text.split("\n")
-    return "\n".join(line if _is_japanese(line) else _simplify(line, convert) for line in lines)
+    return "\n".join(line if _is_japanese(line) else _simplify(line, script) for line in lines)
 
 
 def _is_japanese(line: str) -> bool:
@@ -468,13 +569,31 @@ def _is_japanese(line: str) -> bool:
     return len(KANA.findall(line)) * 4 > len(line)
 
 
-def _simplify(text: str, convert: Rule) -> str:
-    converted = NOT_TWICE.join(convert(part) for part in text.split(NOT_TWICE))
-    if max(converted, default="") < ASTRAL or len(converted) != len(text):
+def _simplify(text: str, script: Script) -> str:
+    """The text, or of a text of both kinds the sentences that hold a traditional character."""
+    if not script.simplified.search(text):
+        return _convert(text, script, keep="")
+    parts = []
+    for sentence in _SENTENCE.findall(text):
+        if script.traditional.search(sentence):
+            keep = BOTH + "著" if script.simplified.search(sentence) else ""
+            sentence = _convert(sentence, script, keep)
+        parts.append(sentence)
+    return "".join(parts)
+
+
+def _convert(text: str, script: Script, keep: str) -> str:
+    """Convert all characters but those of `keep`."""
+    converted = NOT_TWICE.join(script.convert(part) for part in text.split(NOT_TWICE))
+    if "著" in converted and "着" not in text and "著" not in keep:
+        converted = ASPECT.sub("着", converted)
+    if len(converted) != len(text):
         return converted
     # 爇 would become 𦶟, which nobody types: such a character stays traditional.
-    pairs = zip(text, converted, strict=True)
-    return "".join(old if new >= ASTRAL else new for old, new in pairs)
+    if keep or max(converted, default="") >= ASTRAL:
+        pairs = zip(text, converted, strict=True)
+        return "".join(old if new >= ASTRAL or old in keep else new for old, new in pairs)
+    return converted
 
 
 # ---- 7. repeated: punctuation that stands several times
@@ -637,3 +756,26 @@ RULES: dict[str, Rule] = {
     "punctuation": punctuate,
     "final": final_punctuation,
 }
+
+# ---- texts that are built of layers
+#
+# A rule that removes something may join its neighbours to what the next sweep removes: `<<b>b>` is
+# `<b>` then. One sweep takes one layer off, and a text may be built of thousands. Such a text loses
+# the characters without which no layer is joined: then a few sweeps end it.
+
+JOINTS: dict[str, re.Pattern] = {  # rule -> characters
+    "mojibake": re.compile("[âã-éïð锟]"),
+    "html": re.compile("[<&]"),
+}
+
+
+def without_joints(text: str, rules: Iterable[str]) -> str:
+    """The text without the characters that join layers under these rules.
+
+    >>> without_joints("甲<<<b>b>b>", ["html"])
+    '甲b>b>b>'
+    """
+    for rule in rules:
+        if rule in JOINTS:
+            text = JOINTS[rule].sub("", text)
+    return text

@@ -161,14 +161,16 @@ def turns_keys() -> tuple[str, ...]:
 
 def turn_keys(turn: dict) -> tuple[str, str]:
     """The keys of one turn that hold the speaker and the text. Each list of turns may have turns of
-    every schema: some publish ShareGPT's "conversations" with role and content.
+    every schema: some publish ShareGPT's "conversations" with role and content. In a table, each
+    turn may have the keys of all schemas, some of them null.
 
-    >>> turn_keys({"from": "human", "value": "你好"})
+    >>> turn_keys({"from": "human", "value": "你好", "role": None, "content": None})
     ('from', 'value')
     """
     for schema in SCHEMAS.values():
-        if schema.turns and schema.speaker in turn and schema.content in turn:
-            return schema.speaker, schema.content
+        keys = (schema.speaker, schema.content)
+        if schema.turns and all(turn.get(key) is not None for key in keys):
+            return keys
     raise UserError(f"a turn should have role and content, not {', '.join(turn) or 'nothing'}")
 
 
@@ -291,10 +293,14 @@ def texts_of(row: dict) -> list[str]:
     """
     if "text" in row:
         return [row["text"]]
-    for schema in _preference_schemas():
-        if any(key in row for key in schema.compared):
-            return list(preference_of(row))
+    if is_pair(row):
+        return list(preference_of(row))
     return [message["content"] for message in messages_of(row)]
+
+
+def is_pair(row: dict) -> bool:
+    """Whether a row is a preference pair, complete or not."""
+    return any(key in row for schema in _preference_schemas() for key in schema.compared)
 
 
 def text_of(row: dict) -> str:

@@ -34,7 +34,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nanophi.claims import Output, claim
 from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.files import MODEL_NAMES, finish, together
 from nanophi.parallel import batches, ordered
 from nanophi.text.corpus import Reading, Skipped
 from nanophi.text.schemas import text_of
@@ -44,7 +46,7 @@ from nanophi.tokenizer.tokenizer import Tokenizer
 # ---- the format
 
 MAGIC = b"nanophi\0"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct(  # 64 bytes
     "<"
     "8s"  # MAGIC
@@ -54,8 +56,11 @@ HEADER = struct.Struct(  # 64 bytes
     "Q"  # documents
     "I"  # CRC-32 of the tokens
     "16s"  # fingerprint of the tokenizer
-    "12x"  # zeros
+    "I"  # CRC-32 of the offsets
+    "I"  # CRC-32 of all that stands before it in the header
+    "4x"  # zeros
 )
+BEFORE_CRC = HEADER.size - 8  # bytes of the header that its own CRC-32 covers
 COMMAND = "python -m nanophi.text.shards"  # what error messages advise
 
 
@@ -108,12 +113,15 @@ class ShardWriter:
             return
         tokens = self._offsets[-1]
         documents = len(self._offsets) - 1
+        offsets = np.array(self._offsets, dtype="<u8").tobytes()
+        fingerprint = self.tok.fingerprint.encode()
+        sizes = (self.dtype.itemsize, tokens, documents)
+        fields = (MAGIC, VERSION, *sizes, self._crc, fingerprint, zlib.crc32(offsets))
+        own_crc = zlib.crc32(HEADER.pack(*fields, 0)[:BEFORE_CRC])
         with self._file as file:
-            file.write(np.array(self._offsets, dtype="<u8").tobytes())
+            file.write(offsets)
             file.seek(0)
-            fingerprint = self.tok.fingerprint.encode()
-            sizes = (self.dtype.itemsize, tokens, documents)
-            file.write(HEADER.pack(MAGIC, VERSION, *sizes, self._crc, fingerprint))
+            file.write(HEADER.pack(*fields, own_crc))
             file.flush()
             os.fsync(file.fileno())
         self.number += 1
@@ -145,21 +153,50 @@ class Shard:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise UserError(f"{path} is no token shard; {COMMAND} --out {path.parent} writes them")
-        _, version, itemsize, tokens, documents, crc, fingerprint = HEADER.unpack(header)
+        _, version, itemsize, tokens, documents, *crcs_and_name = HEADER.unpack(header)
+        self.crc, fingerprint, self.offsets_crc, own_crc = crcs_and_name
         if version != VERSION:
             raise UserError(
-                f"{path} is a shard of version {version}, this code reads {VERSION}: write it again"
+                f"{path} is a shard of version {version}, this code reads {VERSION}: write it "
+                f"again with {COMMAND}"
             )
+        if own_crc != zlib.crc32(header[:BEFORE_CRC]) or any(header[BEFORE_CRC + 4 :]):
+            raise self._damaged("its header has another checksum than it says")
+        if itemsize not in (2, 4) or not tokens or not documents:
+            raise self._damaged(f"{tokens} tokens of {itemsize} bytes in {documents} documents")
+        self.fingerprint: str = fingerprint.decode("ascii", "replace")
         end_of_tokens = HEADER.size + tokens * itemsize
         if size != end_of_tokens + (documents + 1) * 8:
-            raise UserError(f"{path} is cut short or damaged: {size:,} bytes; write it again")
-        self.crc: int = crc
-        self.fingerprint: str = fingerprint.decode()
+            raise self._damaged(f"it has {size:,} bytes, which is not what its header says")
         self.tokens = np.memmap(
             path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(tokens,)
         )
         self.offsets = np.memmap(
             path, dtype="<u8", mode="r", offset=end_of_tokens, shape=(documents + 1,)
+        )
+
+    def check(self, vocabulary: int | None = None) -> None:
+        """Read all of it, and refuse it if a bit has changed since it was written.
+
+        vocabulary: the tokenizer's; every id must be in it
+        """
+        if zlib.crc32(self.offsets.data) != self.offsets_crc:
+            raise self._damaged("its offsets have another checksum than its header says")
+        if zlib.crc32(self.tokens.data) != self.crc:
+            raise self._damaged("its tokens have another checksum than its header says")
+        ends = self.offsets.astype(np.int64)
+        if ends[0] != 0 or ends[-1] != len(self.tokens) or np.diff(ends).min() < 1:
+            raise self._damaged("its offsets do not cut its tokens into documents")
+        if vocabulary is not None and int(self.tokens.max()) >= vocabulary:
+            raise UserError(
+                f"{self.path} holds the id {self.tokens.max()}, the tokenizer has {vocabulary:,} "
+                f"tokens; {COMMAND} --out {self.path.parent} writes it again"
+            )
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(
+            f"{self.path} is cut short or damaged: {reason}; {COMMAND} --out {self.path.parent} "
+            "writes it again"
         )
 
     def __len__(self) -> int:
@@ -183,6 +220,7 @@ class TokenSet:
     def __init__(self, directory: str | Path, split: str, tok: Tokenizer | None = None):
         self.directory = Path(directory)
         self.split = split
+        finish(directory)
         self.shards = [Shard(path) for path in sorted(self.directory.glob(f"{split}-*.bin"))]
         if not self.shards and split == "train":
             raise UserError(
@@ -195,6 +233,7 @@ class TokenSet:
                     f"({shard.fingerprint}, this one is {tok.fingerprint}); "
                     f"{COMMAND} --out {directory} makes them again"
                 )
+            shard.check(None if tok is None else len(tok))
         # (shards + 1,): the number of the first document of each shard, and the count of all.
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
         lengths = [np.diff(shard.offsets.astype(np.int64)) for shard in self.shards]
@@ -237,7 +276,7 @@ def write_shards(
     shard_tokens: a shard ends with the document that makes it this long
     workers: processes that encode; the shards are the same with any number
 
-    Shards that are there already are replaced one by one, when all new ones are complete. An error
+    Shards that are there already are replaced together, when all new ones are complete. An error
     before that leaves the old ones as they were.
     """
     directory = Path(directory)
@@ -284,13 +323,14 @@ def _encode(texts: list[str], tok: Tokenizer, val_fraction: float) -> list[tuple
 
 def _replace_shards(directory: Path, fresh: Path) -> None:
     """Move the new shards from `fresh` into the directory, and delete old ones beyond them."""
-    names = {new.name for new in fresh.iterdir()}
-    for name in names:
-        os.replace(fresh / name, directory / name)
-    for split in ("train", "val"):
-        for old in directory.glob(f"{split}-[0-9]*.bin"):
-            if old.name not in names:
-                old.unlink()
+    new = {path.name for path in fresh.iterdir()}
+    with together(directory) as files:
+        for name in new:
+            files.rename(fresh / name, directory / name)
+        for split in ("train", "val"):
+            for old in directory.glob(f"{split}-[0-9]*.bin"):
+                if old.name not in new:
+                    files.delete(old)
     fresh.rmdir()
 
 
@@ -311,13 +351,21 @@ class Config(Reading):
 
 def main(cfg: Config) -> dict[str, int]:
     """Encode; returns the counts it prints."""
+    out = Output("--out", cfg.out, folder=True, foreign=tuple(MODEL_NAMES))
+    inputs = cfg.files(cfg.out)
+    with claim(inputs, out):
+        return encode(cfg, inputs)
+
+
+def encode(cfg: Config, inputs: list[Path]) -> dict[str, int]:
+    """Encode the inputs into --out, which has been claimed."""
     tok = Tokenizer.load(cfg.tokenizer)
     counts = {"characters": 0, "bytes": 0}
     skipped = Skipped()
 
     def texts() -> Iterator[str]:
         with Progress("documents", None) as bar:
-            for text in cfg.rows(skipped, text_of):
+            for text in cfg.rows(skipped, text_of, inputs):
                 counts["characters"] += len(text)
                 counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
                 yield text

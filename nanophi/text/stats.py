@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from nanophi.claims import Output, claim
 from nanophi.cli import Progress, UserError, flag, run_command
 from nanophi.files import replacing
 from nanophi.parallel import batches
@@ -195,26 +196,41 @@ class Config(Reading):
 
 def main(cfg: Config) -> dict[str, Group]:
     """Print the table; returns what it counted, by source."""
+    inputs = cfg.files(cfg.plot)
+    if cfg.plot:
+        require_matplotlib()
+    with claim(inputs, Output("--plot", cfg.plot, suffix=".png")):
+        return measure(cfg, inputs)
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'nanophi[plot]'") from None
+
+
+def measure(cfg: Config, inputs: list[Path]) -> dict[str, Group]:
     tok = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
     skipped = Skipped()
-    groups = count(cfg, tok, skipped)
+    groups = count(cfg, inputs, tok, skipped)
     if not groups:
         raise UserError(f"no text in {', '.join(cfg.input)}; {skipped}")
     print(f"{skipped}{corpus_table(groups, tok is not None)}")
     if cfg.duplicates:
-        print_repeated(cfg, groups)
+        print_repeated(cfg, inputs, groups)
     if cfg.plot:
-        try:
-            draw_corpus(groups, cfg.plot)
-        except ImportError:
-            raise UserError("--plot needs matplotlib: pip install 'nanophi[plot]'") from None
+        draw_corpus(groups, cfg.plot)
     return groups
 
 
-def count(cfg: Config, tok: Tokenizer | None, skipped: Skipped) -> dict[str, Group]:
+def count(
+    cfg: Config, inputs: list[Path], tok: Tokenizer | None, skipped: Skipped
+) -> dict[str, Group]:
     """Read all documents and count them by source."""
     groups: dict[str, Group] = defaultdict(Group)
-    for rows in batches(rows_of(cfg, skipped), BATCH_CHARACTERS, lambda row: len(text_of(row))):
+    shown = rows_of(cfg, inputs, skipped)
+    for rows in batches(shown, BATCH_CHARACTERS, lambda row: len(text_of(row))):
         texts = [text_of(row) for row in rows]
         tokens = [len(ids) for ids in tok.encode_stream(texts)] if tok else [0] * len(rows)
         for row, text, number in zip(rows, texts, tokens, strict=True):
@@ -222,17 +238,17 @@ def count(cfg: Config, tok: Tokenizer | None, skipped: Skipped) -> dict[str, Gro
     return groups
 
 
-def rows_of(cfg: Config, skipped: Skipped) -> Iterator[dict]:
+def rows_of(cfg: Config, inputs: list[Path], skipped: Skipped) -> Iterator[dict]:
     """The rows with a text; progress is shown."""
     with Progress("rows", None) as bar:
-        for row in cfg.rows(skipped, with_texts):
+        for row in cfg.rows(skipped, with_texts, inputs):
             yield row
             bar.update()
 
 
-def print_repeated(cfg: Config, groups: dict[str, Group]) -> None:
+def print_repeated(cfg: Config, inputs: list[Path], groups: dict[str, Group]) -> None:
     """Find near-duplicates and print how many documents could go."""
-    clusters = find_clusters(Restartable(lambda: cfg.rows(Skipped(), text_of)))
+    clusters = find_clusters(Restartable(lambda: cfg.rows(Skipped(), text_of, inputs)))
     repeated = sum(map(len, clusters)) - len(clusters)
     documents = sum(len(group.lengths) for group in groups.values())
     print(

@@ -67,7 +67,7 @@ def test_mistakes_are_named_with_their_place(tmp_path):
     with pytest.raises(UserError, match="line 1: a row is an object"):
         list(read_rows([bad]))
     bad.write_text("[" * 100_000, encoding="utf-8")
-    with pytest.raises(UserError, match="line 1: not JSON"):
+    with pytest.raises(UserError, match="line 1: it is nested too deeply"):
         list(read_rows([bad]))
     bad.write_bytes('{"text": "好"}\n'.encode() + "编码".encode("gbk"))
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2: not UTF-8 .* it looks like GB18030"):

@@ -262,7 +262,7 @@ def test_tables_lose_no_column(tmp_path):
     assert list(read_rows([tmp_path / "a.parquet"])) == rows  # what is null is absent again
     with pytest.raises(UserError, match="extra: a key that none of the first 1,024 rows has"):
         write_rows(tmp_path / "b.parquet", [{"text": "一"}] * 2000 + [{"text": "二", "extra": 1}])
-    with pytest.raises(UserError, match="do not fit one table"):
+    with pytest.raises(UserError, match="row 2,001, column 'n' cannot be written"):
         write_rows(
             tmp_path / "c.parquet", [{"text": "一", "n": 1}] * 2000 + [{"text": "二", "n": "x"}]
         )
