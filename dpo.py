@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanophi.cli import Progress, flag, run_command
+from nanophi.cli import Progress, UserError, flag, run_command
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
@@ -22,29 +22,49 @@ from nanophi.text.schemas import preference_of
 from nanophi.text.share import in_share
 from nanophi.tokenizer.chat import encode_chat
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.config import TrainConfig, context_of, total_steps
+from nanophi.train.config import (
+    LARGEST_RATE,
+    MOST_SAMPLES,
+    MOST_STEPS,
+    BadRows,
+    TuningConfig,
+    context_of,
+    total_steps,
+)
 from nanophi.train.loop import train
 from nanophi.train.losses import PREFERENCE_LOSSES, answer_logps, make_dpo_loss_fn, validate
 from nanophi.train.packing import digest
 from nanophi.train.preferences import Pairs, Preference
+from nanophi.train.preflight import refuse_what_does_not_fit
 from nanophi.train.setup import begin
 
 
 @dataclass(kw_only=True)
-class Config(TrainConfig):
+class Config(TuningConfig):
     """The flags of this script. Those that all training scripts share are in train/config.py."""
 
     init_from: str = flag(help="run directory of sft.py")
     data: list[str] = flag(help="preference pairs: files, directories or globs")
-    batch_pairs: int = flag(16, at_least=1, help="pairs of one optimizer step over all devices")
+    batch_pairs: int = flag(
+        16,
+        at_least=1,
+        at_most=MOST_SAMPLES,
+        help="pairs of one optimizer step over all devices",
+    )
     loss: str = flag("sigmoid", choices=PREFERENCE_LOSSES, help="sigmoid is DPO's own")
-    beta: float = flag(0.1, above=0, help="how strongly the policy is held to the reference")
+    beta: float = flag(
+        0.1,
+        above=0,
+        at_most=LARGEST_RATE,
+        help="how strongly the policy is held to the reference",
+    )
     lr: float = flag(
         2e-4,
         above=0,
+        at_most=LARGEST_RATE,
         help="peak learning rate; with muon that of the matrices, the rest has half of it",
     )
-    warmup: int = flag(5, at_least=0, help="steps until the peak learning rate")
+    warmup: int = flag(5, at_least=0, at_most=MOST_STEPS, help="steps until the peak learning rate")
     val_fraction: float = flag(
         0.0,
         at_least=0,
@@ -65,10 +85,11 @@ def main(cfg: Config) -> Phi:
 
     # 3. The data: pairs of conversations, some held out by their prompts.
     context = context_of(cfg, model)
-    pairs, held_out = read_pairs(cfg.data, tok, context, cfg.bos, cfg.val_fraction)
+    pairs, held_out = read_pairs(cfg.data, tok, context, cfg.bos, cfg.val_fraction, cfg.skip_bad)
     multiple = max(128, context // 4) if cfg.compile else 1  # few lengths to compile
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple)
     validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple) if held_out else None
+    refuse_what_does_not_fit(model.cfg, setup, cfg.batch_pairs, data.longest, 2, model)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-pairs", cfg.batch_pairs)
     data_id = f"{data.data_id}-{digest_of_weights(model)}"
 
@@ -112,15 +133,21 @@ def main(cfg: Config) -> Phi:
 
 
 def read_pairs(
-    paths: list[str], tok: Tokenizer, context: int, bos: bool, val_fraction: float = 0.0
+    paths: list[str],
+    tok: Tokenizer,
+    context: int,
+    bos: bool,
+    val_fraction: float = 0.0,
+    skip_bad: bool = False,
 ) -> tuple[list[Preference], list[Preference]]:
     """The pairs to train on and those held out, split by prompt; too long ones are dropped and
-    counted.
+    counted. A UserError where none is left to train on.
     """
+    bad = BadRows()
     training: list[Preference] = []
     held_out: list[Preference] = []
     too_long = 0
-    for prompt, *answers in read_rows(paths, use=preference_of):
+    for prompt, *answers in read_rows(paths, use=preference_of, on_bad=bad):
         question = {"role": "user", "content": prompt}
         sides = [
             encode_chat([question, {"role": "assistant", "content": answer}], tok, bos)
@@ -131,10 +158,21 @@ def read_pairs(
             continue
         part = held_out if in_share(prompt, val_fraction) else training
         part.append(Preference(*sides))
+    bad.settle(skip_bad)
     counted = f", {len(held_out):,} held out" if val_fraction else ""
     print(
         f"dpo: {len(training):,} pairs{counted}; {too_long:,} longer than {context} tokens dropped"
     )
+    if not training:
+        raise UserError(
+            f"no pair in {', '.join(paths)} is left to train on: {too_long:,} are longer than "
+            f"{context} tokens (--context), {len(held_out):,} are held out (--val-fraction)"
+        )
+    if val_fraction and not held_out:
+        print(
+            f"note: --val-fraction {val_fraction:g} holds out none of {len(training):,} pairs, "
+            "so nothing is validated: raise it"
+        )
     return training, held_out
 
 

@@ -18,13 +18,13 @@ from nanophi.model.config import PRESETS, PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text.shards import TokenSet
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.config import TrainConfig, total_steps
+from nanophi.train.config import MOST_TOKENS, TrainConfig, total_steps
 from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
-from nanophi.train.preflight import check_memory
-from nanophi.train.setup import Setup, begin
+from nanophi.train.preflight import refuse_what_does_not_fit
+from nanophi.train.setup import begin
 
 
 @dataclass(kw_only=True)
@@ -37,16 +37,25 @@ class Config(TrainConfig):
     )
     tokenizer: str = flag(help="the tokenizer they were made with")
     batch_tokens: int = flag(
-        16384, at_least=1, help="tokens of one optimizer step over all devices"
+        16384,
+        at_least=1,
+        at_most=MOST_TOKENS,
+        help="tokens of one optimizer step over all devices",
     )
     preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
     sample: str | None = flag(
         None, help="a text to continue at each evaluation, so that you see the model learn"
     )
-    layers: int | None = flag(None, at_least=1, help="instead of the preset's")
-    width: int | None = flag(None, at_least=1, help="hidden_size, instead of the preset's")
-    heads: int | None = flag(None, at_least=1, help="attention heads, instead of the preset's")
-    mlp: int | None = flag(None, at_least=1, help="width of the MLP, instead of the preset's")
+    layers: int | None = flag(None, at_least=1, at_most=10_000, help="instead of the preset's")
+    width: int | None = flag(
+        None, at_least=1, at_most=2**20, help="hidden_size, instead of the preset's"
+    )
+    heads: int | None = flag(
+        None, at_least=1, at_most=2**20, help="attention heads, instead of the preset's"
+    )
+    mlp: int | None = flag(
+        None, at_least=1, at_most=2**24, help="width of the MLP, instead of the preset's"
+    )
 
 
 # The recipe. To go deeper, read what it calls:
@@ -67,18 +76,18 @@ def main(cfg: Config) -> Phi:
     shape = model_config(cfg, tok)
     context = shape.max_position_embeddings
     rows = max(cfg.batch_tokens // context, 1)  # of a step
+    refuse_what_does_not_fit(shape, setup, rows, context)
 
     # 3. The data: documents packed into rows. `data.batch_at(step)` gives the batch of a step, and
     #    `evaluate(model)` the loss on documents that were held out.
     data = training_data(cfg, tok, context, rows)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
     evaluate = validation(cfg, tok, context)
-    if cfg.sample:
+    if cfg.sample is not None:
         evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
 
     # 4. The model, with random weights: its first loss is about ln(vocab_size). Ids that the
     #    tokenizer does not use are made impossible.
-    refuse_what_does_not_fit(shape, setup, rows)
     torch.manual_seed(cfg.seed)
     model = Phi(shape)
     model.set_vocabulary(len(tok))
@@ -157,23 +166,6 @@ def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
         return validation_loss(model, batches, byte_lengths)
 
     return evaluate
-
-
-def refuse_what_does_not_fit(shape: PhiConfig, setup: Setup, rows: int) -> None:
-    """A UserError, before any memory is taken, where training takes more than the device has."""
-    cfg = setup.cfg
-    rows_of_a_rank = -(-rows // setup.world.size)
-    check_memory(
-        shape,
-        cfg.optimizer,
-        min(cfg.micro_batch, rows_of_a_rank),
-        shape.max_position_embeddings,
-        half=setup.dtype != "float32",
-        recompute=cfg.recompute,
-        device=setup.world.device,
-        shards=setup.ranks_of_model,
-        attention=cfg.attention,
-    )
 
 
 if __name__ == "__main__":

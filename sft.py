@@ -17,17 +17,18 @@ from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt, encode_chat
-from nanophi.tokenizer.template import TEMPLATES
+from nanophi.tokenizer.template import TEMPLATES, check
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.config import TrainConfig, context_of, total_steps
+from nanophi.train.config import MOST_TOKENS, BadRows, TuningConfig, context_of, total_steps
 from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.packing import Packed
+from nanophi.train.preflight import refuse_what_does_not_fit
 from nanophi.train.setup import begin
 
 
 @dataclass(kw_only=True)
-class Config(TrainConfig):
+class Config(TuningConfig):
     """The flags of this script. Those that all training scripts share are in train/config.py."""
 
     init_from: str = flag(
@@ -35,7 +36,10 @@ class Config(TrainConfig):
     )
     data: list[str] = flag(help="conversations: files, directories or globs")
     batch_tokens: int = flag(
-        16384, at_least=1, help="tokens of one optimizer step over all devices"
+        16384,
+        at_least=1,
+        at_most=MOST_TOKENS,
+        help="tokens of one optimizer step over all devices",
     )
     template: str | None = flag(
         None,
@@ -60,13 +64,14 @@ def main(cfg: Config) -> Phi:
         model.set_dropout(cfg.dropout)
     context = context_of(cfg, model)
     rows = max(cfg.batch_tokens // context, 1)  # of a step
+    refuse_what_does_not_fit(model.cfg, setup, rows, context, model=model)
 
     # 3. The data: whole conversations packed into rows. Only answers are targets: the mask comes
     #    from the template.
-    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos)
+    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos, cfg.skip_bad)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
     evaluate = validation(cfg, tok, context)
-    if cfg.sample:
+    if cfg.sample is not None:
         prompt = chat_prompt(cfg.sample, tok, cfg.bos)
         evaluate = evaluating_aloud(evaluate, tok, prompt)
 
@@ -104,18 +109,34 @@ def use_template(model: Phi, tok: Tokenizer, name: str) -> None:
     tok.template = name
 
 
+def conversation_of(row: dict) -> list[dict]:
+    """The messages of a row. A UserError where it holds none, or where roles do not take turns."""
+    messages = messages_of(row)
+    check(messages)
+    return messages
+
+
 def pack(
-    paths: list[str], tok: Tokenizer, context: int, batch_rows: int, seed: int, bos: bool
+    paths: list[str],
+    tok: Tokenizer,
+    context: int,
+    batch_rows: int,
+    seed: int,
+    bos: bool,
+    skip_bad: bool = False,
 ) -> Packed:
     """Files of conversations -> packed rows. One without an answer, or too long, is dropped and
-    counted.
+    counted; for those that cannot be used see BadRows.
     """
+    bad = BadRows()
     documents = []
     masks = []
     unanswered = 0
     too_long = 0
     no_room = 0
-    for ids, mask in read_rows(paths, use=lambda row: encode_chat(messages_of(row), tok, bos)):
+    for messages in read_rows(paths, use=conversation_of, on_bad=bad):
+        # Outside of `use`: what goes wrong here is no fault of the row.
+        ids, mask = encode_chat(messages, tok, bos)
         if not any(mask):
             unanswered += 1
         elif mask.index(True) >= context:
@@ -125,6 +146,7 @@ def pack(
         else:
             documents.append(np.array(ids, dtype=np.int32))
             masks.append(np.array(mask))
+    bad.settle(skip_bad)
     learned = sum(int(mask.sum()) for mask in masks)
     print(
         f"sft: {len(documents):,} conversations, {learned:,} tokens to learn; dropped {too_long:,} "
@@ -141,9 +163,10 @@ def pack(
 
 def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
     """A function of the model: its loss on the answers of --val-data. None without --val-data."""
-    if not cfg.val_data:
+    if cfg.val_data is None:
         return None
-    data = pack([cfg.val_data], tok, context, cfg.micro_batch, cfg.seed, cfg.bos)
+    paths = [cfg.val_data]
+    data = pack(paths, tok, context, cfg.micro_batch, cfg.seed, cfg.bos, cfg.skip_bad)
     byte_lengths = tok.byte_lengths()
 
     def evaluate(model: Phi) -> dict[str, float]:

@@ -13,7 +13,9 @@ import pytest
 import train_tokenizer
 from nanophi.claims import Lock, Output, claim
 from nanophi.cli import UserError
+from nanophi.infer import pairs
 from nanophi.text import clean, corpus, dedup, shards, stats
+from nanophi.train import plot
 
 from .conftest import TEXTS, write
 
@@ -86,6 +88,26 @@ def test_the_second_writer_is_told_who_writes(rows, tokenizer, tmp_path, name):
         commands(rows, out, tokenizer)[name]()
     commands(rows, out, tokenizer)[name]()  # the lock of a process that has ended is no obstacle
     assert not list(out.rglob("*.lock"))
+
+
+def test_pairs_and_pictures_are_locked_too(house, tmp_path):
+    out = f"{tmp_path}/o"
+    model, data = f"{house}/sft", [f"{house}/sft.jsonl"]
+    commands = {
+        "o.jsonl": lambda: pairs.main(pairs.Config(model=model, data=data, out=f"{out}.jsonl")),
+        "o.png": lambda: plot.main(plot.Config(runs=[model], out=f"{out}.png")),
+        "o.json": lambda: plot.main(
+            plot.Config(runs=[model], out=f"{out}.png", reference=f"{out}.json")
+        ),
+    }
+    for name, command in commands.items():
+        with (
+            another_process(tmp_path / f"{name}.lock"),
+            pytest.raises(UserError, match="written by process 4711"),
+        ):
+            command()
+        (tmp_path / f"{name}.lock").unlink()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", NAMES)

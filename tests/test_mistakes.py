@@ -88,7 +88,8 @@ CLEAN, TOK, SHARDS = (
     "train_tokenizer --out x --vocab-size 400 --input",
     "shards --out x",
 )
-SFT_TO = "sft --init-from {house}/pretrain --context 128 --batch-tokens 128 --out x --data"
+SFT_FROM = "sft --init-from {house}/pretrain"
+SFT_TO = f"{SFT_FROM} --context 128 --batch-tokens 128 --out x --data"
 DPO_TO = "dpo --init-from {house}/sft --context 128 --out x --data"
 PRETRAIN = "pretrain --tokenizer {house}/tokenizer --preset demo --context 128 --out x --data"
 
@@ -108,7 +109,7 @@ CASES = [
         "there is no document to train on",
     ),
     (f"{SFT_TO} {{bad}}/empty.jsonl", "of 0 conversations in .*empty.jsonl none has an answer"),
-    (f"{DPO_TO} {{bad}}/empty.jsonl", "there is no preference pair to learn from"),
+    (f"{DPO_TO} {{bad}}/empty.jsonl", "no pair in .*empty.jsonl is left to train on"),
     ("evaluate --model {house}/sft --data {bad}/empty.jsonl", "empty.jsonl holds no text to score"),
     (
         "pairs --model {house}/sft --out x.jsonl --data {bad}/empty.jsonl",
@@ -187,14 +188,17 @@ CASES = [
         "too little data for one batch of --batch-tokens 16,384: give --batch-tokens",
     ),
     (
-        f"{SFT_TO} {{house}}/sft.jsonl --batch-tokens 9999",
+        f"{SFT_FROM} --out x --data {{house}}/sft.jsonl --batch-tokens 9999",
         "too little data for one batch of --batch-tokens 9,999",
     ),
     (
         f"{DPO_TO} {{house}}/dpo.jsonl --batch-pairs 4",
         "too little data for one batch .*: give --batch-pairs 3",
     ),
-    (f"{SFT_TO} {{house}}/sft.jsonl --context 4096", "--context 4096 exceeds the 128"),
+    (
+        f"{SFT_FROM} --out x --data {{house}}/sft.jsonl --context 4096",
+        "--context 4096 exceeds the 128",
+    ),
     # things that do not belong together
     (
         f"{SHARDS} --tokenizer {{bad}}/none --input {{bad}}/one.jsonl",
@@ -232,7 +236,7 @@ CASES = [
     ),
     # output
     (
-        f"{SFT_TO} {{house}}/sft.jsonl --out {{house}}/dpo",
+        f"{SFT_FROM} --data {{house}}/sft.jsonl --out {{house}}/dpo",
         "dpo holds a run .*: --resume goes on with it, --overwrite",
     ),
     (

@@ -6,7 +6,18 @@ from typing import Literal
 from nanophi.cli import UserError, flag
 from nanophi.model.backends import BACKENDS
 from nanophi.model.phi import Phi
+from nanophi.text.corpus import Skipped
 from nanophi.train.optim import OPTIMIZERS, SCHEDULES
+
+# The largest values of flags. They are far above what anybody needs, and so small that nothing
+# overflows, or takes hours, before the memory is checked.
+MOST_STEPS = 10**9
+MOST_TOKENS = 2**30  # of a step
+MOST_SAMPLES = 2**20  # rows or pairs of a step
+LONGEST_CONTEXT = 2**20
+LARGEST_RATE = 1000.0  # fp32 cannot hold the products of rates above 1e38
+LARGEST_SEED = 2**62  # each rank adds a number of its own, and the sum must fit into 64 bits
+MOST_MINUTES = 10**6  # almost two years
 
 
 @dataclass(kw_only=True)
@@ -16,29 +27,45 @@ class TrainConfig:
     # where, and how long
     out: str = flag(help="run directory: the newest checkpoint and its history")
     steps: int | None = flag(
-        None, at_least=1, help="optimizer steps; --epochs instead counts passes over the data"
+        None,
+        at_least=1,
+        at_most=MOST_STEPS,
+        help="optimizer steps; --epochs instead counts passes over the data",
     )
     epochs: float | None = flag(
-        None, above=0, help="passes over the data (1 where --steps is not given either)"
+        None,
+        above=0,
+        at_most=MOST_STEPS,
+        help="passes over the data (1 where --steps is not given either)",
     )
 
     # the batch
     micro_batch: int = flag(
-        8, at_least=1, help="rows (or pairs) a device holds at once; changes memory use only"
+        8,
+        at_least=1,
+        at_most=MOST_SAMPLES,
+        help="rows (or pairs) a device holds at once; changes memory use only",
     )
-    context: int | None = flag(None, at_least=2, help="tokens of a row (default: the model's)")
+    context: int | None = flag(
+        None, at_least=2, at_most=LONGEST_CONTEXT, help="tokens of a row (default: the model's)"
+    )
     bos: bool = flag(False, help="put [BOS] before every document")
 
     # the optimizer
     lr: float = flag(
         2e-3,
         above=0,
+        at_most=LARGEST_RATE,
         help="peak learning rate; with muon that of the matrices, the rest has half of it",
     )
     optimizer: str = flag("muon", choices=OPTIMIZERS, help="adafactor is the original's")
-    weight_decay: float = flag(0.1, at_least=0, help="decoupled; biases and norms have none")
+    weight_decay: float = flag(
+        0.1, at_least=0, at_most=LARGEST_RATE, help="decoupled; biases and norms have none"
+    )
     schedule: str = flag("wsd", choices=SCHEDULES, help="of the learning rate, after the warm-up")
-    warmup: int = flag(20, at_least=0, help="steps until the peak learning rate")
+    warmup: int = flag(
+        20, at_least=0, at_most=MOST_STEPS, help="steps until the peak learning rate"
+    )
     decay: float = flag(
         0.3,
         at_least=0,
@@ -52,7 +79,7 @@ class TrainConfig:
         at_most=0.9,
         help="of embeddings, attention and both branches (default: the model's)",
     )
-    seed: int = flag(0, at_least=0, help="of weights, data order and dropout")
+    seed: int = flag(0, at_least=0, at_most=LARGEST_SEED, help="of weights, data order and dropout")
 
     # the device
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
@@ -78,7 +105,7 @@ class TrainConfig:
     # what is kept, and when
     save_every: int = flag(500, at_least=1, help="steps between checkpoints")
     save_minutes: float | None = flag(
-        None, above=0, help="also save when so many minutes have passed"
+        None, above=0, at_most=MOST_MINUTES, help="also save when so many minutes have passed"
     )
     keep_going: bool = flag(
         False, help="if a checkpoint cannot be written (a full disk), say so and train on"
@@ -107,6 +134,44 @@ class TrainConfig:
     )
 
 
+@dataclass(kw_only=True)
+class TuningConfig(TrainConfig):
+    """What sft.py and dpo.py have in common beyond that: they read rows."""
+
+    skip_bad: bool = flag(
+        False, help="go on without rows that cannot be used; five of them are named"
+    )
+
+
+class BadRows(Skipped):
+    """The rows that cannot be used, told all at once: who has mended one wants no other to follow.
+
+    for conversation in read_rows(paths, on_bad=bad): ...
+    bad.settle(cfg.skip_bad)
+    """
+
+    SHOWN = 5
+
+    def settle(self, skip: bool) -> None:
+        """When all is read: refuse the bad rows, or only print them where they are to be skipped.
+
+        >>> bad = BadRows()
+        >>> bad("a.jsonl, line 2: not JSON")
+        >>> bad.settle(skip=False)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        nanophi.cli.UserError: 1 rows cannot be used: a.jsonl, line 2: not JSON
+        """
+        if skip:
+            print(self, end="")
+        elif self.count:
+            more = self.count - len(self.first)
+            named = "; ".join(self.first) + (f"; and {more:,} more" if more else "")
+            raise UserError(
+                f"{self.count:,} rows cannot be used: {named}. Mend them, or give --skip-bad to go "
+                "on without them"
+            )
+
+
 def total_steps(
     cfg: TrainConfig, steps_per_epoch: float, batch_flag: str = "--batch-tokens", batch: int = 1
 ) -> int:
@@ -125,6 +190,10 @@ def total_steps(
     else:
         epochs = 1 if cfg.epochs is None else cfg.epochs
         steps = max(round(epochs * steps_per_epoch), 1)
+        if steps > MOST_STEPS:
+            raise UserError(
+                f"--epochs {epochs:g} are {steps:.1e} steps, more than {MOST_STEPS:,}: lower it"
+            )
     if steps <= cfg.warmup:
         print(
             f"note: {steps} steps end within the warm-up of {cfg.warmup}, so little will be "

@@ -20,6 +20,7 @@ import atexit
 import gc
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanophi.cli import UserError
+from nanophi.expect import Expected, check
 from nanophi.model.phi import Phi
 
 BUCKET = 25_000_000  # gradients summed in one message: 100 MB of fp32
@@ -197,12 +199,62 @@ def put_together(tree: Any, keep: bool) -> Any:
 # ---- joining and leaving
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun says to a process, in environment variables."""
+
+    size: int = 1  # WORLD_SIZE: ranks on all machines
+    rank: int = 0  # RANK
+    local_rank: int | None = None  # LOCAL_RANK: the number on this machine, None where not given
+    machines: int = 1  # GROUP_WORLD_SIZE
+    attempt: int = 0  # TORCHELASTIC_RESTART_COUNT: how often the ranks were started anew
+
+
+def launch() -> Launch:
+    """Read the environment variables that torchrun sets. A UserError where one makes no sense.
+
+    Without WORLD_SIZE, or where it is 1, a process trains alone. Then the others do not count: a
+    cluster may set RANK for reasons of its own.
+    """
+    size = _variable("WORLD_SIZE", default=1, at_least=1)
+    if size == 1:
+        return Launch()
+    rank = _variable("RANK", at_most=size - 1)
+    if not os.environ.get("MASTER_ADDR", "").strip():
+        raise UserError(f"{size} ranks need a MASTER_ADDR to meet at; {START}")
+    _variable("MASTER_PORT", at_least=1, at_most=2**16 - 1)
+    return Launch(
+        size,
+        rank,
+        _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ else None,
+        _variable("GROUP_WORLD_SIZE", default=1, at_least=1),
+        _variable("TORCHELASTIC_RESTART_COUNT", default=0),
+    )
+
+
+START = "start ranks with torchrun, or unset WORLD_SIZE to train alone"
+
+
+def _variable(
+    name: str, default: int | None = None, at_least: int = 0, at_most: int | None = None
+) -> int:
+    """A whole number from the environment; without a default the variable must be there."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    is_number = text is not None and re.fullmatch("0|-?[1-9][0-9]{0,17}", text)
+    value: Any = int(text) if text is not None and is_number else text
+    check(value, Expected(int, at_least=at_least, at_most=at_most), f"the variable {name}", START)
+    return value
+
+
 def join(device: str) -> World:
     """The world that torchrun has made (its environment variables say so), or a world of one.
 
     device: what pick_device gives. Under torchrun, "cuda" becomes the GPU of this rank.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launch()
+    size = launched.size
     if device.startswith("cuda:"):
         if size > 1:
             raise UserError(
@@ -213,14 +265,17 @@ def join(device: str) -> World:
     if size == 1:
         return World(0, 1, device)
     if device == "cuda":
-        device = _gpu_of_this_rank()
+        device = _gpu_of_this_rank(launched.local_rank)
     if not dist.is_initialized():
-        _meet(size, "nccl" if device.startswith("cuda") else "gloo")
+        _meet(launched, "nccl" if device.startswith("cuda") else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _gpu_of_this_rank() -> str:
-    number = int(os.environ["LOCAL_RANK"])
+def _gpu_of_this_rank(number: int | None) -> str:
+    if number is None:
+        raise UserError(
+            f"the variable LOCAL_RANK, which says whose GPU is whose, is missing; {START}"
+        )
     gpus = torch.cuda.device_count()
     if number >= gpus:
         raise UserError(
@@ -230,7 +285,7 @@ def _gpu_of_this_rank() -> str:
     return f"cuda:{number}"
 
 
-def _meet(size: int, backend: str) -> None:
+def _meet(launched: Launch, backend: str) -> None:
     """Wait until all ranks have come, and make the process group."""
     # Imported before there is a group: the defaults of its functions would keep a group alive.
     from torch.distributed.nn import functional  # noqa: F401
@@ -239,13 +294,13 @@ def _meet(size: int, backend: str) -> None:
         store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
     except (dist.DistError, ValueError) as error:  # a rank never came, or there is no address
         raise UserError(
-            f"{size} ranks should train together and did not all come: {error}; use torchrun"
+            f"{launched.size} ranks should train together and did not all come: {error}; "
+            "use torchrun"
         ) from None
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+    if launched.machines == 1:
         # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13). Without a
         # prefix of their own they would look for each other at the addresses of the dead ones.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store = dist.PrefixStore(f"attempt {launched.attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if backend == "gloo":  # with nccl, a rank that fails alone would wait here for the others
         atexit.register(_leave)

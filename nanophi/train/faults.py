@@ -74,28 +74,36 @@ class Faults:
 
 
 def or_uncompiled(
-    step: Callable[..., T], uncompile: Callable[[], None], say: Callable[[str], None]
+    function: Callable[..., T], uncompile: Callable[[], None], say: Callable[[str], None]
 ) -> Callable[..., T]:
-    """`step` of a compiled model, with a way back.
+    """A function that runs a compiled model, with a way back.
 
-    If its first call fails (no compiler, an operation that the compiler does not know), the model
-    is uncompiled and the step done again.
+    The compiler works at the first call, and again where a later one has other shapes. If it fails
+    (no compiler, an operation that it does not know), the model is uncompiled and the call done
+    again. A training step and a validation are compiled each by itself, so both need it.
     """
     calls = 0
 
-    def first_or_later(*args, **named) -> T:
+    def guarded(*args, **named) -> T:
         nonlocal calls
         calls += 1
-        if calls > 1:
-            return step(*args, **named)
         try:
-            return step(*args, **named)
+            return function(*args, **named)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            # At the first call each failure may be the compiler's: a kernel that does not start.
+            if calls > 1 and not _is_of_the_compiler(error):
+                raise
             reason = str(error).strip().split("\n")[0][:200]
             say(f"torch.compile failed, going on without it: {type(error).__name__}: {reason}")
             uncompile()
-            return step(*args, **named)
+            return function(*args, **named)
 
-    return first_or_later
+    return guarded
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    return isinstance(error, TorchDynamoException)

@@ -1,12 +1,19 @@
-"""Ctrl-C and SIGTERM during training: the current step is finished and saved."""
+"""Ctrl-C and SIGTERM during training: the current step is finished and saved. A second Ctrl-C stops
+at once, and the last checkpoint stays.
+"""
 
 import contextlib
+import os
 import signal
 from types import FrameType
 
+from nanophi.cli import is_first_rank
+
+NOTE = b"\nfinishing this step and saving; Ctrl-C again stops at once\n"
+
 
 class Interrupts:
-    """While active, SIGINT and SIGTERM only set `signal`, which the loop reads."""
+    """While active, the first SIGINT or SIGTERM only sets `signal`, which the loop reads."""
 
     def __init__(self) -> None:
         self.signal = 0  # the number of the last signal, 0 where none has come
@@ -19,6 +26,15 @@ class Interrupts:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # torchrun sends the signals of the terminal once more to its ranks: there the second one
+        # says nothing new.
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if self.signal and number == signal.SIGINT and not under_torchrun:
+            raise KeyboardInterrupt
+        if not self.signal and number == signal.SIGINT and is_first_rank():
+            # Not print: the signal may have come while something else is printed.
+            with contextlib.suppress(OSError):
+                os.write(2, NOTE)
         self.signal = number
 
     def __exit__(self, *exception: object) -> None:

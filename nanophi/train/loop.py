@@ -37,7 +37,8 @@ from nanophi.train.losses import LossFn
 from nanophi.train.optim import build_optimizers, peak_rates, schedule, set_rates
 from nanophi.train.packing import Batch
 from nanophi.train.precision import LossScale
-from nanophi.train.rundir import STATE, RunDirectory, delete_run
+from nanophi.train.run_files import STATE, delete_run
+from nanophi.train.rundir import RunDirectory
 from nanophi.train.setup import Setup, begin
 from nanophi.train.step import StepResult, training_step
 
@@ -97,7 +98,7 @@ def train(
     mfu = preflight.mfu_by_speed(model, example, setup.world)
     faults = Faults()
 
-    with Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
+    with setup.locks, Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
         clock = SaveClock(run, setup, interrupts)
         step = prepared_step(model, optimizers, loss_fn, setup, bar.say)
         while run.step < steps and run.step != stop_at and not clock.stop:
@@ -199,9 +200,12 @@ def open_run(run: RunDirectory, setup: Setup, steps: int) -> RunDirectory:
     torch.manual_seed(cfg.seed + 10_007 * world.rank)  # for dropout; `restore` overrides it
     if cfg.resume and (run.out / STATE).exists():
         run.restore(steps)
+        keep_early_model_of_resumed(run, cfg, steps)
     elif world.first:
         # `claim` has refused a directory with a run already, unless --overwrite is given.
         delete_run(run.out)
+        if cfg.keep_at is not None:
+            delete_run(run.early)
     first_steps = set(world.gather(run.step))
     if len(first_steps) > 1:
         raise UserError(
@@ -274,13 +278,32 @@ def forgiving(run: RunDirectory, cfg: TrainConfig, say: Callable[[str], None]) -
         say(f"step {run.step:,} could not be written, the checkpoint before it stays: {error}")
 
 
+def step_to_keep(cfg: TrainConfig, steps: int) -> int | None:
+    """The step after which the model of --keep-at is kept; None without the flag."""
+    return None if cfg.keep_at is None else max(round(cfg.keep_at * steps), 1)
+
+
+def keep_early_model_of_resumed(run: RunDirectory, cfg: TrainConfig, steps: int) -> None:
+    """Keep the model of --keep-at if a run is resumed at its step; say so if that is past."""
+    early = step_to_keep(cfg, steps)
+    if early is None or run.step < early or (run.early / "config.json").exists():
+        return
+    if run.step == early:
+        run.export(run.early)
+    elif run.world.first:
+        print(
+            f"note: --keep-at {cfg.keep_at:g} is step {early:,}, which is past: {run.early} is not "
+            "written"
+        )
+
+
 def save_what_is_due(
     run: RunDirectory, cfg: TrainConfig, steps: int, due: bool, say: Callable[[str], None]
 ) -> None:
     """Save the model of --keep-at at its step, and a checkpoint where one is due."""
-    if cfg.keep_at is not None and run.step == max(round(cfg.keep_at * steps), 1):
+    if run.step == step_to_keep(cfg, steps):
         with forgiving(run, cfg, say):
-            run.export(f"{run.out}-early")
+            run.export(run.early)
     if due and run.step < steps:
         with forgiving(run, cfg, say):
             run.save()

@@ -15,7 +15,7 @@ before another is read through once.
 import numpy as np
 import torch
 
-from nanophi.cli import UserError
+from nanophi.cli import SHOWN, UserError
 from nanophi.train.packing import Batch, Packed, digest
 
 PERIOD = 10_000  # rows of the pattern, so shares are exact to 1/10,000
@@ -33,16 +33,17 @@ def parse_mixture(text: str) -> dict[str, float | None]:
     for part in map(str.strip, text.split(",")):
         name, weight = _name_and_weight(part)
         if weight is not None and not 0 < weight < float("inf"):
-            raise UserError(f"{part}: the weight of a source is a number above 0")
+            raise UserError(f"{part[:SHOWN]}: the weight of a source is a number above 0")
         if not name or name in weights:
             raise UserError(
-                f"{text}: a mixture is a list like news:0.3,poetry:0.1, each source once"
+                f"{text[:SHOWN]}: a mixture is a list like news:0.3,poetry:0.1, each source once"
             )
         weights[name] = weight
     given = [weight is not None for weight in weights.values()]
     if any(given) and not all(given):
         raise UserError(
-            f"{text}: give a weight to every source or to none (then each is read once an epoch)"
+            f"{text[:SHOWN]}: give a weight to every source or to none (then each is read "
+            "once an epoch)"
         )
     return weights
 
@@ -69,8 +70,16 @@ def interleaved(counts: list[int]) -> np.ndarray:
 
 
 def rows_in_period(weights: np.ndarray) -> np.ndarray:
-    """How many rows of PERIOD each source gets: in proportion to its weight, but at least one."""
-    exact = weights * (PERIOD / weights.sum())
+    """How many rows of PERIOD each source gets: in proportion to its weight, but at least one.
+
+    The weights are brought near 1 first: the sum of huge ones is infinite, and PERIOD divided by
+    that of tiny ones too.
+
+    >>> rows_in_period(np.array([1e308, 1e308])).tolist()
+    [5000, 5000]
+    """
+    shares = weights / weights.max()
+    exact = shares * (PERIOD / shares.sum())
     counts = np.floor(exact).astype(int)
     missing = PERIOD - counts.sum()
     largest_remainders = np.argsort(counts - exact)[:missing]

@@ -35,7 +35,7 @@ from torch import Tensor
 from nanophi.cli import UserError
 
 IGNORE = -100  # the target of a position where nothing is learned
-PAD = 0  # [PAD] of our tokenizers; no text encodes to it there, so it marks padding
+PAD = 0  # what fills rows: [PAD] of our tokenizers. A vocabulary from elsewhere may use it for text
 NO_EPOCH = 2**32  # a number that no epoch reaches: packing has a random order of its own
 
 
@@ -72,8 +72,15 @@ class Batch:
 
     @property
     def real_tokens(self) -> int:
-        """Inputs that are not padding."""
-        return int((self.ids != PAD).sum())
+        """Inputs that are not padding, which is documents without any target.
+
+        The ids do not say it: in a vocabulary from elsewhere, PAD may be the id of some text.
+
+            ids         7 8 9 0 0    cu_seqlens [0, 3, 5]
+            targets     8 9 1 _ _    documents 7 8 9 and 0 0, of which the first has targets: 3
+        """
+        documents = torch.bucketize(self.learned, self.cu_seqlens, right=True) - 1
+        return int(self.cu_seqlens.diff()[documents.unique()].sum())
 
     def cut(self, start: int, stop: int) -> "Batch":
         """Samples [start, stop), as a batch of their own.

@@ -20,11 +20,14 @@ Read in this order: reading a run, the picture, the reference, the command.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanophi.claims import Output, claim
 from nanophi.cli import UserError, flag, run_command
-from nanophi.files import replacing, write_text
+from nanophi.expect import Expected, check_fields, parse_json, read_json
+from nanophi.files import replacing, together, write_text
 
 MARGIN = 0.02  # added on both sides of a band, as a share of the loss
 
@@ -47,23 +50,72 @@ NOT_OF_A_REFERENCE = {
 # ---- reading a run
 
 
+LARGEST_LOSS = 1e30  # sums of larger ones overflow
+
+LOSS = Expected(float, at_least=-LARGEST_LOSS, at_most=LARGEST_LOSS, optional=True)
+LINE = {"step": Expected(int, at_least=0), "loss": LOSS, **dict.fromkeys(OTHER_CURVES, LOSS)}
+
+
+def metrics_lines(path: Path) -> Iterator[tuple[int, str, dict | None]]:
+    """Number, text and content of each line of a metrics.jsonl.
+
+    The content is None where the line is damaged. Half a line at the end, which a killed run or a
+    full disk leaves, is passed over.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, raw in enumerate(lines, start=1):
+        line = line_of(raw)
+        is_half = line is None and number == len(lines)
+        if raw.strip() and not is_half:
+            yield number, raw.decode("utf-8", "replace"), line
+
+
+def line_of(raw: bytes) -> dict | None:
+    """What a line of metrics.jsonl holds; None where it is none.
+
+    >>> line_of(b'{"step": 7, "loss": null}')
+    {'step': 7, 'loss': None}
+    >>> line_of(b'{"step": "7"}')
+    """
+    try:
+        line = parse_json(raw.decode("utf-8"))
+        check_fields(line, LINE, "")
+    except ValueError:
+        return None
+    return line if "loss" in line else None
+
+
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a UserError where there is no such file."""
+    """The lines of a run's metrics.jsonl that can be read; a UserError where there is no such
+    file.
+    """
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{run_dir} is no run: it has no metrics.jsonl")
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # A killed run, or a full disk, leaves half a line.
-    return lines
+    return [line for _, _, line in metrics_lines(path) if line is not None]
 
 
 def steps_with_loss(run_dir: str | Path) -> list[dict]:
-    """The lines of a run without those whose loss is null: it was infinite or nan there."""
-    return [line for line in read_metrics(run_dir) if line["loss"] is not None]
+    """The lines of a run without those whose loss is null: it was infinite or nan there. A
+    UserError where none is left.
+    """
+    lines = [line for line in read_metrics(run_dir) if line["loss"] is not None]
+    if not lines:
+        raise UserError(
+            f"{Path(run_dir) / 'metrics.jsonl'} has no line with a step and a finite loss"
+        )
+    return lines
+
+
+def note_on_damage(run_dir: str | Path) -> None:
+    """Say how many lines of a run's metrics cannot be read."""
+    path = Path(run_dir) / "metrics.jsonl"
+    damaged = [number for number, _, line in metrics_lines(path) if line is None]
+    if damaged:
+        print(
+            f"note: {len(damaged):,} lines of {path} (the first is line {damaged[0]:,}) cannot be "
+            "read and are left out"
+        )
 
 
 def smooth(values: list[float], window: int) -> list[float]:
@@ -128,7 +180,7 @@ def draw_panel(axis, title: str, runs: list[str | Path], band: dict | None) -> N
     """Draw the curves of all runs, the band, and the labels of one panel."""
     for number, run_dir in enumerate(runs):
         lines = steps_with_loss(run_dir)
-        draw_run(axis, Path(run_dir).name, lines, color=f"C{number}")
+        draw_run(axis, label_of(run_dir), lines, color=f"C{number}")
     if band is not None:
         axis.fill_between(
             band["steps"], band["low"], band["high"], color="0.5", alpha=0.25, label="reference"
@@ -140,6 +192,17 @@ def draw_panel(axis, title: str, runs: list[str | Path], band: dict | None) -> N
     axis.legend(fontsize=8)
 
 
+def label_of(run_dir: str | Path) -> str:
+    """A run's name in the legend, where $ would begin a formula and _ hide the line.
+
+    >>> label_of("out/_a$b")
+    ' _a\\\\$b'
+    """
+    name = Path(run_dir).resolve().name
+    text = name.encode("utf-8", "replace").decode()  # a name that is no text has ? there
+    return " " * text.startswith("_") + text.replace("$", r"\$")
+
+
 def draw_run(axis, name: str, lines: list[dict], color: str) -> None:
     """Draw one run: the loss pale, the smoothed loss, validation loss as dots, DPO's margin
     dashed.
@@ -149,7 +212,7 @@ def draw_run(axis, name: str, lines: list[dict], color: str) -> None:
     axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
     axis.plot(steps, smoothed_losses(lines), color=color, label=f"{name}: loss, smoothed")
     for key, (style, label) in OTHER_CURVES.items():
-        measured = [line for line in lines if key in line]
+        measured = [line for line in lines if line.get(key) is not None]
         if measured:
             x = [line["step"] for line in measured]
             y = [line[key] for line in measured]
@@ -163,10 +226,12 @@ def make_reference(runs: list[str]) -> dict:
     """The band of several runs of the same settings, as a dict for JSON."""
     curves = [smoothed_curve(run_dir) for run_dir in runs]
     steps = sorted(set.intersection(*map(set, curves)))
+    if not steps:
+        raise UserError("the runs of a reference have no step in common: take runs of one length")
     lows = [min(curve[step] for curve in curves) for step in steps]
     highs = [max(curve[step] for curve in curves) for step in steps]
 
-    records = [read_json(Path(run_dir) / "run.json") for run_dir in runs]
+    records = [read_record(run_dir) for run_dir in runs]
     settings = records[0]["config"]
     return {
         "seeds": [record["config"]["seed"] for record in records],
@@ -180,9 +245,31 @@ def make_reference(runs: list[str]) -> dict:
     }
 
 
-def read_json(path: Path):
-    """What a .json file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_record(run_dir: str | Path) -> dict:
+    """The run.json of a run: its settings and versions."""
+    path = Path(run_dir) / "run.json"
+    record = read_json(path, "a run writes it when it begins")
+    check_fields(record, {"config": Expected(dict), "versions": Expected(dict)}, path)
+    check_fields(record["config"], {"seed": Expected(int)}, f"{path}: config")
+    return record
+
+
+BAND = {
+    "steps": Expected(list, of=Expected(int, at_least=0)),
+    "low": Expected(list, of=Expected(float, at_least=-LARGEST_LOSS, at_most=LARGEST_LOSS)),
+    "high": Expected(list, of=Expected(float, at_least=-LARGEST_LOSS, at_most=LARGEST_LOSS)),
+}
+
+
+def read_reference(path: str | Path) -> dict:
+    """A reference that `write_reference` has written; a UserError where it is none."""
+    advice = "it is no reference, which --reference writes"
+    reference = read_json(path, advice)
+    check_fields(reference, BAND, path, advice)
+    lengths = {name: len(reference[name]) for name in BAND}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{path}: steps, low and high have {lengths} entries; {advice}")
+    return reference
 
 
 def write_reference(path: str, reference: dict) -> None:
@@ -232,29 +319,32 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    if cfg.reference:
-        write_reference(cfg.reference, make_reference(cfg.runs))
+    import_pyplot()  # where it is missing, say so first
+    inputs = [
+        Path(run_dir) / name for run_dir in cfg.runs for name in ("metrics.jsonl", "run.json")
+    ]
+    if cfg.compare is not None:
+        inputs.append(Path(cfg.compare))
+    outputs = (
+        Output("--out", cfg.out, suffix=".png"),
+        Output("--reference", cfg.reference, suffix=".json", begins=b"{"),
+    )
+    with claim(inputs, *outputs):
+        for run_dir in cfg.runs:
+            steps_with_loss(run_dir)  # a UserError where there is nothing to draw
+            note_on_damage(run_dir)
+        reference = make_reference(cfg.runs) if cfg.reference is not None else None
+        band = read_reference(cfg.compare) if cfg.compare is not None else None
+        verdicts = [compare(run_dir, band) for run_dir in cfg.runs] if band is not None else []
+        with together():
+            if cfg.reference is not None and reference is not None:
+                write_reference(cfg.reference, reference)
+            draw({"training loss": list(cfg.runs)}, cfg.out, band)
+    if reference is not None:
         print(f"plot: a reference of {len(cfg.runs)} runs -> {cfg.reference}")
-    band = None
-    if cfg.compare:
-        band = compare_all(cfg.runs, cfg.compare)
-    draw({"training loss": list(cfg.runs)}, cfg.out, band)
+    for verdict in verdicts:
+        print(verdict)
     print(f"plot: {len(cfg.runs)} runs -> {cfg.out}")
-
-
-def compare_all(runs: list[str], path: str) -> dict:
-    """Print for each run whether it is inside of the band of the reference in `path`; returns the
-    reference.
-    """
-    try:
-        reference = read_json(Path(path))
-        verdicts = [compare(run_dir, reference) for run_dir in runs]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no reference: {error}") from None
-    print("\n".join(verdicts))
-    return reference
 
 
 if __name__ == "__main__":

@@ -58,6 +58,15 @@ class Pairs:
         return len(self.pairs) / self.batch_pairs
 
     @property
+    def longest(self) -> int:
+        """The length of the longest row, as `batch` rounds it up."""
+        sides = [side for pair in self.pairs for side in (pair.chosen, pair.rejected)]
+        return self._rounded_up(max(len(ids) for ids, _ in sides) - 1)
+
+    def _rounded_up(self, inputs: int) -> int:
+        return -(-inputs // self.multiple) * self.multiple
+
+    @property
     def data_id(self) -> str:
         """Names the pairs and how they are cut into steps.
 
@@ -86,8 +95,7 @@ class Pairs:
         rows = []
         for index in indices:
             rows += [self.pairs[index].chosen, self.pairs[index].rejected]
-        longest = max(len(tokens) for tokens, _ in rows) - 1  # inputs
-        time = -(-longest // self.multiple) * self.multiple  # rounded up
+        time = self._rounded_up(max(len(tokens) for tokens, _ in rows) - 1)  # inputs
         ids, targets = empty_rows(len(rows), time)
         boundaries = [0]
         for i, (tokens, mask) in enumerate(rows):

@@ -6,7 +6,7 @@ changes them too.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.distributed import World
 from nanophi.train.losses import chunk_size
 from nanophi.train.optim import NS_NUMBERS, OPTIMIZERS
-from nanophi.train.packing import IGNORE, PAD, Batch
+from nanophi.train.packing import IGNORE, Batch
 
 if TYPE_CHECKING:
     from nanophi.train.setup import Setup
@@ -55,14 +55,30 @@ class Size:
 
 
 def size_of(cfg: PhiConfig) -> Size:
-    """Counted from the network itself, built without memory."""
+    """Counted from the network itself, built without memory.
+
+    Only one layer is built, and its numbers are taken as often as there are layers: ten thousand
+    layers would take minutes, before anybody learns that they do not fit.
+    """
     with torch.device("meta"):
-        model = Phi(cfg)
-    matrices = [
-        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
-    ]
-    kept = _kept_by_mlp(model.model.layers[0], cfg.hidden_size)
-    return Size(model.num_parameters(), sum(matrices), kept)
+        model = Phi(replace(cfg, num_hidden_layers=1))
+    layer = model.model.layers[0]
+    more_layers = cfg.num_hidden_layers - 1
+
+    def count(*, matrices: bool) -> int:
+        """The parameters of all layers; or the matrices, without the embedding, alone."""
+
+        def size(module: nn.Module) -> int:
+            return sum(
+                p.numel()
+                for name, p in module.named_parameters()
+                if not matrices or (p.dim() == 2 and "embed" not in name)
+            )
+
+        return size(model) + more_layers * size(layer)
+
+    kept = _kept_by_mlp(layer, cfg.hidden_size)
+    return Size(count(matrices=False), count(matrices=True), kept)
 
 
 def _kept_by_mlp(block: nn.Module, width: int) -> int:
@@ -184,8 +200,14 @@ def check_memory(
     device: str,
     shards: int = 1,
     attention: str = "auto",
+    fewest_rows: int = 1,
+    loaded: int = 0,
 ) -> int:
-    """The estimate of `training_bytes`, or a UserError that says what would fit."""
+    """The estimate of `training_bytes`, or a UserError that says what would fit.
+
+    fewest_rows: that can be computed at once, two of a preference pair
+    loaded:      bytes of it that the process has taken already
+    """
 
     def needs(optimizer: str, rows: int, recompute: bool) -> int:
         return training_bytes(
@@ -194,18 +216,54 @@ def check_memory(
 
     needed = needs(optimizer, rows, recompute)
     free = available_bytes(device)
-    if free is None or needed <= free:
+    if free is None or needed <= free + loaded:
         return needed
+    free += loaded
     smaller = {
-        "--micro-batch 1": needs(optimizer, 1, recompute),
-        "--micro-batch 1 --recompute": needs(optimizer, 1, True),
-        "--micro-batch 1 --recompute --optimizer adafactor": needs("adafactor", 1, True),
+        "--micro-batch 1": needs(optimizer, fewest_rows, recompute),
+        "--micro-batch 1 --recompute": needs(optimizer, fewest_rows, True),
+        "--micro-batch 1 --recompute --optimizer adafactor": needs("adafactor", fewest_rows, True),
     }
     fits = [f"{flags} ({size / 1e9:.1f} GB)" for flags, size in smaller.items() if size <= free]
-    advice = f"try {fits[0]}" if fits else "take a smaller --preset, or --layers and --width"
+    smaller_model = "take a smaller --preset, or --layers and --width, in pretrain.py"
+    advice = f"try {fits[0]}" if fits else f"{smaller_model}; or a shorter --context"
     raise UserError(
         f"training this model takes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on "
         f"{device}: {advice}"
+    )
+
+
+def refuse_what_does_not_fit(
+    shape: PhiConfig,
+    setup: "Setup",
+    samples: int,
+    context: int,
+    rows_per_sample: int = 1,
+    model: Phi | None = None,
+) -> None:
+    """A UserError where the training of a run takes more memory than its device has.
+
+    samples: rows, or preference pairs, of a step over all ranks; rows_per_sample: 2 for pairs
+    context: tokens of a row
+    model:   where it is loaded already; the weights then are not to be counted twice
+    """
+    cfg = setup.cfg
+    samples_of_a_rank = -(-samples // setup.world.size)
+    loaded = 0
+    if model is not None and setup.world.device.startswith(model.device.type):
+        loaded = 4 * model.num_parameters()
+    check_memory(
+        shape,
+        cfg.optimizer,
+        min(cfg.micro_batch, samples_of_a_rank) * rows_per_sample,
+        context,
+        half=setup.dtype != "float32",
+        recompute=cfg.recompute,
+        device=setup.world.device,
+        shards=setup.ranks_of_model,
+        attention=cfg.attention,
+        fewest_rows=rows_per_sample,
+        loaded=loaded,
     )
 
 
@@ -274,12 +332,12 @@ def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
     targets = batch.targets.flatten().tolist()
     shown = []
     for begin, end in pairwise(batch.cu_seqlens.tolist()):
-        if ids[begin] == PAD:
-            continue
-        tokens = ids[begin:end]
-        if targets[end - 1] != IGNORE:
-            tokens.append(targets[end - 1])  # the last target is no input
         learned = [target != IGNORE for target in targets[begin:end]]
+        if not any(learned):
+            continue  # padding
+        tokens = ids[begin:end]
+        if learned[-1]:
+            tokens.append(targets[end - 1])  # the last target is no input
         # Nothing predicts the first token. It is marked as the second: both may be of one
         # character.
         learned.insert(0, learned[0])

@@ -1,46 +1,48 @@
-"""The directory of a training run: what it holds, when it may be written, how to save and resume.
+"""The run on disk: what it counts, saves, and goes on with.
 
-    <out>/               the newest state: a checkpoint directory, train_state.pt, metrics.jsonl,
-                         run.json
-    <out>/step-000500/   an older state, complete
-    <out>/best/          the model with the lowest validation loss
-    <out>-early/         the model of --keep-at, whose answers DPO may reject
-
-train_state.pt holds all that a resumed run needs (loop.py says why that is so little). The other
-files are for people and for other engines.
+run_files.py says which files a run has. train_state.pt holds all that a resumed run needs (loop.py
+says why that is so little); the other files are for people and for other engines.
 """
 
 import contextlib
 import json
 import math
 import os
-import pickle
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nanophi.cli import UserError, is_first_rank, peak_memory_gb
-from nanophi.files import replacing, write_text
+from nanophi.cli import SHOWN, UserError, peak_memory_gb
+from nanophi.files import OWN_NAMES, replacing, temporary_name, together, write_text
 from nanophi.model import checkpoint
 from nanophi.model.config import PHI
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.config import TrainConfig
 from nanophi.train.distributed import part_like, put_together
 from nanophi.train.packing import Batch
+from nanophi.train.plot import metrics_lines
 from nanophi.train.precision import LossScale
-
-if TYPE_CHECKING:  # setup.py imports this file
-    from nanophi.train.setup import Setup
-
-STATE = "train_state.pt"
-METRICS = "metrics.jsonl"
-BOARD = "tensorboard"
+from nanophi.train.run_files import (
+    BOARD,
+    METRICS,
+    STATE,
+    delete_folder,
+    early_of,
+    older_states,
+)
+from nanophi.train.setup import Setup
+from nanophi.train.state import (
+    check_optimizers,
+    check_random_states,
+    check_weights,
+    read_state,
+    seal,
+)
 
 # Flags that a resumed run may have otherwise than the run it goes on with: where things lie, how
 # they are computed, how often they are saved, and how long the run is.
@@ -61,66 +63,6 @@ MAY_DIFFER = {
 }
 
 
-# ---- may the directory be written?
-
-
-def claim(cfg: TrainConfig, starts_from: str | None = None) -> None:
-    """Refuse an --out that must not be written.
-
-    It must not hold a run, unless that run is resumed or overwritten; and it must be neither
-    `starts_from`, the checkpoint to start from, nor a parent of it.
-    """
-    out = Path(cfg.out)
-    if not is_first_rank() or cfg.show_batch or cfg.overfit_one_batch:
-        # What rank 0 has begun to write would look like another run; the self-tests write nothing.
-        return
-    present = [path.name for path in files_of_a_run(out) if path.exists()]
-    models = [name for name in present if name == checkpoint.WEIGHTS or name.startswith("step-")]
-    if cfg.resume == "yes" and STATE not in present:
-        raise UserError(f"nothing to resume in {out}: no {STATE}; --resume auto would start afresh")
-    if cfg.resume == "auto" and models and STATE not in present and not cfg.overwrite:
-        raise UserError(
-            f"{out} holds {models[0]} without a {STATE}: there is nothing to resume, "
-            "name another --out"
-        )
-    if cfg.resume is None and present and not cfg.overwrite:
-        raise UserError(
-            f"{out} holds a run ({', '.join(present)}): --resume goes on with it, "
-            "--overwrite deletes it"
-        )
-    if starts_from is not None and Path(starts_from).resolve().is_relative_to(out.resolve()):
-        raise UserError(
-            f"--out {out} is or holds --init-from {starts_from}: training would overwrite what it "
-            "starts from"
-        )
-
-
-def files_of_a_run(out: Path) -> list[Path]:
-    """The files whose presence says that a directory holds a run. The state comes last, so that a
-    deletion that is interrupted is still seen.
-    """
-    return [
-        *out.glob("step-*"),
-        out / "best",
-        out / BOARD,
-        out / METRICS,
-        out / checkpoint.WEIGHTS,
-        out / STATE,
-    ]
-
-
-def delete_run(out: Path) -> None:
-    """Delete what `files_of_a_run` names."""
-    for path in files_of_a_run(out):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-# ---- the run on disk
-
-
 class RunDirectory:
     """The counters and files of a run. It saves and restores; it takes no step."""
 
@@ -129,7 +71,7 @@ class RunDirectory:
         model: Phi,
         optimizers: list[Optimizer],
         scale: LossScale,
-        setup: "Setup",
+        setup: Setup,
         tok: Tokenizer | None = None,
         data_id: str = "",
     ):
@@ -141,7 +83,9 @@ class RunDirectory:
         self.tok = tok
         self.world = setup.world
         self.out = Path(cfg.out)
+        self.early = early_of(self.out)
         self.keep = cfg.keep  # older states
+        self.micro_batch = cfg.micro_batch
         # The settings that decide the result. They are strings, because
         # torch.load(weights_only=True) can read strings.
         self.settings = {
@@ -157,6 +101,7 @@ class RunDirectory:
         self.defaults = {field.name: str(field.default) for field in fields(cfg)}
         self.defaults["architecture"] = PHI
 
+        self.saved: int | None = None  # the step of the state on disk, None where there is none
         self.step = 0  # optimizer steps done
         self.tokens = 0  # inputs of all steps, without padding
         self.seconds = 0.0  # of all steps
@@ -228,11 +173,10 @@ class RunDirectory:
             checkpoint.save(directory, self.model, self.tok, weights)
 
     def save(self) -> None:
-        """Keep the previous state as step-..., then replace it file by file.
+        """Keep the previous state as step-..., then replace all files of it together.
 
-        A resume reads only train_state.pt and writes the other files again, so a kill between two
-        files harms nothing. All ranks call it together, as each has a random state; rank 0 writes,
-        and the others wait and hear what goes wrong.
+        All ranks call it together, as each has a random state; rank 0 writes, and the others wait
+        and hear what goes wrong.
         """
         cuda_state = torch.cuda.get_rng_state() if self.on_cuda else None
         random_states = self.world.gather((torch.get_rng_state(), cuda_state))
@@ -242,14 +186,16 @@ class RunDirectory:
         problem = None
         if self.world.first:
             try:
-                self._write(random_states, weights, optimizer_states)
+                self._keep_previous()
+                with together(self.out):
+                    self._write(random_states, weights, optimizer_states)
             except (UserError, OSError) as error:
                 problem = error
         if self.world.gather(problem)[0] is not None:
             raise problem or UserError("rank 0 could not save")
+        self.saved = self.step
 
     def _write(self, random_states: list, weights: dict, optimizer_states: list) -> None:
-        self._keep_previous()
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -258,6 +204,7 @@ class RunDirectory:
             "skipped": self.skipped,
             "scale": [self.scale.value, self.scale.unbroken],
             "settings": self.settings,
+            "micro_batch": self.micro_batch,
             "model": weights,
             "optimizers": optimizer_states,
             "rng": random_states,
@@ -267,21 +214,17 @@ class RunDirectory:
                 torch.save(state, beside)
             except RuntimeError as error:  # such as a full disk
                 raise UserError(f"cannot write {self.out / STATE}: {error}") from None
+            seal(beside)
         checkpoint.save(self.out, self.model, self.tok, weights)
 
     def _keep_previous(self) -> None:
-        """Link the newest state on disk into step-..., and delete the oldest beyond `keep`."""
-        for leftover in self.out.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
-        if self.keep and (self.out / STATE).exists():
-            state = torch.load(self.out / STATE, weights_only=True, mmap=True, map_location="cpu")
-            previous = state["step"]
-            target = self.out / f"step-{previous:06d}"
-            if previous != self.step and not target.exists():
-                self._link_state(previous, target)
-        kept = sorted(self.out.glob("step-*"), key=lambda path: int(path.name[5:]))
-        for old in kept[: -self.keep or None]:
-            shutil.rmtree(old)
+        """Link the state on disk into step-..., and delete the oldest beyond `keep`."""
+        if self.keep and self.saved is not None and self.saved != self.step:
+            target = self.out / f"step-{self.saved:06d}"
+            if not os.path.lexists(target):
+                self._link_state(self.saved, target)
+        for old in older_states(self.out)[: -self.keep or None]:
+            delete_folder(old)
 
     def _link_state(self, step: int, target: Path) -> None:
         """Keep the state on disk as a directory of its own, by hard links.
@@ -293,30 +236,42 @@ class RunDirectory:
             link      out/model.safetensors -> A    out/step-000500/model.safetensors -> A
             save      out/model.safetensors -> B    out/step-000500/model.safetensors -> A
         """
-        beside = target.with_suffix(".tmp")
+        beside = temporary_name(target)
         beside.mkdir()
-        for file in self.out.iterdir():
-            if file.is_file() and file.suffix != ".tmp" and file.name != METRICS:
-                _link(file, beside / file.name)
-        write_text(beside / METRICS, _metrics_until(self.out / METRICS, step))
-        os.replace(beside, target)
+        try:
+            for name in sorted(OWN_NAMES - {METRICS}):
+                if (self.out / name).is_file():
+                    _link(self.out / name, beside / name)
+            text, _ = metrics_until(self.out / METRICS, step)
+            write_text(beside / METRICS, text)
+            os.replace(beside, target)
+        except BaseException:
+            delete_folder(beside)
+            raise
 
     # -- resume
 
     def restore(self, steps: int) -> None:
         """Go on from train_state.pt. A state of other data or settings is refused, and one beyond
-        `steps`.
+        `steps`, before anything is changed.
 
         The files beside it may be older or newer, so they are written again.
         """
-        state = self._read_state()
+        path = self.out / STATE
+        state = read_state(path)
+        check_random_states(state["rng"], self.on_cuda, f"{path}: rng")
         self._check_settings(state["settings"])
+        self._check_dropout(state)
         if state["step"] > steps:
             raise UserError(
                 f"{self.out} is at step {state['step']:,}, beyond the {steps:,} "
                 "asked for: raise --steps"
             )
+        check_weights(state["model"], self.model.state_dict(), f"{path}: model")
+        check_optimizers(state, self.optimizers, path)
+
         self.step = state["step"]
+        self.saved = self.step
         self.tokens = state["tokens"]
         self.seconds = state["seconds"]
         self.best = state["best"]
@@ -327,18 +282,20 @@ class RunDirectory:
             _restore_optimizer(optimizer, saved)
         self._restore_random_state(state["rng"])
         if self.world.first:
-            write_text(self.out / METRICS, _metrics_until(self.out / METRICS, self.step))
-            checkpoint.save(self.out, self.model, self.tok, state["model"])
+            self._write_again(state["model"])
             print(f"resume: {self.out} at step {self.step:,} of {steps:,}")
 
-    def _read_state(self) -> dict:
-        path = self.out / STATE
-        try:
-            return torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}); an older state may lie in {self.out}/step-*"
-            ) from None
+    def _write_again(self, weights: dict[str, Tensor]) -> None:
+        """Make the other files those of the state: later lines of metrics.jsonl go."""
+        text, unreadable = metrics_until(self.out / METRICS, self.step)
+        if unreadable:
+            print(
+                f"note: {self.out / METRICS} was damaged: {len(unreadable):,} of its lines (the "
+                f"first is line {unreadable[0]:,}) cannot be read and are left out"
+            )
+        with together(self.out):
+            write_text(self.out / METRICS, text)
+            checkpoint.save(self.out, self.model, self.tok, weights)
 
     def _check_settings(self, saved: dict[str, str]) -> None:
         """Refuse settings that would give another model. A flag added later had its default."""
@@ -347,11 +304,35 @@ class RunDirectory:
             was = saved.get(name, self.defaults.get(name))
             now = self.settings.get(name)
             if was != now:
-                different.append(f"{name} was {was}, is {now}")
+                # A model has many settings, and which of them differ should be seen.
+                different.append(f"{name[:SHOWN]} was {str(was)[:1000]}, is {now}")
         if different:
             raise UserError(
                 f"{self.out} cannot be resumed, as this would give another model: "
                 f"{'; '.join(different)}"
+            )
+
+    def _check_dropout(self, state: dict) -> None:
+        """With dropout, refuse another --micro-batch or number of ranks.
+
+        What dropout switches off is drawn for a whole micro-batch at once, by each rank on its own.
+        So the same seed draws other numbers when the step is cut otherwise.
+        """
+        shape = self.model.cfg
+        if not max(shape.embd_pdrop, shape.resid_pdrop, shape.attention_dropout):
+            return
+        now = {"--micro-batch": self.micro_batch, "the number of ranks": self.world.size}
+        was = {
+            "--micro-batch": state.get("micro_batch") or self.micro_batch,  # older states lack it
+            "the number of ranks": len(state["rng"]),
+        }
+        different = [
+            f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]
+        ]
+        if different:
+            raise UserError(
+                f"{self.out} cannot be resumed: {'; '.join(different)}, and with dropout the "
+                "random numbers depend on it, so this would give another model"
             )
 
     def _restore_weights(self, saved: dict[str, Tensor]) -> None:
@@ -379,21 +360,22 @@ def _restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
     optimizer.load_state_dict(saved)
 
 
-def _metrics_until(path: Path, step: int) -> str:
-    """The lines of a metrics.jsonl up to a step, without a half last line."""
-    if not path.exists():
-        return ""
+def metrics_until(path: Path, step: int) -> tuple[str, list[int]]:
+    """The lines of a metrics.jsonl up to a step, and the numbers of those that cannot be read."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    return "".join(kept)
+    unreadable = []
+    for number, text, line in metrics_lines(path) if path.exists() else []:
+        if line is None:
+            unreadable.append(number)
+        elif line["step"] <= step:
+            kept.append(text + "\n")
+    return "".join(kept), unreadable
 
 
 def _link(source: Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system has no links."""
+    real = os.path.realpath(source)  # the file itself: a link to it would show the next state
     try:
-        os.link(source, target)
+        os.link(real, target)
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(real, target)

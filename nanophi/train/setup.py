@@ -7,16 +7,16 @@
 The scripts begin with it and pass the setup on.
 """
 
-import os
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, fields, replace
 
 from nanophi.cli import UserError
+from nanophi.expect import check_settings
 from nanophi.model.checkpoint import pick_device
 from nanophi.train import precision
 from nanophi.train.config import TrainConfig
-from nanophi.train.distributed import World, join
-from nanophi.train.rundir import claim
+from nanophi.train.distributed import World, join, launch
+from nanophi.train.run_files import claim
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Setup:
     cfg: TrainConfig
     world: World  # rank, number of ranks, device
     dtype: str  # "float32", "bfloat16" or "float16"
+    locks: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)  # of --out
 
     @property
     def writes(self) -> bool:
@@ -53,13 +54,14 @@ def begin(cfg: TrainConfig, resume: str | None = None, starts_from: str | None =
     """
     if resume is not None:
         cfg = replace(cfg, resume=resume)
+    check_settings(cfg)
     device = pick_device(cfg.device)
     problems = contradictions(cfg, device)
     if problems:
         raise UserError("; ".join(problems))
-    claim(cfg, starts_from)
+    locks = claim(cfg, starts_from)
     world = join(device)
-    return Setup(cfg, world, precision.compute_dtype(cfg.dtype, world.device))
+    return Setup(cfg, world, precision.compute_dtype(cfg.dtype, world.device), locks)
 
 
 def contradictions(cfg: TrainConfig, device: str) -> list[str]:
@@ -67,8 +69,11 @@ def contradictions(cfg: TrainConfig, device: str) -> list[str]:
     on_cuda = device.startswith("cuda")
     varlen = cfg.attention == "varlen"
     in_fp32 = varlen and on_cuda and precision.compute_dtype(cfg.dtype, device) == "float32"
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = launch().size == 1
+    texts = {each.name: getattr(cfg, each.name) for each in fields(cfg)}
+    empty = [name for name, text in texts.items() if isinstance(text, str) and not text.strip()]
     rules = [
+        *((True, f"--{name.replace('_', '-')} is empty") for name in empty),
         (
             cfg.steps is not None and cfg.epochs is not None,
             "give --steps or --epochs, not both",
@@ -92,6 +97,10 @@ def contradictions(cfg: TrainConfig, device: str) -> list[str]:
         (
             varlen and not on_cuda,
             f"--attention varlen needs a GPU, and this is {device}",
+        ),
+        (
+            cfg.attention == "documents" and on_cuda,
+            "--attention documents waits for the GPU in each layer: leave it out there",
         ),
         (in_fp32, "--attention varlen computes in bfloat16 or float16"),
         (varlen and bool(cfg.dropout), "--attention varlen has no dropout"),

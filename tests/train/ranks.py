@@ -1,17 +1,21 @@
-"""What tests/train/test_distributed.py runs under torchrun, or alone: `ranks.py OUT TASK`."""
+"""What test_distributed.py does alone, and runs with two ranks: `torchrun ranks.py OUT`.
+
+All of it stands in one launch, because to start a process costs more than to train tiny models.
+"""
 
 import atexit
 import contextlib
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nanophi.train.distributed import join
+from nanophi.train.distributed import World, join
 from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss, validate
 from nanophi.train.packing import Packed
@@ -19,31 +23,23 @@ from nanophi.train.step import training_step
 from tests.conftest import tiny_model
 from tests.train.test_loop import config, random_documents
 
-out, task = Path(sys.argv[1]), sys.argv[2]
+DTYPES = (torch.float32, torch.float64)
+MICRO_BATCHES = (8, 4, 1)
+OPTIMIZERS = ("muon", "adamw", "adafactor")
 
 
-@atexit.register
-def write_threads():
-    """What runs beside Python when it ends, after `join` has tidied up."""
-    threads = []
-    for thread in Path("/proc/self/task").glob("*"):
-        with contextlib.suppress(OSError):  # it has just ended
-            threads.append((thread / "comm").read_text())
-    (out / f"threads-{os.environ.get('RANK', 0)}").write_text("".join(threads))
+def documents(kind: type[Packed] = Packed) -> Packed:
+    return kind(random_documents(), 32, 8, seed=1)
 
 
-world = join("cpu")
-data = Packed(random_documents(), 32, 8, seed=1)
-
-
-def run(name: str, **options):
-    model = tiny_model(resid_pdrop=options.pop("dropout", 0.0)).to(
-        options.pop("weights", torch.float32)
-    )
-    stop_at, resume = options.pop("stop_at", None), options.pop("resume", None)
-    cfg = config(
-        out / name, overwrite=resume is None, **({"micro_batch": 2, "eval_every": 5} | options)
-    )
+def run(out: Path, data: Packed | None = None, **options) -> None:
+    """Train a tiny model into `out`."""
+    data = data or documents()
+    model = tiny_model(resid_pdrop=options.pop("dropout", 0.0))
+    model.to(options.pop("weights", torch.float32))
+    stop_at = options.pop("stop_at", None)
+    resume = options.pop("resume", None)
+    cfg = config(out, overwrite=resume is None, **({"micro_batch": 2, "eval_every": 5} | options))
 
     def evaluate(model):
         return validate(model, next_token_loss, [data.batch_at(1)])
@@ -60,60 +56,74 @@ def run(name: str, **options):
     )
 
 
-if task == "gradients":
-    for dtype in (torch.float32, torch.float64):
-        for micro_batch in (8, 4, 1):
+def gradients(out: Path, world: World) -> None:
+    """The gradients of one step, whatever the micro-batch, and where 20 steps lead."""
+    for dtype in DTYPES:
+        for micro_batch in MICRO_BATCHES:
             model = tiny_model().to(dtype)
-            batch = data.batch_at(0)
+            batch = documents().batch_at(0)
             means = training_step(model, [], next_token_loss, batch, micro_batch, world).means
             if world.first:
-                gradients = {name: p.grad for name, p in model.named_parameters()} | {
-                    "loss": torch.tensor(means["loss"])
-                }
-                torch.save(gradients, out / f"{dtype}-{micro_batch}.pt")
-    run(
-        "plain", weights=torch.float64, optimizer="adamw"
-    )  # Muon iterates in fp32 and magnifies what rounding does
-    run("whole", dropout=0.1)
-    run("parts", dropout=0.1, stop_at=9)
-    run("parts", dropout=0.1, resume="yes")
-elif task.startswith(
-    "sharded "
-):  # by one process: whole, in the micro-steps that the ranks would take
-    optimizer, shard = task.split()[1], world.size > 1
-    run(optimizer, optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, keep_at=0.5)
-    run(f"{optimizer}-parts", optimizer=optimizer, shard=shard, micro_batch=4, clip=0.5, stop_at=9)
-    run(
-        f"{optimizer}-parts",
-        optimizer=optimizer,
-        shard=shard,
-        micro_batch=4,
-        clip=0.5,
-        resume="yes",
-    )
-elif (
-    task == "killed"
-):  # rank 1 dies at step 12 of the first attempt; torchrun starts all ranks anew
+                found = {name: p.grad for name, p in model.named_parameters()}
+                found["loss"] = torch.tensor(means["loss"])
+                torch.save(found, out / f"{dtype}-{micro_batch}.pt")
+    # AdamW, because Muon iterates in fp32 and magnifies what rounding does.
+    run(out / "plain", weights=torch.float64, optimizer="adamw")
+
+
+def whole_and_resumed(out: Path, **options) -> None:
+    """The same run without a break, and with one."""
+    run(out, **options)
+    parts = out.with_name(f"{out.name}-parts")
+    run(parts, **options, stop_at=9)
+    run(parts, **options, resume="yes")
+
+
+def sharded(name: str) -> dict:
+    """Settings of a run whose model is split. One process takes the micro-steps of two ranks."""
+    return {"optimizer": name, "micro_batch": 4, "clip": 0.5, "keep_at": 0.5}
+
+
+def send_to_rank_1(name: signal.Signals, at: int, world: World) -> type[Packed]:
+    """Data at whose step `at` rank 1 gets a signal."""
+
+    class Signalling(Packed):
+        def batch_at(self, step):
+            if step == at and world.rank == 1:
+                os.kill(os.getpid(), name)
+            return super().batch_at(step)
+
+    return Signalling
+
+
+def main(out: Path) -> None:
+    world = join("cpu")
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    # Rank 1 dies; torchrun starts all ranks anew, and they come here a second time.
+    kind = send_to_rank_1(signal.SIGKILL, 12, world) if first_attempt else Packed
+    run(out / "killed", documents(kind), resume="auto", dropout=0.1)
 
-    class Fatal(Packed):
-        def batch_at(self, step):
-            if first_attempt and step == 12 and world.rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().batch_at(step)
-
-    data = Fatal(random_documents(), 32, 8, seed=1)
-    run("killed", resume="auto", dropout=0.1)
-elif task == "interrupted":  # one rank hears of it, all save the same step
-
-    class Interrupting(Packed):
-        def batch_at(self, step):
-            if step == 5 and world.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().batch_at(step)
-
-    data = Interrupting(random_documents(), 32, 8, seed=1)
+    gradients(out, world)
+    whole_and_resumed(out / "whole", dropout=0.1)
+    for name in OPTIMIZERS:
+        whole_and_resumed(out / name, **sharded(name), shard=True)
+    # One rank hears of it, all save the same step.
     try:
-        run("interrupted")
+        run(out / "interrupted", documents(send_to_rank_1(signal.SIGTERM, 5, world)))
     except SystemExit as stop:
         (out / f"code-{world.rank}").write_text(str(stop.code))
+
+
+def write_threads(out: Path) -> None:
+    """What runs beside Python when it ends, after `join` has tidied up."""
+    threads = []
+    for thread in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            threads.append((thread / "comm").read_text())
+    (out / f"threads-{os.environ['RANK']}").write_text("".join(threads))
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    atexit.register(partial(write_threads, folder))
+    main(folder)

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from nanophi.cli import UserError
 from nanophi.infer.generate import generate
 from nanophi.model.speed import speed_up
 from nanophi.train import loop, precision, setup
 from nanophi.train.distributed import World
-from nanophi.train.faults import BAD_BATCH, MEMORY, STREAK, Faults
+from nanophi.train.faults import BAD_BATCH, MEMORY, STREAK, Faults, or_uncompiled
 from nanophi.train.loop import train
 from nanophi.train.losses import next_token_loss
-from nanophi.train.rundir import STATE, RunDirectory
+from nanophi.train.run_files import STATE
+from nanophi.train.rundir import RunDirectory
 from tests.conftest import tiny_model
 from tests.train.test_loop import config, pretraining, state, tensors
 
@@ -176,6 +178,35 @@ def test_where_compiling_fails_the_step_is_done_without(tmp_path, monkeypatch, c
     assert all(torch.equal(a, b) for a, b in weights)
 
 
+def test_a_validation_that_cannot_be_compiled_is_done_without(capsys):
+    """Only the first training step had a way back: a run died at its first validation, which is
+    compiled by itself, and would have died where a later step has another shape.
+    """
+    compiled = True
+
+    def uncompile():
+        nonlocal compiled
+        compiled = False
+
+    def evaluate(error):
+        if compiled:
+            raise error
+        return 1.5
+
+    guarded = or_uncompiled(evaluate, uncompile, print)
+    assert guarded(RuntimeError("no such kernel")) == 1.5
+    compiled = True
+    assert guarded(TorchDynamoException("other shapes")) == 1.5
+    assert capsys.readouterr().out.count("torch.compile failed, going on without it: ") == 2
+    compiled = True
+    with pytest.raises(RuntimeError, match="the disk"):  # the compiler is not to blame
+        guarded(RuntimeError("the disk"))
+    for error in (UserError("wrong"), torch.OutOfMemoryError("full")):
+        with pytest.raises(type(error)):
+            or_uncompiled(evaluate, uncompile, print)(error)
+    assert compiled
+
+
 # torch's compiler warns of torch's own code.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -224,6 +255,7 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
         def __init__(self, folder, purge_step=None):
             self.folder = Path(folder)
             self.folder.mkdir(parents=True)
+            (self.folder / "events.out.tfevents.1").write_bytes(b"")
             seen.append(("open", purge_step))
 
         def add_scalar(self, name, value, step):

@@ -21,7 +21,7 @@ from nanophi.train.loop import train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, next_token_loss
 from nanophi.train.packing import Packed
 from nanophi.train.preferences import Pairs, Preference
-from nanophi.train.rundir import STATE
+from nanophi.train.run_files import STATE
 from nanophi.train.step import training_step
 from tests.conftest import tiny_model
 
@@ -241,9 +241,7 @@ def test_what_would_give_another_model_is_not_resumed(changes, message, tmp_path
     with pytest.raises(UserError, match=message):
         run(tmp_path, **{"stage": pretraining} | changes, resume="yes")
     assert (tmp_path / STATE).read_bytes() == before
-    run(
-        tmp_path, pretraining, resume="yes", micro_batch=1, save_every=3, steps=3
-    )  # these may differ
+    run(tmp_path, pretraining, resume="yes", recompute=True, save_every=3, steps=3)  # may differ
 
 
 def test_the_loop_is_the_loop_written_out(tmp_path):

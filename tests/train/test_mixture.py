@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
-from nanophi.train.mixture import PERIOD, Mixture, interleaved, parse_mixture
+from nanophi.train.mixture import PERIOD, Mixture, interleaved, parse_mixture, rows_in_period
 from nanophi.train.packing import Packed
 
 
@@ -89,3 +89,17 @@ def test_how_a_mixture_is_written():
     ):
         with pytest.raises(UserError, match=message):
             parse_mixture(wrong)
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [
+        ([1e-320, 1e-320], [5000, 5000]),
+        ([1e308, 1e308], [5000, 5000]),
+        ([5e-324, 1.7e308], [1, 9999]),
+        ([3.0, 1.0], [7500, 2500]),
+    ],
+)
+def test_tiny_and_huge_weights_keep_their_shares(weights, counts):
+    """The sum of huge weights is infinite, and their shares were lost with a warning of numpy's."""
+    assert rows_in_period(np.array(weights)).tolist() == counts

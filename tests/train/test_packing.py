@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanophi.cli import UserError
 from nanophi.train.packing import IGNORE, Packed, best_fit
 from nanophi.train.preferences import Pairs, Preference
+from nanophi.train.preflight import show_batch
 
 DOCUMENTS = [
     np.arange(100 * i, 100 * i + n) for i, n in enumerate((5, 40, 2, 17, 1, 16, 33, 9), start=1)
@@ -115,6 +116,17 @@ def test_masks_hide_prompts_and_bos_is_put_first():
     batch = Packed(documents, 8, 1, 0, masks, bos_id=3).batch_at(0)
     assert batch.ids[0].tolist() == [3, 11, 12, 13, 0, 0, 0, 0]
     assert batch.targets[0].tolist() == [IGNORE, IGNORE, 13, 14] + [IGNORE] * 4
+
+
+def test_padding_is_known_by_its_place_and_not_by_its_id(tok):
+    """A vocabulary from elsewhere may use the id 0 for text. It was counted as padding, and
+    a document that began with it was not shown.
+    """
+    batch = Packed([np.array([0, 0, 7, 0])], 8, 1, seed=0).batch_at(0)
+    assert batch.ids[0].tolist() == [0, 0, 7, 0, 0, 0, 0, 0]
+    assert batch.real_tokens == 3
+    assert batch.cut(0, 1).real_tokens == 3
+    assert show_batch(batch, tok).startswith("┃⟦[PAD][PAD]")
 
 
 def test_cutting_a_batch_loses_nothing():

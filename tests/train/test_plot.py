@@ -55,3 +55,45 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         compare(run, {"steps": [1000], "low": [1], "high": [2]})
     with pytest.raises(UserError, match="is no run"):
         main(Config(runs=[str(tmp_path)], out=str(tmp_path / "x.png")))
+
+
+DAMAGED = {
+    "a number": b"5",
+    "a list": b"[]",
+    "no loss": b'{"step": 1}',
+    "a loss of letters": b'{"step": 1, "loss": "x"}',
+    "no text": b"\xff",
+    "very deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_lines_are_left_out_and_counted(tmp_path, line, capsys):
+    """Each ended in a traceback."""
+    run = a_run(tmp_path / "run", curve(6))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(line + b"\n" + metrics.read_bytes())
+    main(Config(runs=[run], out=str(tmp_path / "x.png")))
+    assert "1 lines of" in capsys.readouterr().out
+    metrics.write_bytes(line + b"\n")
+    with pytest.raises(UserError, match="has no line with a step and a finite loss"):
+        main(Config(runs=[run], out=str(tmp_path / "x.png")))
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"config": 5}', '{"config": {}, "versions": {}}'])
+def test_a_reference_needs_whole_records(tmp_path, record):
+    run = a_run(tmp_path / "run", curve(6))
+    (tmp_path / "run" / "run.json").write_text(record)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"run\.json"):
+        main(Config(runs=[run], out=str(tmp_path / "x.png"), reference=str(tmp_path / "r.json")))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["", "/", "{run}/metrics.jsonl", "{run}/run.json", "{run}/x.doc"])
+def test_pictures_overwrite_nothing(tmp_path, out):
+    run = a_run(tmp_path / "run", curve(6))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="--out"):
+        main(Config(runs=[run], out=out.format(run=run)))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
