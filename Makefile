@@ -1,20 +1,23 @@
 # Two commands, both for a fresh machine with Python 3.11 or newer and nothing else set up:
 #   make demo   environment, then raw text -> tokenizer -> pretraining -> SFT -> DPO -> chat answers in out/demo
 #   make test   environment with the test extras, then the tests
-# Also: make test-slow (everything, minutes), make lint, make format, make clean.
+# Also: make coverage, make test-slow (everything, an hour), make lint, make format, make clean.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test coverage test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "not slow"
+
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "not slow" --cov=nanophi --cov-report=term:skip-covered
 
 test-slow: $(VENV)/.installed-test $(VENV)-457/.installed
 	$(BIN)/python -m pytest -q
@@ -29,7 +32,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-457 out build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-457 out build *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
 
 # The stamps are what makes a second run install nothing; they age when the requirements change.
 $(VENV)/bin/python:

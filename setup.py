@@ -35,6 +35,9 @@ setup(
         "plot": plot,
         "zst": zst,
         "parquet": parquet,
-        "test": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", *oracles, *plot, *zst, *parquet],
+        "test": [
+            *("pytest>=8", "pytest-cov>=6", "hypothesis>=6", "ruff", "mypy"),
+            *(*oracles, *plot, *zst, *parquet),
+        ],
     },
 )

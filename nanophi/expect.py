@@ -16,6 +16,7 @@ It stands below all rooms, so that each of them may use it.
 
 import dataclasses
 import json
+import os
 import sys
 import types
 import typing
@@ -128,6 +129,18 @@ def check_fields(
 
 
 # ---- files
+
+
+def path_of(value: Any, what: str) -> Path:
+    """A path that is given as a string or as a Path.
+
+    >>> path_of(5, "the directory of a model")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    nanophi.cli.UserError: the directory of a model is 5, expected its path
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{what} is {shown(value)}, expected its path")
+    return Path(value)
 
 
 def read_json(path: str | Path, fix: str = "") -> Any:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanophi.cli import SHOWN, UserError
-from nanophi.expect import Expected, check_fields, read_json, shown
+from nanophi.expect import Expected, check_fields, path_of, read_json, shown
 from nanophi.files import finish, replacing, together, write_json
 from nanophi.model.config import PHI, PhiConfig
 from nanophi.model.phi import MASKED_BIAS, Phi
@@ -48,7 +48,7 @@ def save(
     weights: in place of the model's own state_dict(), whose tensors may be distributed over ranks.
     """
     check_architecture(model)
-    directory = Path(directory)
+    directory = path_of(directory, "the directory of a model")
     cfg = model.cfg
     ids = {
         "bos_token_id": cfg.bos_token_id,
@@ -231,7 +231,7 @@ def load(
     config.json says.
     """
     device = pick_device(device)
-    directory = Path(directory)
+    directory = path_of(directory, "the directory of a model")
     finish(directory)  # what a killed `save` has left
     cfg = _read_config(directory, network.architecture)
     files = _weight_files(directory)

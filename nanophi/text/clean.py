@@ -29,6 +29,7 @@ from typing import IO, Literal
 
 from nanophi.claims import claim
 from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.expect import Expected, check
 from nanophi.files import replacing, together
 from nanophi.parallel import batches, ordered
 from nanophi.text.corpus import Reading, Skipped
@@ -48,7 +49,7 @@ from nanophi.text.schemas import (
     with_texts,
 )
 from nanophi.text.share import in_share
-from nanophi.tokenizer.template import check
+from nanophi.tokenizer.template import check as check_conversation
 
 SHOWN = 16  # characters of a sample in the report
 BATCH = 200_000  # characters that a process gets at once
@@ -128,6 +129,7 @@ def clean(
     >>> clean("&lt;p&gt;Ｐｙｔｈｏｎ很好用!!!頭髮很長")
     'Python很好用！头发很长。'
     """
+    check(text, Expected(str), "the text")
     names = [name for name in rules if final or name != "final"]
     changed: set[str] = set()  # the rules that have changed this text
     quiet = 0  # how many rules in a row have changed nothing
@@ -337,7 +339,7 @@ def _why_dropped(row: dict, cleaned: dict, limits: Limits) -> str | None:
     if is_pair(cleaned):
         return None
     try:
-        check(messages_of(cleaned))
+        check_conversation(messages_of(cleaned))
     except UserError:
         return "turns"
     return None

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.cli import SHOWN, UserError
-from nanophi.expect import Expected, check, check_fields, read_json, shown
+from nanophi.expect import Expected, check, check_fields, path_of, read_json, shown
 from nanophi.files import finish, together, write_json
 from nanophi.tokenizer.levels import ByteLevel, CharLevel, Level, PieceLevel
 from nanophi.tokenizer.splits import SPLITS
 from nanophi.tokenizer.template import TEMPLATES, template_of
-from nanophi.tokenizer.tokenizer import LARGEST_ID, SPECIAL_TOKENS, Tokenizer, checked_directory
+from nanophi.tokenizer.tokenizer import LARGEST_ID, SPECIAL_TOKENS, Tokenizer
 
 Json = dict[str, Any]  # an object of a JSON file
 
@@ -72,7 +72,7 @@ def added_token(text: str, token_id: int, special: bool) -> Json:
 
 def save(tok: Tokenizer, directory: str | Path) -> None:
     """Write the three files so that AutoTokenizer of transformers 4.57 and 5 reads them."""
-    directory = checked_directory(directory)
+    directory = path_of(directory, "the directory of a tokenizer")
     roles = roles_of(tok)
     jinja = tok.unknown_jinja
     if tok.template in TEMPLATES:
@@ -181,7 +181,7 @@ def load(directory: str | Path) -> Tokenizer:
 
     Raises a UserError that says what is wrong with the file.
     """
-    directory = checked_directory(directory)
+    directory = path_of(directory, "the directory of a tokenizer")
     finish(directory)
     path = directory / "tokenizer.json"
     data = read(path)

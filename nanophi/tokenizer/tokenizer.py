@@ -23,7 +23,6 @@ import hashlib
 import heapq
 import json
 import operator
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -542,10 +541,3 @@ def checked_size(value: Any, name: str) -> int:
         value = int(value)
     check(value, Expected(int, at_least=1), name)
     return value
-
-
-def checked_directory(directory: Any) -> Path:
-    """The path of a directory that is given as a string or as a Path."""
-    if not isinstance(directory, str | os.PathLike):
-        raise UserError(f"the directory of a tokenizer is {shown(directory)}, expected its path")
-    return Path(directory)

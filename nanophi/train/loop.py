@@ -244,6 +244,8 @@ def add_validation(
     world = setup.world
     if not (world.first or setup.cfg.shard):
         return line
+    if setup.cfg.compile:
+        evaluate = or_uncompiled(evaluate, partial(speed_up, model, setup.cfg.recompute), say)
     with setup.autocast(cache=True):
         line = line | evaluate(model)
     if setup.cfg.shard:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from nanophi.cli import row_named
+from nanophi.cli import UserError, row_named
 from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
 
@@ -180,6 +180,17 @@ def answer_logps(model: Phi, batch: Batch) -> Tensor:
     return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
 
 
+def check_same_shape(*logps: Tensor) -> None:
+    """Refuse log-probabilities of several shapes: (B,) and (B, 1) would give (B, B) losses."""
+    if not all(isinstance(values, Tensor) for values in logps):
+        raise UserError("log-probabilities of answers are tensors of the shape (B,)")
+    shapes = [tuple(values.shape) for values in logps]
+    if len(set(shapes)) > 1:
+        raise UserError(
+            f"log-probabilities of the shapes {', '.join(map(str, shapes))}, expected (B,) of each"
+        )
+
+
 def dpo_loss(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
@@ -198,6 +209,7 @@ def dpo_loss(
     >>> dpo_loss(torch.tensor(-8.0), torch.tensor(-13.0), torch.tensor(-10.0), torch.tensor(-10.0))
     tensor(0.4741)
     """
+    check_same_shape(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -F.logsigmoid(beta * margin)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanophi.cli import UserError, row_named
+from nanophi.expect import Expected, check
 from nanophi.train.distributed import part_like, whole
 
 # ---- Muon
@@ -268,6 +269,8 @@ def build_optimizers(
     lr: the peak learning rate, see the function of that name. weight_decay: decoupled; biases and
     norms have none. Raises a UserError for an unknown name.
     """
+    check(lr, Expected(float, above=0), "lr")
+    check(weight_decay, Expected(float, at_least=0), "weight_decay")
     return row_named(OPTIMIZERS, name, "optimizer").build(model, lr, weight_decay)
 
 
@@ -317,6 +320,9 @@ def schedule(name: str, step: int, steps: int, warmup: int, decay: float = 0.3) 
     [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.67, 0.33]
     """
     after_warmup = row_named(SCHEDULES, name, "schedule")
+    check(step, Expected(int, at_least=0, at_most=steps - 1), "step")
+    check(warmup, Expected(int, at_least=0), "warmup")
+    check(decay, Expected(float, at_least=0, at_most=1), "decay")
     if step < warmup:
         return (step + 1) / warmup
     return after_warmup(step, steps, warmup, decay)

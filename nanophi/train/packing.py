@@ -27,12 +27,15 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanophi.cli import UserError
+from nanophi.expect import Expected, check
 
 IGNORE = -100  # the target of a position where nothing is learned
 PAD = 0  # what fills rows: [PAD] of our tokenizers. A vocabulary from elsewhere may use it for text
@@ -188,6 +191,48 @@ def as_batch(ids: np.ndarray, targets: np.ndarray, boundaries: list[int], **more
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets), cu_seqlens, **more)
 
 
+# ---- what callers may give
+
+
+def lengths_of(documents: Sequence) -> np.ndarray:
+    """The length of each document; a UserError for one that is no row of whole numbers."""
+    for number, document in enumerate(documents):
+        check_ids(document, f"document {number:,}")
+    return np.array([len(document) for document in documents], dtype=np.int64)
+
+
+def check_ids(ids: Any, where: str) -> None:
+    """Refuse what would be taken for ids without a word: floats, or rows of rows.
+
+    >>> check_ids([1.5, 2.5], "document 7")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    nanophi.cli.UserError: document 7 has the form (2,) and the type float64, expected ids (n,)
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise UserError(
+            f"{where} has the form {array.shape} and the type {array.dtype}, expected ids (n,)"
+        )
+
+
+def check_masks(masks: Sequence, lengths: np.ndarray) -> None:
+    """Refuse masks that are too few, or of another length than their documents."""
+    if len(masks) != len(lengths):
+        raise UserError(f"there are {len(masks):,} masks for {len(lengths):,} documents")
+    for number, (mask, length) in enumerate(zip(masks, lengths, strict=True)):
+        if len(mask) != length:
+            raise UserError(
+                f"the mask of document {number:,} has the length {len(mask):,}, the document "
+                f"{length:,}"
+            )
+
+
+def check_step(step: Any) -> None:
+    """Refuse what is no number of a step; numpy's whole numbers are some."""
+    if not isinstance(step, Integral) or step < 0:
+        raise UserError(f"a step is a whole number of at least 0, not {step!r}")
+
+
 # ---- packed documents
 
 
@@ -209,15 +254,19 @@ class Packed:
         masks: Sequence | None = None,
         bos_id: int | None = None,
     ):
+        check(context, Expected(int, at_least=1), "context")
+        check(batch_rows, Expected(int, at_least=1), "batch_rows")
+        lengths = getattr(documents, "lengths", None)
+        if lengths is None:
+            lengths = lengths_of(documents)
+        if masks is not None:
+            check_masks(masks, lengths)
         self.documents = documents
         self.masks = masks
         self.bos_id = bos_id
         self.context = context
         self.batch_rows = batch_rows
         self.seed = seed
-        lengths = getattr(documents, "lengths", None)
-        if lengths is None:
-            lengths = np.array([len(document) for document in documents], dtype=np.int64)
         self.tokens = int(lengths.sum())
         self._cut_into_pieces(lengths)
         self._put_into_rows()
@@ -294,6 +343,7 @@ class Packed:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, from 0."""
+        check_step(step)
         first = step * self.batch_rows
         return self.batch([self.row_at(index) for index in range(first, first + self.batch_rows)])
 

@@ -9,12 +9,23 @@ rejected one:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from nanophi.cli import UserError
-from nanophi.train.packing import IGNORE, Batch, as_batch, digest, empty_rows, shuffled
+from nanophi.expect import Expected, check
+from nanophi.train.packing import (
+    IGNORE,
+    Batch,
+    as_batch,
+    check_ids,
+    check_step,
+    digest,
+    empty_rows,
+    shuffled,
+)
 
 Conversation = tuple[list[int], list[bool]]  # ids, and where they are learned
 
@@ -25,6 +36,19 @@ class Preference:
 
     chosen: Conversation
     rejected: Conversation
+
+
+def check_side(side: Any, where: str) -> None:
+    """Refuse what is no answer with its prompt: ids, and which of them are learned."""
+    if not isinstance(side, tuple) or len(side) != 2:
+        raise UserError(f"{where} is of type {type(side).__name__}, expected (ids, mask)")
+    ids, mask = side
+    check_ids(ids, where)
+    if len(ids) != len(mask) or len(ids) < 2:
+        raise UserError(
+            f"{where} has {len(ids)} ids and a mask of {len(mask)}, expected as many of both, and "
+            "two or more"
+        )
 
 
 class Pairs:
@@ -41,6 +65,10 @@ class Pairs:
     def __init__(self, pairs: list[Preference], batch_pairs: int, seed: int, multiple: int = 1):
         if not pairs:
             raise UserError("there is no preference pair to learn from")
+        check(batch_pairs, Expected(int, at_least=1), "batch_pairs")
+        for number, pair in enumerate(pairs):
+            check_side(pair.chosen, f"pair {number:,}: chosen")
+            check_side(pair.rejected, f"pair {number:,}: rejected")
         self.pairs = pairs
         self.batch_pairs = batch_pairs
         self.seed = seed
@@ -78,6 +106,7 @@ class Pairs:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, from 0."""
+        check_step(step)
         first = step * self.batch_pairs
         places = range(first, first + self.batch_pairs)
         epochs = {place // len(self) for place in places}
