@@ -49,12 +49,16 @@ T = TypeVar("T")
 
 
 def expand(inputs: Iterable[str | Path]) -> list[Path]:
-    """Files, directories (all readable files in them) and globs -> files, in order, each once."""
-    files: dict[Path, None] = {}  # a dict is an ordered set
+    """Files, directories (all readable files in them) and globs -> files, in order, each once.
+
+    A file that is found by several names, as in a loop of links, is one file.
+    """
+    files: dict[str, Path] = {}  # by the real path
     for item in map(str, inputs):
         for path in _paths_of(item):
-            files |= dict.fromkeys(_files_in(path))
-    return list(files)
+            for file in _files_in(path):
+                files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
 
 
 def _paths_of(item: str) -> list[Path]:
@@ -201,11 +205,11 @@ class Reading:
         for path in written:
             if settings_of(path).exists():
                 ours |= {os.path.realpath(file) for file in numbered_files(path)}
-        files: dict[Path, None] = {}
+        files: dict[str, Path] = {}  # by the real path
         for item in self.input:
             for file in expand([item]):
                 if os.path.realpath(file) not in ours:
-                    files[file] = None
+                    files.setdefault(os.path.realpath(file), file)
                 elif not Path(item).is_dir():
                     raise UserError(
                         f"{file} is an input and would be overwritten: name another --out"
@@ -214,7 +218,7 @@ class Reading:
             raise UserError(
                 f"{', '.join(written)} is the only input: the command would overwrite what it reads"
             )
-        return list(files)
+        return list(files.values())
 
     def rows(
         self,

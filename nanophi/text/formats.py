@@ -64,7 +64,7 @@ OnBad = Callable[[str], None]
 
 READ_AT_ONCE = 1 << 16  # bytes of a file's beginning, or of a JSON array
 LONGEST = 64 << 20  # bytes of a line; characters in UTF-16, and of an element of a JSON array
-DEEPEST = 100  # lists and objects in one another; Python itself fails at some hundreds
+DEEPEST = 40  # lists and objects in one another; pyarrow reads no table of 50 lists
 TABLE_ROWS = 1024  # rows that are written into a parquet file at once
 SEPARATORS = ",;\t"  # what may stand between the columns of a .csv
 
@@ -321,8 +321,8 @@ def _parse(text: str) -> Any:
 def _refuse_depth(value: Any) -> None:
     """A UserError where lists and objects are nested too deeply.
 
-    Python could read some hundreds of levels, but not send them to another process, and no parquet
-    file holds them.
+    Python could read some hundreds of levels, but not send them to another process, and pyarrow
+    writes tables of so many that it cannot read.
     """
     level = [value]
     for _ in range(DEEPEST):
@@ -476,7 +476,9 @@ def read_csv(path: Path, sample_by: SampleBy, on_bad: OnBad, separator: str = ""
                 columns = ", ".join(header)[:60]
                 on_bad(f"{where}: {len(values)} values under {len(header)} columns ({columns})")
     except csv.Error as error:
-        on_bad(f"{path}, line {number}: {error}; the rest of it is not read")
+        is_line_end = "new-line character" in str(error)
+        reason = "a line ends in CR alone, as on old Macs: end it in LF" if is_line_end else error
+        on_bad(f"{path}, line {number}: {reason}; the rest of it is not read")
 
 
 def separator_of(header: str) -> str:
