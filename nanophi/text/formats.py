@@ -92,8 +92,25 @@ def _open_zst(*arguments: Any, **named: Any) -> IO:
     return _zstd().open(*arguments, **named)
 
 
-OPENERS: dict[str, Callable[..., IO]] = {
-    ".gz": gzip.open,
+@contextmanager
+def _open_gz(path: Path, mode: str, **named: Any) -> Iterator[Any]:
+    """gzip.open, but for the name and the time that it writes into a new file: the same rows should
+    give the same bytes, and the name is a temporary one.
+    """
+    if "r" in mode:
+        with gzip.open(path, mode, **named) as file:
+            yield file
+        return
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+        if "b" in mode:
+            yield packed
+        else:
+            with io.TextIOWrapper(packed, **named) as text:
+                yield text
+
+
+OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": _open_gz,
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": _open_zst,

@@ -383,3 +383,15 @@ def test_a_file_with_several_names_is_read_once(tmp_path):
     ):
         assert [row["text"] for row in read_rows(inputs)] == ["甲"]
         assert len(clean.Config(input=inputs, out="o.jsonl").files("o.jsonl")) == 1
+
+
+def test_the_same_rows_give_the_same_archive(tmp_path):
+    """A .gz held the time, and the temporary name under which it was written."""
+    archives = []
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.parquet.gz", "d.parquet.gz"):
+        write_rows(tmp_path / name, [{"text": "甲"}])
+        assert read(tmp_path / name)[0] == [{"text": "甲"}]
+        archives.append((tmp_path / name).read_bytes())
+    assert archives[0] == archives[1]
+    assert archives[2] == archives[3]
+    assert archives[0][4:8] == bytes(4)  # the time
