@@ -11,10 +11,9 @@ margin on held-out pairs (--val-fraction).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
-
-from nanophi.cli import Progress, UserError, flag, run_command
+from nanophi.cli import UserError, flag, row_named, run_command
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
@@ -32,10 +31,10 @@ from nanophi.train.config import (
     total_steps,
 )
 from nanophi.train.loop import train
-from nanophi.train.losses import PREFERENCE_LOSSES, answer_logps, make_dpo_loss_fn, validate
-from nanophi.train.packing import digest
-from nanophi.train.preferences import Pairs, Preference
+from nanophi.train.losses import PREFERENCE_LOSSES, make_dpo_loss_fn, validate
+from nanophi.train.preferences import Pairs, Preference, share_of_prompts
 from nanophi.train.preflight import refuse_what_does_not_fit
+from nanophi.train.reference import add_reference, digest_of_weights
 from nanophi.train.setup import begin
 
 
@@ -52,11 +51,29 @@ class Config(TuningConfig):
         help="pairs of one optimizer step over all devices",
     )
     loss: str = flag("sigmoid", choices=PREFERENCE_LOSSES, help="sigmoid is DPO's own")
-    beta: float = flag(
-        0.1,
+    beta: float | None = flag(
+        None,
         above=0,
         at_most=LARGEST_RATE,
-        help="how strongly the policy is held to the reference",
+        help="how strongly the policy is held to the reference (default: the loss's own)",
+    )
+    label_smoothing: float = flag(
+        0.0,
+        at_least=0,
+        at_most=0.5,
+        help="share of the pairs that may be the wrong way round (sigmoid losses)",
+    )
+    target_margin: float | None = flag(
+        None, at_least=0, at_most=LARGEST_RATE, help="of rewards (simpo; default: the loss's own)"
+    )
+    sft_weight: float = flag(
+        0.0,
+        at_least=0,
+        at_most=LARGEST_RATE,
+        help="add so much of the chosen answer's own loss, which keeps it likely",
+    )
+    share_prompt: Literal["auto", "on", "off"] = flag(
+        "auto", help="compute the prompt of a pair once; auto: where prompts are long enough"
     )
     lr: float = flag(
         2e-4,
@@ -75,6 +92,7 @@ class Config(TuningConfig):
 
 def main(cfg: Config) -> Phi:
     # 1. Check the flags and --out; find the device, the dtype and the ranks.
+    refuse_contradictions(cfg)
     setup = begin(cfg, starts_from=cfg.init_from)
 
     # 2. The fine-tuned model. It has no dropout, unless --dropout asks for it: dropout makes policy
@@ -87,20 +105,27 @@ def main(cfg: Config) -> Phi:
     context = context_of(cfg, model)
     pairs, held_out = read_pairs(cfg.data, tok, context, cfg.bos, cfg.val_fraction, cfg.skip_bad)
     multiple = max(128, context // 4) if cfg.compile else 1  # few lengths to compile
-    data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple)
-    validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple) if held_out else None
-    refuse_what_does_not_fit(model.cfg, setup, cfg.batch_pairs, data.longest, 2, model)
+    share = shares_prompts(cfg, pairs)
+    data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple, share)
+    validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple, share) if held_out else None
+    rows_of_a_pair = 1 if share else 2
+    refuse_what_does_not_fit(model.cfg, setup, cfg.batch_pairs, data.longest, rows_of_a_pair, model)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-pairs", cfg.batch_pairs)
-    data_id = f"{data.data_id}-{digest_of_weights(model)}"
+    weights = digest_of_weights(model)
 
     # 4. The reference: what the model thinks of all answers before it learns, in the same dtype.
-    with setup.autocast(cache=True):
-        data.reference = reference_logps(model, data, cfg.micro_batch)
-        if validation is not None:
-            validation.reference = reference_logps(model, validation, cfg.micro_batch)
+    if PREFERENCE_LOSSES[cfg.loss].reference:
+        parts = [data] if validation is None else [data, validation]
+        add_reference(model, parts, setup, weights)
 
     # 5. Training.
-    loss_fn = make_dpo_loss_fn(cfg.beta, cfg.loss)
+    loss_fn = make_dpo_loss_fn(
+        cfg.beta,
+        cfg.loss,
+        label_smoothing=cfg.label_smoothing,
+        target_margin=cfg.target_margin,
+        sft_weight=cfg.sft_weight,
+    )
 
     def evaluate(model: Phi) -> dict[str, float]:
         return validate(model, loss_fn, validation.in_order())
@@ -117,7 +142,7 @@ def main(cfg: Config) -> Phi:
         evaluate if validation is not None else None,
         steps=steps,
         tok=tok,
-        data_id=data_id,
+        data_id=f"{data.data_id}-{weights}",
     )
 
     # 6. What was learned beyond length.
@@ -176,23 +201,40 @@ def read_pairs(
     return training, held_out
 
 
-def digest_of_weights(model: Phi) -> str:
-    """Names the reference: a run can be resumed only with the same one."""
-    return digest(*(p.detach().flatten().cpu().view(torch.int32) for p in model.parameters()))
+def refuse_contradictions(cfg: Config) -> None:
+    """A UserError for numbers that the loss does not take, and for what cannot share prompts."""
+    takes = row_named(PREFERENCE_LOSSES, cfg.loss, "loss").takes
+    given = {"label_smoothing": cfg.label_smoothing, "target_margin": cfg.target_margin}
+    for name, value in given.items():
+        if value and name not in takes:
+            flag_name = name.replace("_", "-")
+            raise UserError(f"--loss {cfg.loss} takes no --{flag_name}: leave it out")
+    if cfg.share_prompt == "on" and cfg.attention == "causal":
+        raise UserError(
+            "--share-prompt on with --attention causal: there the answers of a pair would see each "
+            "other"
+        )
 
 
-@torch.no_grad()
-def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> torch.Tensor:
-    """log p(answer | prompt) of both answers of every pair under the frozen reference: (pairs, 2),
-    on the CPU.
+# Shorter prompts than this share of all inputs are computed twice: then attention over whole
+# documents, prompt and answer side by side, costs more than is saved.
+LONG_ENOUGH = 0.1
+
+
+def shares_prompts(cfg: Config, pairs: list[Preference]) -> bool:
+    """Whether each pair computes its prompt once; says what that saves.
+
+    torch.compile would compile each new form of a batch, so auto leaves compiled runs as they are.
     """
-    logps = []
-    with Progress("reference", len(data)) as bar:
-        for first in range(0, len(data), micro_batch):
-            batch = data.batch(range(first, min(first + micro_batch, len(data))))
-            logps.append(answer_logps(model, batch.to(model.device)).view(-1, 2).cpu())
-            bar.update(len(batch))
-    return torch.cat(logps)
+    saved = share_of_prompts(pairs)
+    if cfg.share_prompt == "auto":
+        can = cfg.attention != "causal" and not cfg.compile
+        shares = can and saved >= LONG_ENOUGH
+    else:
+        shares = cfg.share_prompt == "on"
+    if shares:
+        print(f"dpo: each pair computes its prompt once, which saves {saved:.0%} of all inputs")
+    return shares
 
 
 def right_by_length(training: list[Preference], held_out: list[Preference]) -> float:

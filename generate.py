@@ -1,14 +1,22 @@
-"""Answer a prompt, chat in the terminal, answer from documents, or compare two models.
+"""Answer a prompt, chat in the terminal, answer from documents, compare two models, or learn from
+a person which of two answers is better.
 
     python generate.py --model out/dpo --prompt 感冒了要怎么办？
     python generate.py --model out/dpo --chat
     python generate.py --model out/dpo --rag documents/ --prompt 黄河的水为什么那么黄？
     python generate.py --model out/sft --compare out/dpo
+    python generate.py --model out/sft --compare out/dpo --prefer mine.jsonl
+    python generate.py --model out/sft --temperature 0.8 --prefer mine.jsonl
 
 Greedy unless --temperature is given. With --prompt only the answer goes to standard output
 (sources to standard error); without it, --chat, --rag and --compare ask for questions until /exit
 or Ctrl-D. /reset forgets what was said, /save FILE.jsonl keeps it, Ctrl-C stops an answer and not
 the program. An answer ends where the context of the model is full, with a note on standard error.
+
+--prefer shows two answers to each question, in random order and without names: those of both
+models, or two samples of one. Type 1 or 2 for the better one, or s to skip. Each choice is appended
+to the file at once, as a row that dpo.py reads, so Ctrl-C and Ctrl-D lose nothing. A file of such
+rows is continued. Each question stands alone: no turn before it is shown to the models.
 """
 
 import os
@@ -18,9 +26,11 @@ from dataclasses import dataclass
 
 import torch
 
+from nanophi.claims import Output, claim
 from nanophi.cli import UserError, flag, run_command
-from nanophi.infer.chat_modes import Reply, chatting, comparing, converse, retrieving
+from nanophi.infer.chat_modes import Reply, chatting, comparing, converse, each_line, retrieving
 from nanophi.infer.generate import stream
+from nanophi.infer.prefer import Preferences, preferring
 from nanophi.infer.rag import build_index
 from nanophi.infer.sampling import FILTERS, Sampling
 from nanophi.model.checkpoint import load_with_tokenizer
@@ -42,6 +52,9 @@ class Config:
     compare: str | None = flag(
         None, help="a second checkpoint, whose answer is put beside the first's"
     )
+    prefer: str | None = flag(
+        None, help="ask which of two answers is better, and append the choices to this .jsonl"
+    )
     raw: bool = flag(False, help="continue --prompt as it is, without the template")
     history: int = flag(
         0,
@@ -54,7 +67,7 @@ class Config:
     )
     max_new_tokens: int = flag(256, at_least=1, help="longest answer")
     sampling: dict = flag(table=FILTERS)  # --temperature, --top-k ...: one flag for each filter
-    seed: int = flag(0, at_least=0, help="of the sampling")
+    seed: int = flag(0, at_least=0, help="of the sampling, and of the order with --prefer")
     bos: bool = flag(False, help="put [BOS] first, for models trained with --bos")
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
 
@@ -62,6 +75,9 @@ class Config:
 def main(cfg: Config) -> None:
     # 1. what to do
     check(cfg)
+    if cfg.prefer is not None:
+        prefer(cfg)
+        return
 
     # 2. the model
     model, tok = load_with_tokenizer(cfg.model, cfg.device)
@@ -84,11 +100,14 @@ def main(cfg: Config) -> None:
 def check(cfg: Config) -> None:
     """Refuse flags that contradict each other, before the model is loaded."""
     modes = [name for name in ("chat", "rag", "compare") if getattr(cfg, name)]
+    if cfg.prefer is not None:
+        check_prefer(cfg)
+        modes = ["prefer"]
     nothing_to_do = not modes and cfg.prompt is None
     if len(modes) > 1 or nothing_to_do or (cfg.chat and cfg.prompt is not None):
         raise UserError(
-            "say what to do: --prompt TEXT or --chat; --rag FILES or --compare DIR, "
-            "with --prompt or without"
+            "say what to do: --prompt TEXT or --chat; --rag FILES, --compare DIR or "
+            "--prefer FILE, with --prompt or without"
         )
     if cfg.raw and modes:
         raise UserError(f"--raw goes with --prompt alone: --{modes[0]} needs the template")
@@ -101,6 +120,44 @@ def check(cfg: Config) -> None:
         raise UserError("--prompt is empty: there is no question to answer")
     if cfg.compare is not None and os.path.realpath(cfg.compare) == os.path.realpath(cfg.model):
         raise UserError(f"--compare {cfg.compare} is the model itself: name another")
+
+
+def check_prefer(cfg: Config) -> None:
+    """Refuse flags that contradict --prefer."""
+    if cfg.chat or cfg.rag:
+        other = "--chat" if cfg.chat else "--rag"
+        raise UserError(
+            f"--prefer asks about single questions and goes without {other}: leave one of them out"
+        )
+    if cfg.compare is None and Sampling(**cfg.sampling).greedy:
+        raise UserError(
+            "--prefer without --compare shows two samples of one model, which would be equal: give "
+            "--temperature too, 0.8 say, or --compare DIR"
+        )
+
+
+def prefer(cfg: Config) -> None:
+    """Ask which of two answers is better, about one question or many, and keep the choices."""
+    assert cfg.prefer is not None
+    inputs = [path for path in (cfg.model, cfg.compare) if path is not None]
+    with claim(inputs, Output("--prefer", cfg.prefer, suffix=".jsonl")):
+        preferences = Preferences(cfg.prefer)  # checked before the models are loaded
+        model, tok = load_with_tokenizer(cfg.model, cfg.device)
+        second, second_tok = model, tok
+        if cfg.compare is not None:
+            second, second_tok = load_with_tokenizer(cfg.compare, cfg.device)
+        # One generator goes on through all answers, so that no two samples begin alike.
+        generator = torch.Generator(model.device).manual_seed(cfg.seed)
+        answers = (
+            silent_answers(model, tok, cfg, generator),
+            silent_answers(second, second_tok, cfg, generator),
+        )
+        ask = preferring(answers, preferences, cfg.seed)
+        if cfg.prompt is not None:
+            ask(cfg.prompt)
+        else:
+            each_line(ask)
+        print(preferences)
 
 
 def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]:
@@ -122,18 +179,32 @@ def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]
     return lambda: chatting(say, tok, model.cfg.max_position_embeddings, cfg.history, cfg.bos)
 
 
-def silent_answers(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[str], str]:
+def silent_answers(
+    model: Phi, tok: Tokenizer, cfg: Config, generator: torch.Generator | None = None
+) -> Callable[[str], str]:
     """A function from a question to a model's answer, which shows nothing."""
 
     def answer_to(question: str) -> str:
-        return answer(model, tok, chat_prompt(question, tok, cfg.bos), cfg, show=False)
+        prompt = chat_prompt(question, tok, cfg.bos)
+        return answer(model, tok, prompt, cfg, show=False, generator=generator)
 
     return answer_to
 
 
-def answer(model: Phi, tok: Tokenizer, prompt: list[int], cfg: Config, show: bool = True) -> str:
-    """Answer a prompt; with `show`, print each piece as it comes."""
-    generator = torch.Generator(model.device).manual_seed(cfg.seed)
+def answer(
+    model: Phi,
+    tok: Tokenizer,
+    prompt: list[int],
+    cfg: Config,
+    show: bool = True,
+    generator: torch.Generator | None = None,
+) -> str:
+    """Answer a prompt; with `show`, print each piece as it comes.
+
+    generator: of random numbers; by default a new one, so that the same prompt has the same answer
+    """
+    if generator is None:
+        generator = torch.Generator(model.device).manual_seed(cfg.seed)
     stream_of_pieces = stream(
         model, tok, prompt, cfg.max_new_tokens, generator=generator, **cfg.sampling
     )

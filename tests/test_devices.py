@@ -20,6 +20,7 @@ from nanophi.train.losses import make_dpo_loss_fn, next_token_loss, validate, va
 from nanophi.train.optim import build_optimizers
 from nanophi.train.packing import Packed
 from nanophi.train.preferences import Pairs, Preference
+from nanophi.train.reference import reference_logps
 from nanophi.train.step import training_step
 from tests.conftest import tiny_config
 from tests.train.test_loop import random_documents
@@ -135,16 +136,14 @@ def test_validation_reads_a_batch_and_its_numbers():
 
 
 def test_preferences_the_reference_and_the_loss():
-    import dpo
-
     data = pairs()
     with gpu():
-        data.reference = dpo.reference_logps(model_on_gpu(), data, micro_batch=2)
+        data.reference = reference_logps(model_on_gpu(), data, micro_batch=2)
     assert data.reference.device.type == "cpu"
     assert data.reference.shape == (len(data), 2)
     loss_fn = make_dpo_loss_fn(0.1)
     few = waits_of_a_step(4, loss_fn=loss_fn, data=data)
-    assert few == waits_of_a_step(1, loss_fn=loss_fn, data=data) == 6  # loss, 4 metrics, norm
+    assert few == waits_of_a_step(1, loss_fn=loss_fn, data=data) == 2  # all sums, and the norm
 
 
 @pytest.mark.parametrize("prompts", [[[7, 8, 9]], [[7, 8, 9], [5]]], ids=["one", "padded"])

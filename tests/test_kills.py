@@ -112,7 +112,10 @@ def test_a_killed_command_can_be_run_again(work, name):
 
     dice = random.Random(name)
     stopped = 0
-    for number in range(KILLS):
+    number = 0
+    while stopped < KILLS:
+        number += 1
+        assert number < 4 * KILLS, f"only {stopped} of {number} were stopped before their end"
         if number % 2:  # every second time an older result is there, which must not suffer
             again = command + AGAIN.get(name, "")
         else:
@@ -124,7 +127,10 @@ def test_a_killed_command_can_be_run_again(work, name):
         sent = dice.choice(SIGNALS)
         process.send_signal(sent)
         process.communicate(timeout=600)
-        stopped += process.returncode != 0
+        if process.returncode == 0:  # it was faster than the unbroken one
+            whole_s *= 0.8
+        else:
+            stopped += 1
         place = f"kill {number} by {sent.name}, which gave {process.returncode}"
         wait_until_alone(mark, place)
         if sent is not signal.SIGKILL and name not in ("clean numbered", "sft", "dpo"):
@@ -135,7 +141,6 @@ def test_a_killed_command_can_be_run_again(work, name):
         assert rerun.returncode == 0, f"{place}: {errors.decode()}"
         assert result(work, output) == expected, place
         assert not leftovers(work), place
-    assert stopped > KILLS // 2, f"only {stopped} of {KILLS} were stopped before their end"
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from nanophi.text.schemas import SCHEMAS, Schema
 from nanophi.tokenizer.chat import chat_prompt, encode_chat
 from nanophi.tokenizer.template import TEMPLATES, Segment, Template
 from nanophi.train import preflight
-from nanophi.train.losses import PREFERENCE_LOSSES
+from nanophi.train.losses import PREFERENCE_LOSSES, PreferenceLoss
 from nanophi.train.optim import OPTIMIZERS, SCHEDULES, OptimizerChoice, decay_groups
 from tests.conftest import ANSWER, QUESTION, SFT, tiny_config, tiny_model, write
 
@@ -108,20 +108,19 @@ def test_an_unknown_row_names_the_known(house, tmp_path, capsys):
 # ---- a new preference loss
 
 
-def ipo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """Azar et al. 2023, eq. 17: the margin shall be 1 / (2 beta)."""
-    margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
-    return (margin - 1 / (2 * beta)) ** 2
+def apo_zero(chosen, rejected, options):
+    """D'Oosterlinck et al. 2024, eq. 7: chosen answers shall gain, and rejected ones lose."""
+    return 1 - (options.beta * chosen).sigmoid() + (options.beta * rejected).sigmoid()
 
 
-def test_ipo_trains(house, tmp_path, monkeypatch):
-    monkeypatch.setitem(PREFERENCE_LOSSES, "ipo", ipo)
+def test_apo_trains(house, tmp_path, monkeypatch):
+    monkeypatch.setitem(PREFERENCE_LOSSES, "apo-zero", PreferenceLoss(apo_zero))
     out = tmp_path / "dpo"
     command(
         dpo, "--init-from", str(house / "sft"), "--data", str(house / "dpo.jsonl"),
-        "--out", str(out), "--steps", "3", "--batch-pairs", "3", "--loss", "ipo", "--beta", "0.1",
+        "--out", str(out), "--steps", "3", "--batch-pairs", "3", "--loss", "apo-zero",
     )  # fmt: skip
-    assert lines_of(out)[0]["loss"] == pytest.approx(25, rel=1e-3)  # (0 - 5)^2 at the start
+    assert lines_of(out)[0]["loss"] == pytest.approx(1, rel=1e-3)  # both terms 1/2 at the start
 
 
 # ---- a new filter

@@ -7,7 +7,8 @@ the other:
     reply("感冒了要怎么办？")        shows the answer, and returns it
 
 `say(ids) -> text` generates from the ids of a prompt and shows the answer as it comes; generate.py
-makes it. `converse` asks for questions at the terminal and gives them to a reply.
+makes it. `converse` asks for questions at the terminal and gives them to a reply. prefer.py shows
+two answers and asks which is better.
 """
 
 import os
@@ -113,25 +114,39 @@ def converse(start: Callable[[], Reply]) -> None:
     reply = start()
     messages: list[dict] = []
     saved: set[str] = set()
+
+    def obey(line: str) -> None:
+        nonlocal reply, messages
+        command, _, argument = line.partition(" ")
+        if command == "/reset":
+            reply = start()
+            messages = []
+        elif command == "/save":
+            save(messages, argument.strip() or "chat.jsonl", saved)
+        else:
+            answer = reply(line)
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": answer})
+
+    each_line(obey)
+
+
+def each_line(obey: Callable[[str], None]) -> None:
+    """Ask for lines until /exit or Ctrl-D, and obey each one that is not empty.
+
+    Ctrl-C stops what is done about a line and not the program.
+    """
     while True:
         try:
             line = input("提问> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        command, _, argument = line.partition(" ")
+        if line.partition(" ")[0] == "/exit":
+            return
         try:
-            if command == "/exit":
-                return
-            if command == "/reset":
-                reply = start()
-                messages = []
-            elif command == "/save":
-                save(messages, argument.strip() or "chat.jsonl", saved)
-            elif line:
-                answer = reply(line)
-                messages.append({"role": "user", "content": line})
-                messages.append({"role": "assistant", "content": answer})
+            if line:
+                obey(line)
         except KeyboardInterrupt:
             print(" [stopped]")
         except (ValueError, OSError) as error:

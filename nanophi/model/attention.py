@@ -15,11 +15,14 @@ mask is a boolean matrix "this query may see that key":
                                        query 4 (b)        . . x x x
     document_positions(...)            0 1 0 1 2
 
+`Branches` are for preference pairs, whose two answers share a prompt: skip them at first reading.
+
     B batch, H heads, T queries, S keys, K head_dim, D width
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +44,8 @@ def attention_weights(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     q (B, H, T, K), k (B, H, S, K); visible: bool, broadcastable to (B, 1, T, S).
     """
     q = q * q.shape[-1] ** -0.5  # before the product: in half precision q k^T of Phi overflows
-    scores = (q @ k.transpose(-2, -1)).float()  # (B, H, T, S)
+    scores = q @ k.transpose(-2, -1)  # (B, H, T, S)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(q.dtype)
 
 
@@ -96,6 +100,95 @@ def same_document(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
     return (same & causal)[:, None]
 
 
+# ---- documents that continue one another
+
+
+@dataclass
+class Branches:
+    """Two answers that continue one prompt, which is computed once.
+
+    A packed batch is cut into segments, and a segment may continue another one of its row: it sees
+    that one too, and its positions go on behind it. The answers a and b do not see each other:
+
+        row             p p a a b          boundaries [0, 2, 4, 5]
+        continues       -1 0 0             segments 1 and 2 continue segment 0
+        positions       0 1 2 3 2
+
+        query 0 (p)  sees  x . . . .
+        query 1 (p)        x x . . .
+        query 2 (a)        x x x . .
+        query 3 (a)        x x x x .
+        query 4 (b)        x x . . x
+
+    The backends that isolate by boundaries compute attention, and nothing else, over whole
+    documents `p p a a` and `p p b`, side by side. Of the prompt's results the first ones count:
+
+        tokens          0 1 2 3 0 1 4      the place in the batch of each of their tokens
+        cu_seqlens      [0, 4, 7]
+        places          0 1 2 3 6          the place among them of each token of the batch
+    """
+
+    continues: Tensor  # (segments,) int64, -1 where a segment continues none
+    tokens: Tensor  # int64
+    cu_seqlens: Tensor  # int32
+    places: Tensor  # (B * T,) int64
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> "Branches":
+        return Branches(*map(move, (self.continues, self.tokens, self.cu_seqlens, self.places)))
+
+
+def branches_of(boundaries: list[int], continues: list[int]) -> Branches:
+    """The branches of a batch. boundaries: of all segments, which may be empty.
+
+    >>> branches = branches_of([0, 2, 4, 5], [-1, 0, 0])
+    >>> branches.tokens.tolist(), branches.cu_seqlens.tolist(), branches.places.tolist()
+    ([0, 1, 2, 3, 0, 1, 4], [0, 4, 7], [0, 1, 2, 3, 6])
+    """
+    segments = [range(begin, end) for begin, end in pairwise(boundaries)]
+    tokens: list[int] = []
+    ends = [0]
+    places = [-1] * boundaries[-1]
+    for number, segment in enumerate(segments):
+        parent = continues[number]
+        if number in continues or not (segment or parent >= 0):
+            continue  # it is computed as a part of what continues it, or there is nothing
+        document = [*(segments[parent] if parent >= 0 else ()), *segment]
+        for place, token in enumerate(document, start=len(tokens)):
+            if places[token] < 0:
+                places[token] = place
+        tokens += document
+        ends.append(len(tokens))
+    return Branches(
+        torch.tensor(continues),
+        torch.tensor(tokens),
+        torch.tensor(ends, dtype=torch.int32),
+        torch.tensor(places),
+    )
+
+
+def branch_positions(cu_seqlens: Tensor, continues: Tensor, tokens: int) -> Tensor:
+    """`document_positions`, but a segment that continues another one goes on behind it.
+
+    >>> branch_positions(torch.tensor([0, 2, 4, 5]), torch.tensor([-1, 0, 0]), 5)
+    tensor([0, 1, 2, 3, 2])
+    """
+    lengths = cu_seqlens.diff().long()
+    before = torch.where(continues >= 0, lengths[continues.clamp(min=0)], 0)
+    return document_positions(cu_seqlens, tokens) + before[document_index(cu_seqlens, tokens)]
+
+
+def same_branch(cu_seqlens: Tensor, continues: Tensor, batch: int, time: int) -> Tensor:
+    """The mask of a batch with branches, bool (B, 1, T, T): causal, within a segment and the one
+    that it continues.
+    """
+    segments = document_index(cu_seqlens, batch * time).view(batch, time)
+    parents = continues[segments]
+    queries, keys = segments[:, :, None], segments[:, None, :]
+    sees = (queries == keys) | (parents[:, :, None] == keys)
+    causal = torch.ones(time, time, dtype=torch.bool, device=segments.device).tril()
+    return (sees & causal)[:, None]
+
+
 # ---- one forward pass
 
 
@@ -108,6 +201,7 @@ class AttentionPlan:
     backend: str = "sdpa"
     visible: Tensor | None = None  # bool, broadcastable to (B, 1, T, S)
     cu_seqlens: Tensor | None = None  # (documents + 1,) int32, for backends.BY_BOUNDARIES
+    branches: Branches | None = None  # whose documents those boundaries cut, where there are some
     dropout: float = 0.0
     flash: Callable | None = None  # the kernel of "varlen"
     weights: list[Tensor] | None = None  # where given, each layer appends its (B, H, T, S)
@@ -121,6 +215,7 @@ def plan_attention(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
     weights: list[Tensor] | None = None,
+    branches: Branches | None = None,
 ) -> tuple[Tensor, AttentionPlan]:
     """Before the first layer: positions of the tokens, (B or 1, T), and how all layers attend.
 
@@ -144,16 +239,24 @@ def plan_attention(
         return cache.positions(time), plan
 
     if cu_seqlens is None or not isolates:
+        assert branches is None, "answers that share their prompt must be isolated"
         return torch.arange(time, device=device)[None], plan
 
-    if backend in backends.BY_BOUNDARIES:
-        plan.cu_seqlens = cu_seqlens
+    if plan.backend in backends.BY_BOUNDARIES:
+        plan.cu_seqlens = cu_seqlens if branches is None else branches.cu_seqlens
+        plan.branches = branches
+    elif branches is not None:
+        plan.visible = same_branch(cu_seqlens, branches.continues, batch, time)
     else:
         plan.visible = same_document(cu_seqlens, batch, time)  # one mask for all layers
     if backend == "varlen":
         plan.flash = backends.flash_kernel()  # looked up outside of what torch.compile traces
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
-    return document_positions(cu_seqlens, batch * time).view(batch, time), plan
+    if branches is not None:
+        positions = branch_positions(cu_seqlens, branches.continues, batch * time)
+    else:
+        positions = document_positions(cu_seqlens, batch * time)
+    return positions.view(batch, time), plan
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -168,10 +271,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
     if plan.cu_seqlens is not None:
         assert plan.backend in backends.BY_BOUNDARIES, f"{plan.backend} isolates by a mask"
+        rows = q.shape
+        if plan.branches is not None:
+            q, k, v = (side_by_side(x, plan.branches.tokens) for x in (q, k, v))
         if plan.backend == "documents":
-            return backends.per_document(q, k, v, plan.cu_seqlens, plan.dropout)
-        assert plan.dropout == 0, "flash kernels are called without dropout"
-        return backends.varlen(q, k, v, plan.cu_seqlens, plan.flash)
+            out = backends.per_document(q, k, v, plan.cu_seqlens, plan.dropout)
+        else:
+            assert plan.dropout == 0, "flash kernels are called without dropout"
+            out = backends.varlen(q, k, v, plan.cu_seqlens, plan.flash)
+        return out if plan.branches is None else back_in_rows(out, plan.branches.places, rows)
 
     if plan.backend == "manual":
         visible = plan.visible
@@ -185,3 +293,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     known = ("sdpa", "causal", *backends.BY_BOUNDARIES)
     assert plan.backend in known, f"attend does not know the backend {plan.backend}"
     return backends.sdpa(q, k, v, plan.visible, plan.dropout)
+
+
+def side_by_side(x: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens of a batch, by their places -> x (B, H, T, K) as one row (1, H, tokens, K)."""
+    flat = x.transpose(1, 2).flatten(0, 1)  # (B T, H, K)
+    return flat.index_select(0, tokens)[None].transpose(1, 2)
+
+
+def back_in_rows(x: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse: of one row (1, H, tokens, K), those at `places`, in rows (B, H, T, K)."""
+    batch, heads, time, width = shape
+    flat = x.transpose(1, 2)[0].index_select(0, places)  # (B T, H, K)
+    return flat.view(batch, time, heads, width).transpose(1, 2)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanophi.cli import UserError, row_named
-from nanophi.model.attention import AttentionPlan, attend, plan_attention
+from nanophi.model.attention import AttentionPlan, Branches, attend, plan_attention
 from nanophi.model.backends import BACKENDS, preferred_kernels
 from nanophi.model.config import PhiConfig
 
@@ -316,6 +316,7 @@ class Phi(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         record: Record | None = None,
+        branches: Branches | None = None,
     ) -> Tensor:
         """ids (B, T) -> states before the head (B, T, D). The arguments are those of `forward`."""
         check_ids(ids)
@@ -334,6 +335,7 @@ class Phi(nn.Module):
             dtype=self.lm_head.weight.dtype,
             dropout=self.cfg.attention_dropout if self.training else 0.0,
             weights=None if record is None else record.attention,
+            branches=branches,
         )
         rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         try:
@@ -360,6 +362,7 @@ class Phi(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         record: Record | None = None,
+        branches: Branches | None = None,
     ) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, V): at each place, those of the next token.
 
@@ -368,8 +371,9 @@ class Phi(nn.Module):
                     itself, and its positions start at 0
         cache:      the keys and values of what came before, one document a row
         record:     is filled with the hidden states and attention weights of each layer
+        branches:   which documents continue others, as the two answers of a preference pair do
         """
-        return self.lm_head(self.hidden(ids, cu_seqlens, cache, record))
+        return self.lm_head(self.hidden(ids, cu_seqlens, cache, record, branches))
 
     # ---- changes to a finished model
 

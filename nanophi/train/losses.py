@@ -10,6 +10,7 @@ ranks, so that a token of a short batch weighs as much as one of a long batch.
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -42,7 +43,7 @@ def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Te
 
 def learned_positions(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states (N, D) and targets (N,) of the positions with a target."""
-    hidden = model.hidden(batch.ids, batch.cu_seqlens).flatten(0, 1)
+    hidden = model.hidden(batch.ids, batch.cu_seqlens, branches=batch.branches).flatten(0, 1)
     return hidden.index_select(0, batch.learned), batch.targets.flatten()[batch.learned]
 
 
@@ -157,38 +158,31 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def answer_logps(model: Phi, batch: Batch) -> Tensor:
-    """log p(answer | prompt) of each row, summed over its learned tokens: (B,).
+    """log p(answer | prompt) of each answer, summed over its learned tokens: (answers,).
 
-    Two rows of 4 places; only the answers have targets:
+    Two answers, each with its prompt in a row of 4 places:
 
         learned places in the flattened batch   2    3    5    6    7
         their log-probabilities                -1   -2   -1   -1   -3
-        their rows, place // 4                  0    0    1    1    1     -> [-3, -5]
+        their answers, batch.answer             0    0    1    1    1     -> [-3, -5]
     """
     hidden, targets = learned_positions(model, batch)
     chunk = chunk_size(model.cfg.vocab_size, hidden.device.type, hidden.dtype)
 
     def logps_of(rows: Tensor, answer_ids: Tensor) -> Tensor:
-        return -F.cross_entropy(model.lm_head(rows).float(), answer_ids, reduction="none")
+        logits = model.lm_head(rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return -F.cross_entropy(logits, answer_ids, reduction="none")
 
     # Here the gradient of each token gets a factor that depends on the loss of the whole answer,
     # which is known only later. So backward computes the logits of each chunk again.
     recomputed = partial(checkpoint, logps_of, use_reentrant=False, preserve_rng_state=False)
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     logps = torch.cat([recomputed(rows, answer_ids) for rows, answer_ids in pieces])  # (N,)
-    row = batch.learned // batch.ids.shape[1]
-    return torch.zeros(len(batch.ids), device=logps.device).index_add(0, row, logps)
-
-
-def check_same_shape(*logps: Tensor) -> None:
-    """Refuse log-probabilities of several shapes: (B,) and (B, 1) would give (B, B) losses."""
-    if not all(isinstance(values, Tensor) for values in logps):
-        raise UserError("log-probabilities of answers are tensors of the shape (B,)")
-    shapes = [tuple(values.shape) for values in logps]
-    if len(set(shapes)) > 1:
-        raise UserError(
-            f"log-probabilities of the shapes {', '.join(map(str, shapes))}, expected (B,) of each"
-        )
+    answers = len(batch.ids) * batch.answers_per_row
+    return torch.zeros(answers, dtype=logps.dtype, device=logps.device).index_add(
+        0, batch.answer, logps
+    )
 
 
 def dpo_loss(
@@ -197,6 +191,7 @@ def dpo_loss(
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Direct Preference Optimization (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * margin),
     unreduced.
@@ -210,40 +205,164 @@ def dpo_loss(
     tensor(0.4741)
     """
     check_same_shape(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
-    return -F.logsigmoid(beta * margin)
+    options = PreferenceOptions(beta, label_smoothing)
+    return sigmoid_loss(policy_chosen - ref_chosen, policy_rejected - ref_rejected, options)
 
 
-PreferenceLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"sigmoid": dpo_loss}  # dpo.py --loss
+def check_same_shape(*logps: Tensor) -> None:
+    """Refuse log-probabilities of several shapes: (B,) and (B, 1) would give (B, B) losses."""
+    if not all(isinstance(values, Tensor) for values in logps):
+        raise UserError("log-probabilities of answers are tensors of the shape (B,)")
+    shapes = [tuple(values.shape) for values in logps]
+    if len(set(shapes)) > 1:
+        raise UserError(
+            f"log-probabilities of the shapes {', '.join(map(str, shapes))}, expected (B,) of each"
+        )
 
 
-def make_dpo_loss_fn(beta: float, loss: str = "sigmoid") -> LossFn:
-    """The loop's loss for preference pairs; loss: a name of PREFERENCE_LOSSES.
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """The numbers that a preference loss takes; each reads those that it needs."""
+
+    beta: float  # how strongly the policy is held to the reference
+    label_smoothing: float = 0.0  # the share of pairs that are thought to be the wrong way round
+    target_margin: float = 0.0  # how much better chosen shall be
+
+
+# Each loss is a function of the gains of both answers: chosen = log policy(y) - log reference(y) of
+# the chosen answer y, shape (B,), and the same of the rejected one. It returns losses (B,).
+
+
+def sigmoid_loss(chosen: Tensor, rejected: Tensor, options: PreferenceOptions) -> Tensor:
+    """DPO (Rafailov et al. 2023, eq. 7). With label smoothing e, conservative DPO (Mitchell 2023):
+    (1 - e) times the loss of the pair as it is, and e times that of the pair the other way round.
+    """
+    scaled = options.beta * (chosen - rejected) - options.target_margin
+    as_it_is = -F.logsigmoid(scaled)
+    if not options.label_smoothing:
+        return as_it_is
+    other_way_round = -F.logsigmoid(-scaled)
+    return torch.lerp(as_it_is, other_way_round, options.label_smoothing)
+
+
+def ipo_loss(chosen: Tensor, rejected: Tensor, options: PreferenceOptions) -> Tensor:
+    """Identity preference optimization (Azar et al. 2023, eq. 17): the margin shall be
+    1 / (2 beta), neither less nor more.
+    """
+    return (chosen - rejected - 1 / (2 * options.beta)) ** 2
+
+
+def hinge_loss(chosen: Tensor, rejected: Tensor, options: PreferenceOptions) -> Tensor:
+    """SLiC's hinge on DPO's margin (Liu et al. 2023, RSO, eq. 7): a pair whose scaled margin has
+    reached 1 teaches nothing more.
+    """
+    return F.relu(1 - options.beta * (chosen - rejected))
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A row of PREFERENCE_LOSSES.
+
+    beta:      what --beta is where it is not given
+    per_token: gains are divided by the number of the answer's tokens
+    reference: gains are those on a reference; without, on nothing, and none is computed
+    takes:     what it takes beside beta, of PreferenceOptions
+    target_margin: what --target-margin is where it is not given
+    """
+
+    function: Callable[[Tensor, Tensor, PreferenceOptions], Tensor]
+    beta: float = 0.1
+    per_token: bool = False
+    reference: bool = True
+    takes: tuple[str, ...] = ()
+    target_margin: float = 0.0
+
+
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # dpo.py --loss
+    "sigmoid": PreferenceLoss(sigmoid_loss, takes=("label_smoothing",)),
+    # Length-normalised DPO (Lambert et al. 2024, Tulu 3, eq. 6): a long answer has no advantage.
+    "sigmoid-norm": PreferenceLoss(
+        sigmoid_loss, beta=5.0, per_token=True, takes=("label_smoothing",)
+    ),
+    # By token as well: its authors' own form, which the paper does not say.
+    "ipo": PreferenceLoss(ipo_loss, per_token=True),
+    "hinge": PreferenceLoss(hinge_loss),
+    # SimPO (Meng et al. 2024, eq. 6).
+    "simpo": PreferenceLoss(
+        sigmoid_loss,
+        beta=2.0,
+        per_token=True,
+        reference=False,
+        takes=("label_smoothing", "target_margin"),
+        target_margin=1.0,
+    ),
+}
+
+
+def make_dpo_loss_fn(
+    beta: float | None = None,
+    loss: str = "sigmoid",
+    *,
+    label_smoothing: float = 0.0,
+    target_margin: float | None = None,
+    sft_weight: float = 0.0,
+) -> LossFn:
+    """The loop's loss for preference pairs.
+
+    loss:       a name of PREFERENCE_LOSSES; beta and target_margin: by default those of its row
+    sft_weight: how much of the chosen answer's own loss is added, -log p per token (Pang et al.
+                2024, eq. 1): it keeps chosen answers from becoming less likely
 
     `batch.reference` holds the log-probabilities under the frozen reference, chosen and rejected
     taking turns.
     """
-    loss_of = row_named(PREFERENCE_LOSSES, loss, "preference loss")
+    row = row_named(PREFERENCE_LOSSES, loss, "preference loss")
+    options = PreferenceOptions(
+        row.beta if beta is None else beta,
+        label_smoothing,
+        row.target_margin if target_margin is None else target_margin,
+    )
 
     def loss_fn(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-        assert batch.reference is not None, "Pairs.reference is filled before training"
-        chosen, rejected = answer_logps(model, batch).view(-1, 2).unbind(1)
-        ref_chosen, ref_rejected = batch.reference.view(-1, 2).unbind(1)
-        losses = loss_of(chosen, rejected, ref_chosen, ref_rejected, beta)
-        # The implicit reward, beta * log(policy / reference) (eq. 5). Its last term, which depends
-        # on the prompt only, is left out: it cancels in the margin.
-        reward_chosen = beta * (chosen - ref_chosen).detach()
-        reward_rejected = beta * (rejected - ref_rejected).detach()
-        sums = {
-            "rewards_chosen": reward_chosen.sum(),
-            "rewards_rejected": reward_rejected.sum(),
-            "margin": (reward_chosen - reward_rejected).sum(),
-            "accuracy": (reward_chosen > reward_rejected).float().sum(),
-        }
-        return losses.sum(), len(losses), sums
+        logps = answer_logps(model, batch).view(-1, 2)  # (pairs, 2)
+        tokens = (
+            torch.zeros_like(logps)
+            .view(-1)
+            .index_add(0, batch.answer, torch.ones_like(batch.answer, dtype=logps.dtype))
+        )
+        tokens = tokens.view(-1, 2).clamp(min=1)
+        gains = logps
+        if row.reference:
+            assert batch.reference is not None, "Pairs.reference is filled before training"
+            gains = gains - batch.reference.view(-1, 2)
+        if row.per_token:
+            gains = gains / tokens
+        losses = row.function(*gains.unbind(1), options)
+        if sft_weight:
+            losses = losses - sft_weight * (logps / tokens)[:, 0]
+        return losses.sum(), len(losses), measures(options.beta * gains, logps, tokens)
 
     return loss_fn
+
+
+@torch.no_grad()
+def measures(rewards: Tensor, logps: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """What is logged of pairs, summed over them. Each argument (pairs, 2), chosen first.
+
+    rewards: the implicit reward, beta * log(policy / reference) (Rafailov et al. 2023, eq. 5). Its
+        last term, which depends on the prompt only, is left out: it cancels in the margin
+    """
+    margin = rewards[:, 0] - rewards[:, 1]
+    return {
+        "rewards_chosen": rewards[:, 0].sum(),
+        "rewards_rejected": rewards[:, 1].sum(),
+        "margin": margin.sum(),
+        "accuracy": (margin > 0).to(margin.dtype).sum(),
+        "logps_chosen": logps[:, 0].sum(),
+        "logps_rejected": logps[:, 1].sum(),
+        "tokens_chosen": tokens[:, 0].sum(),
+        "tokens_rejected": tokens[:, 1].sum(),
+    }
 
 
 # ---- validation

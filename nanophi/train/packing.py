@@ -36,6 +36,7 @@ from torch import Tensor
 
 from nanophi.cli import UserError
 from nanophi.expect import Expected, check
+from nanophi.model.attention import Branches, branches_of
 
 IGNORE = -100  # the target of a position where nothing is learned
 PAD = 0  # what fills rows: [PAD] of our tokenizers. A vocabulary from elsewhere may use it for text
@@ -54,13 +55,24 @@ class Batch:
     # (documents + 1,) int32: 0, ..., B * T. Every multiple of T is a boundary, as no document
     # crosses rows
     cu_seqlens: Tensor
-    rows_per_sample: int = 1  # 2 for preference pairs: row 2i is chosen, row 2i + 1 rejected
-    reference: Tensor | None = None  # (B,) DPO: log-probability of each answer by the reference
+    rows_per_sample: int = 1  # 2 for preference pairs: row 2i is chosen, row 2i + 1 rejected ...
+    answers_per_row: int = 1  # ... or 2 answers in one row behind their prompt, by `branches`
+    reference: Tensor | None = None  # (answers,) DPO: log-probabilities by the reference
+    branches: Branches | None = None
     learned: Tensor = field(init=False)  # (N,) places in the flattened batch that have a target
+    answer: Tensor = field(init=False)  # (N,) the number of the answer that each belongs to
 
     def __post_init__(self):
         # Computed here, on the CPU: otherwise the CPU would wait for the GPU that counts.
         self.learned = (self.targets.flatten() != IGNORE).nonzero()[:, 0]
+        self.answer = self.learned // self.ids.shape[1]  # the row
+        if self.branches is not None:
+            numbers = (self.branches.continues >= 0).cumsum(0) - 1
+            self.answer = numbers[self._documents_of(self.learned)]
+
+    def _documents_of(self, places: Tensor) -> Tensor:
+        """The number of the document, or segment, in which each place lies."""
+        return torch.bucketize(places, self.cu_seqlens, right=True) - 1
 
     def __len__(self) -> int:
         """Samples: rows, or preference pairs."""
@@ -75,15 +87,19 @@ class Batch:
 
     @property
     def real_tokens(self) -> int:
-        """Inputs that are not padding, which is documents without any target.
+        """Inputs that are not padding, which is documents without any target; a prompt that answers
+        with targets continue is none.
 
         The ids do not say it: in a vocabulary from elsewhere, PAD may be the id of some text.
 
             ids         7 8 9 0 0    cu_seqlens [0, 3, 5]
             targets     8 9 1 _ _    documents 7 8 9 and 0 0, of which the first has targets: 3
         """
-        documents = torch.bucketize(self.learned, self.cu_seqlens, right=True) - 1
-        return int(self.cu_seqlens.diff()[documents.unique()].sum())
+        documents = self._documents_of(self.learned).unique()
+        if self.branches is not None:
+            continued = self.branches.continues[documents]
+            documents = torch.cat([documents, continued[continued >= 0]]).unique()
+        return int(self.cu_seqlens.diff()[documents].sum())
 
     def cut(self, start: int, stop: int) -> "Batch":
         """Samples [start, stop), as a batch of their own.
@@ -96,23 +112,38 @@ class Batch:
         rows = slice(first_row, last_row)
         begin = first_row * time
         inside = (self.cu_seqlens >= begin) & (self.cu_seqlens <= last_row * time)
+        answers = slice(first_row * self.answers_per_row, last_row * self.answers_per_row)
+        boundaries = self.cu_seqlens[inside] - begin
+        branches = self.branches
+        if branches is not None:
+            first = int(inside.nonzero()[0])  # the number of the first segment
+            continues = branches.continues[first : first + len(boundaries) - 1]
+            continues = torch.where(continues >= 0, continues - first, -1)
+            branches = branches_of(boundaries.tolist(), continues.tolist())
         return replace(
             self,
             ids=self.ids[rows],
             targets=self.targets[rows],
-            cu_seqlens=self.cu_seqlens[inside] - begin,
-            reference=None if self.reference is None else self.reference[rows],
+            cu_seqlens=boundaries,
+            reference=None if self.reference is None else self.reference[answers],
+            branches=branches,
         )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device. Pinned memory is copied to a GPU while it still computes."""
         on_cuda = torch.device(device).type == "cuda"
+
+        def move(value: Tensor) -> Tensor:
+            if on_cuda and not value.is_cuda:
+                value = value.pin_memory()
+            return value.to(device, non_blocking=on_cuda)
+
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                if on_cuda and not value.is_cuda:
-                    value = value.pin_memory()
-                setattr(moved, name, value.to(device, non_blocking=on_cuda))
+                setattr(moved, name, move(value))
+        if self.branches is not None:
+            moved.branches = self.branches.to(move)
         return moved
 
 
@@ -185,7 +216,7 @@ def empty_rows(rows: int, time: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, targets
 
 
-def as_batch(ids: np.ndarray, targets: np.ndarray, boundaries: list[int], **more) -> Batch:
+def as_batch(ids: np.ndarray, targets: np.ndarray, boundaries: list[int], **more: Any) -> Batch:
     """A Batch of numpy arrays; more: its other fields."""
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets), cu_seqlens, **more)

@@ -5,10 +5,18 @@ rejected one:
 
     row 0    prompt chosen [EOS]
     row 1    prompt rejected [EOS] _ _ _      padded to the longest of the batch
+
+Or one row holds both answers behind their prompt, which is computed once (model/attention.py,
+Branches). The last token of the prompt stands before each answer, because it predicts two tokens,
+the first one of each:
+
+    inputs     p1 p2 | p3 c1 c2 | p3 r1          prompt p1 p2 p3, answers c1 c2 c3 and r1 r2
+    targets    _  _  | c1 c2 c3 | r1 r2
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +24,7 @@ from torch import Tensor
 
 from nanophi.cli import UserError
 from nanophi.expect import Expected, check
+from nanophi.model.attention import branches_of
 from nanophi.train.packing import (
     IGNORE,
     Batch,
@@ -36,6 +45,33 @@ class Preference:
 
     chosen: Conversation
     rejected: Conversation
+
+    @property
+    def sides(self) -> tuple[Conversation, Conversation]:
+        return self.chosen, self.rejected
+
+    @cached_property
+    def shared(self) -> int:
+        """How many inputs the two sides have in common, up to the first that predicts a token of
+        an answer.
+
+        >>> chosen = ([5, 6, 7, 8], [False, False, True, True])
+        >>> Preference(chosen, rejected=([5, 6, 9], [False, False, True])).shared
+        1
+        """
+        shared = 0
+        (chosen, chosen_mask), (rejected, rejected_mask) = self.sides
+        for place in range(min(len(chosen), len(rejected)) - 1):
+            is_learned = chosen_mask[place + 1] or rejected_mask[place + 1]
+            if chosen[place] != rejected[place] or is_learned:
+                break
+            shared += 1
+        return shared
+
+    @property
+    def inputs_when_shared(self) -> int:
+        """The inputs of one row with both sides: those in common, and the rest of each."""
+        return sum(len(ids) - 1 - self.shared for ids, _ in self.sides) + self.shared
 
 
 def check_side(side: Any, where: str) -> None:
@@ -58,11 +94,19 @@ class Pairs:
     multiple: the length of the rows, that of the longest conversation of a batch, is rounded up to
     a multiple of it;
         128, for example, where torch.compile would compile each new length
+    share: whether both answers of a pair stand in one row behind their prompt
     reference: (pairs, 2) log-probabilities of both answers under the reference; dpo.py fills it
     before training
     """
 
-    def __init__(self, pairs: list[Preference], batch_pairs: int, seed: int, multiple: int = 1):
+    def __init__(
+        self,
+        pairs: list[Preference],
+        batch_pairs: int,
+        seed: int,
+        multiple: int = 1,
+        share: bool = False,
+    ):
         if not pairs:
             raise UserError("there is no preference pair to learn from")
         check(batch_pairs, Expected(int, at_least=1), "batch_pairs")
@@ -73,6 +117,7 @@ class Pairs:
         self.batch_pairs = batch_pairs
         self.seed = seed
         self.multiple = multiple
+        self.share = share
         self.reference: Tensor | None = None
 
     def __len__(self) -> int:
@@ -88,8 +133,11 @@ class Pairs:
     @property
     def longest(self) -> int:
         """The length of the longest row, as `batch` rounds it up."""
-        sides = [side for pair in self.pairs for side in (pair.chosen, pair.rejected)]
-        return self._rounded_up(max(len(ids) for ids, _ in sides) - 1)
+        if self.share:
+            inputs = max(pair.inputs_when_shared for pair in self.pairs)
+        else:
+            inputs = max(len(ids) - 1 for pair in self.pairs for ids, _ in pair.sides)
+        return self._rounded_up(inputs)
 
     def _rounded_up(self, inputs: int) -> int:
         return -(-inputs // self.multiple) * self.multiple
@@ -121,9 +169,13 @@ class Pairs:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """These pairs as one batch."""
-        rows = []
-        for index in indices:
-            rows += [self.pairs[index].chosen, self.pairs[index].rejected]
+        pairs = [self.pairs[index] for index in indices]
+        reference = None
+        if self.reference is not None:
+            reference = self.reference[list(indices)].flatten()
+        if self.share:
+            return self._shared(pairs, reference)
+        rows = [side for pair in pairs for side in pair.sides]
         time = self._rounded_up(max(len(tokens) for tokens, _ in rows) - 1)  # inputs
         ids, targets = empty_rows(len(rows), time)
         boundaries = [0]
@@ -134,7 +186,42 @@ class Pairs:
             if inputs < time:
                 boundaries.append(i * time + inputs)
             boundaries.append((i + 1) * time)
-        reference = None
-        if self.reference is not None:
-            reference = self.reference[list(indices)].flatten()
         return as_batch(ids, targets, boundaries, rows_per_sample=2, reference=reference)
+
+    def _shared(self, pairs: list[Preference], reference: Tensor | None) -> Batch:
+        """One row for each pair: prompt, chosen, rejected, and padding."""
+        time = self._rounded_up(max(pair.inputs_when_shared for pair in pairs))
+        ids, targets = empty_rows(len(pairs), time)
+        boundaries = [0]
+        continues: list[int] = []
+        for i, pair in enumerate(pairs):
+            prompt = pair.shared
+            ids[i, :prompt] = pair.chosen[0][:prompt]
+            number = len(continues)  # of the prompt, among all segments
+            ends = [prompt]
+            for tokens, mask in pair.sides:
+                begin = ends[-1]
+                ends.append(begin + len(tokens) - 1 - prompt)
+                ids[i, begin : ends[-1]] = tokens[prompt:-1]
+                learned = np.where(mask[prompt + 1 :], tokens[prompt + 1 :], IGNORE)
+                targets[i, begin : ends[-1]] = learned
+            continues += [-1, number, number]
+            if ends[-1] < time:
+                ends.append(time)
+                continues.append(-1)
+            boundaries += [i * time + end for end in ends]
+        return as_batch(
+            ids,
+            targets,
+            boundaries,
+            answers_per_row=2,
+            reference=reference,
+            branches=branches_of(boundaries, continues),
+        )
+
+
+def share_of_prompts(pairs: list[Preference]) -> float:
+    """How much of all inputs need not be computed when each pair shares its prompt: 0 to 1/2."""
+    shared = sum(pair.shared for pair in pairs)
+    inputs = sum(len(ids) - 1 for pair in pairs for ids, _ in pair.sides)
+    return shared / inputs

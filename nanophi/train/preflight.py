@@ -330,12 +330,17 @@ def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
     """The first documents of a batch as text: `┃` begins one, ⟦ ⟧ enclose what is learned."""
     ids = batch.ids.flatten().tolist()
     targets = batch.targets.flatten().tolist()
+    segments = list(pairwise(batch.cu_seqlens.tolist()))
     shown = []
-    for begin, end in pairwise(batch.cu_seqlens.tolist()):
+    for number, (begin, end) in enumerate(segments):
         learned = [target != IGNORE for target in targets[begin:end]]
         if not any(learned):
             continue  # padding
         tokens = ids[begin:end]
+        if batch.branches is not None:  # the prompt that this answer continues
+            prompt = ids[slice(*segments[int(batch.branches.continues[number])])]
+            tokens = prompt + tokens
+            learned = [False] * len(prompt) + learned
         if learned[-1]:
             tokens.append(targets[end - 1])  # the last target is no input
         # Nothing predicts the first token. It is marked as the second: both may be of one

@@ -63,7 +63,7 @@ def training_step(
 
     # 1. Forward and backward, a micro-batch at a time. Each loss is a sum over tokens (or pairs),
     # so the gradients add up to the gradient of the sum over the whole step.
-    sums: dict[str, Tensor | float] = {}
+    sums: dict[str, Tensor] = {}
     count = 0
     begin, end = world.part(len(batch))
     for start in range(begin, end, micro_batch):
@@ -73,11 +73,12 @@ def training_step(
         (loss * scale).backward()
         count += part_count
         for name, value in ({"loss": loss.detach()} | metrics).items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] = sums[name] + value if name in sums else value
 
     # 2. Sum over the ranks: the gradients, then the losses, the metrics and the count.
     world.add_gradients(parameters)
-    *totals, counted = world.add([*map(float, sums.values()), count])
+    numbers = torch.stack(list(sums.values())).tolist()  # a GPU is waited for once
+    *totals, counted = world.add([*numbers, count])
 
     # 3. Divide once, by the count of the whole step: every token weighs the same, however the step
     # was cut.

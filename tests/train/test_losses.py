@@ -121,8 +121,11 @@ def test_dpo_starts_at_ln_2_and_reports_rewards(tok):
         [-2.0, 3.0]
     )  # as if chosen had gained 2 nats and rejected lost 3
     _, _, sums = make_dpo_loss_fn(0.1)(model, data.batch(range(4)))
-    assert {name: value.item() / 4 for name, value in sums.items()} == pytest.approx(
-        {"rewards_chosen": 0.2, "rewards_rejected": -0.3, "margin": 0.5, "accuracy": 1.0}, abs=1e-5
+    rewards = {"rewards_chosen": 0.2, "rewards_rejected": -0.3, "margin": 0.5, "accuracy": 1.0}
+    found = {name: value.item() / 4 for name, value in sums.items()}
+    assert {name: found[name] for name in rewards} == pytest.approx(rewards, abs=1e-5)
+    assert (
+        found["tokens_chosen"] == len(data.batch(range(4)).learned) / 4 - found["tokens_rejected"]
     )
 
 
