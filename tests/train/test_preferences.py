@@ -187,7 +187,7 @@ def test_losses_and_gradients_are_trls(name, tok, tmp_path):
         }
         theirs, more = TRLS[name]
         args = DPOConfig(
-            output_dir=str(tmp_path / "trl"), beta=0.3, disable_dropout=True, bf16=False,
+            output_dir=str(tmp_path / "trl"), beta=0.1, disable_dropout=True, bf16=False,
             loss_type=theirs if isinstance(theirs, list) else [theirs],
             loss_weights=[1.0, 0.5] if isinstance(theirs, list) else None,
             label_smoothing=more.get("label_smoothing", 0.0), gradient_checkpointing=False,
@@ -213,7 +213,7 @@ def test_losses_and_gradients_are_trls(name, tok, tmp_path):
         )
         for key in ("chosen", "rejected")
     ]
-    loss_fn = make_dpo_loss_fn(0.3, "sigmoid" if name in ("smoothed", "with sft") else name, **more)
+    loss_fn = make_dpo_loss_fn(0.1, "sigmoid" if name in ("smoothed", "with sft") else name, **more)
     twins = dict(hf.named_parameters())
     for share in (False, True):
         data = Pairs([Preference(*sides)], 1, 0, share=share)
