@@ -69,6 +69,17 @@ def test_preference_pairs():
     pairs = [preference_of(row) for row in rows("dpo")]
     assert len(pairs) >= 60
     assert all(chosen != rejected for _, chosen, rejected in pairs)
+    assert len({row["prompt"] for row in rows("dpo")}) == len(pairs)
+
+
+def test_length_does_not_tell_which_answer_is_better():
+    """The chosen answer was once the longer one in all 64 pairs. Such pairs teach a model to talk
+    more. Now about half of the chosen answers are the shorter ones: terse and right, beside long
+    answers that evade the question or are wrong.
+    """
+    gaps = [len(row["chosen"]) - len(row["rejected"]) for row in rows("dpo")]
+    longer = sum(gap > 0 for gap in gaps) + sum(gap == 0 for gap in gaps) / 2
+    assert 0.45 <= longer / len(gaps) <= 0.55
 
 
 @pytest.mark.parametrize("row", rows("heldout"), ids=lambda row: row["question"])
