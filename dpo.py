@@ -10,7 +10,8 @@ margin between them. To see whether the model learned more than the pairs by hea
 margin on held-out pairs (--val-fraction).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nanophi.cli import UserError, flag, row_named, run_command
@@ -127,8 +128,17 @@ def main(cfg: Config) -> Phi:
         sft_weight=cfg.sft_weight,
     )
 
+    by_length = right_by_length(pairs, held_out) if held_out else 0.0
+    watch = Watch()
+
     def evaluate(model: Phi) -> dict[str, float]:
-        return validate(model, loss_fn, validation.in_order())
+        means = validate(model, loss_fn, validation.in_order())
+        share = means["val_accuracy"]
+        means["val_accuracy_error"] = math.sqrt(share * (1 - share) / len(held_out))
+        means["val_accuracy_by_length"] = by_length
+        if setup.world.first:
+            watch.look(means)
+        return means
 
     print(
         f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = "
@@ -151,8 +161,8 @@ def main(cfg: Config) -> Phi:
             means = evaluate(model)
         print(
             f"dpo: held-out pairs: margin {means['val_margin']:.2f}, accuracy "
-            f"{means['val_accuracy']:.0%}, where length alone would be right in "
-            f"{right_by_length(pairs, held_out):.0%}"
+            f"{means['val_accuracy']:.0%} ± {means['val_accuracy_error']:.0%} (one standard "
+            f"error), where length alone would be right in {by_length:.0%}"
         )
     return model
 
@@ -235,6 +245,41 @@ def shares_prompts(cfg: Config, pairs: list[Preference]) -> bool:
     if shares:
         print(f"dpo: each pair computes its prompt once, which saves {saved:.0%} of all inputs")
     return shares
+
+
+LARGEST_FALL = 0.5  # nats a token
+LARGEST_MARGIN = 20.0  # sigmoid(20) is 1 to eight digits: nothing more is to be learned there
+
+
+@dataclass
+class Watch:
+    """Says in words, once each, when a run goes where DPO is known to go wrong."""
+
+    first: float | None = None  # log-probability of chosen answers at the first evaluation, a token
+    said: set[str] = field(default_factory=set)
+
+    def look(self, means: dict[str, float]) -> None:
+        """means: what an evaluation has measured."""
+        logp = means["val_logps_chosen"] / means["val_tokens_chosen"]
+        self.first = logp if self.first is None else self.first
+        fall = self.first - logp
+        if fall > LARGEST_FALL:
+            self.say(
+                "less likely",
+                f"chosen answers have become less likely, by {fall:.1f} nats a token: lower --lr, "
+                "raise --beta, or give --sft-weight 0.1",
+            )
+        if means["val_margin"] > LARGEST_MARGIN:
+            self.say(
+                "margin",
+                f"the margin of rewards is {means['val_margin']:.0f}, where nothing more is to be "
+                "learned: take fewer --steps, or --loss ipo, whose margin has an aim",
+            )
+
+    def say(self, kind: str, line: str) -> None:
+        if kind not in self.said:
+            print(f"note: {line}")
+            self.said.add(kind)
 
 
 def right_by_length(training: list[Preference], held_out: list[Preference]) -> float:

@@ -263,6 +263,10 @@ def log_line(line: dict[str, float], steps: int | None = None) -> str:
         return text
     if "val_loss" in line:
         text += f"  val {line['val_loss']:.3f}"
+    if "val_accuracy" in line:
+        error = line["val_accuracy_error"]
+        text += f"  accuracy {line['val_accuracy']:.0%} ± {error:.0%}"
+        text += f" (by length {line['val_accuracy_by_length']:.0%})"
     return f"step {line['step']:,}/{steps:,}  {text}"
 
 

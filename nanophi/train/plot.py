@@ -32,7 +32,12 @@ from nanophi.files import replacing, together, write_text
 MARGIN = 0.02  # added on both sides of a band, as a share of the loss
 
 # What is drawn beside the loss, where a run has it: key in metrics.jsonl -> (line style, label).
-OTHER_CURVES = {"val_loss": ("o", "validation loss"), "margin": ("--", "reward margin")}
+OTHER_CURVES = {
+    "val_loss": ("o", "validation loss"),
+    "margin": ("--", "reward margin"),
+    "rewards_chosen": (":", "reward of chosen"),
+    "rewards_rejected": ("-.", "reward of rejected"),
+}
 
 # Settings that say where files lie, or in which runs of one reference differ.
 NOT_OF_A_REFERENCE = {

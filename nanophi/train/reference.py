@@ -73,7 +73,8 @@ def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> Tensor:
 def write_reference(path: Path, of: dict[str, str], logps: list[Tensor]) -> None:
     """Keep log-probabilities. of: the names of weights, data and dtype"""
     with replacing(path) as beside:
-        torch.save({"of": of, "logps": logps}, beside)
+        with open(beside, "wb") as file:  # given a path, torch.save would write its name inside
+            torch.save({"of": of, "logps": logps}, file)
         seal(beside)
 
 

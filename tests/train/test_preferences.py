@@ -244,7 +244,7 @@ def tune(house, out, **changes):
 @pytest.mark.parametrize("share", ["on", "off"])
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_every_loss_learns_and_is_resumed_exactly(house, tmp_path, loss, share, monkeypatch):
-    flags = {"loss": loss, "share_prompt": share, "sft_weight": 0.1, "val_fraction": 0.3}
+    flags = {"loss": loss, "share_prompt": share, "sft_weight": 0.1}
     tune(house, tmp_path / "whole", **flags)
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "train", partial(train, stop_at=2))
@@ -311,3 +311,23 @@ def test_what_does_not_go_together(house, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         tune(house, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_goes_wrong_is_said_once(capsys):
+    watch = dpo.Watch()
+    means = {"val_logps_chosen": -20.0, "val_tokens_chosen": 10.0, "val_margin": 1.0}
+    for changes in ({}, {"val_logps_chosen": -26.0}, {"val_logps_chosen": -30.0, "val_margin": 25}):
+        watch.look(means | changes)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "less likely, by 0.6 nats a token" in lines[0]
+    assert "the margin of rewards is 25" in lines[1]
+
+
+def test_accuracy_stands_beside_its_error_and_length(house, tmp_path, capsys):
+    tune(house, tmp_path, val_fraction=0.7, eval_every=2, batch_pairs=1)
+    line = [line for line in lines_of(tmp_path) if "val_accuracy" in line][-1]
+    assert 0 <= line["val_accuracy_error"] <= 0.5
+    printed = capsys.readouterr().out
+    assert f"(by length {line['val_accuracy_by_length']:.0%})" in printed
+    assert "(one standard error), where length alone would be right" in printed
