@@ -4,10 +4,16 @@
 
 Rows: {"prompt", "chosen", "rejected"}, in the template of SFT.
 
+--loss chooses among a family: sigmoid is DPO itself, ipo gives the margin an aim, simpo needs no
+reference. Both answers of a pair continue one prompt, which is computed once where it is long
+enough (--share-prompt).
+
 The reference is the model at the start. It is frozen, so its log-probabilities are computed once
-and no second model is kept. The rewards of both answers often fall. That is normal: look at the
-margin between them. To see whether the model learned more than the pairs by heart, look at the
-margin on held-out pairs (--val-fraction).
+and kept in --out, and no second model is kept.
+
+The rewards of both answers often fall. That is normal: look at the margin between them. To see
+whether the model learned more than the pairs by heart, look at the margin on held-out pairs
+(--val-fraction).
 """
 
 import math
@@ -15,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanophi.cli import UserError, flag, row_named, run_command
+from nanophi.expect import check_settings
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
@@ -213,6 +220,7 @@ def read_pairs(
 
 def refuse_contradictions(cfg: Config) -> None:
     """A UserError for numbers that the loss does not take, and for what cannot share prompts."""
+    check_settings(cfg)
     takes = row_named(PREFERENCE_LOSSES, cfg.loss, "loss").takes
     given = {"label_smoothing": cfg.label_smoothing, "target_margin": cfg.target_margin}
     for name, value in given.items():

@@ -46,7 +46,7 @@ class Config(TrainConfig):
     sample: str | None = flag(
         None, help="a text to continue at each evaluation, so that you see the model learn"
     )
-    layers: int | None = flag(None, at_least=1, at_most=10_000, help="instead of the preset's")
+    layers: int | None = flag(None, at_least=1, at_most=1000, help="instead of the preset's")
     width: int | None = flag(
         None, at_least=1, at_most=2**20, help="hidden_size, instead of the preset's"
     )

@@ -80,9 +80,11 @@ def batches():
     return Packed(random_documents(), 32, 8, seed=1)
 
 
-def pairs():
+def pairs(share=False):
     sides = [(ids.tolist(), [place >= 2 for place in range(len(ids))]) for ids in documents()]
-    return Pairs([Preference(a, b) for a, b in zip(sides[::2], sides[1::2], strict=True)], 4, 0)
+    both = [Preference(a, b) for a, b in zip(sides[::2], sides[1::2], strict=True)]
+    both.append(Preference(sides[0], (sides[0][0][:4], sides[0][1][:4])))  # with a prompt in common
+    return Pairs(both, 7, seed=0, share=share)
 
 
 def documents():
@@ -135,15 +137,16 @@ def test_validation_reads_a_batch_and_its_numbers():
         }
 
 
-def test_preferences_the_reference_and_the_loss():
-    data = pairs()
+@pytest.mark.parametrize("share", [False, True])
+def test_preferences_the_reference_and_the_loss(share):
+    data = pairs(share)
     with gpu():
         data.reference = reference_logps(model_on_gpu(), data, micro_batch=2)
     assert data.reference.device.type == "cpu"
     assert data.reference.shape == (len(data), 2)
     loss_fn = make_dpo_loss_fn(0.1)
-    few = waits_of_a_step(4, loss_fn=loss_fn, data=data)
-    assert few == waits_of_a_step(1, loss_fn=loss_fn, data=data) == 2  # all sums, and the norm
+    few = waits_of_a_step(7, loss_fn=loss_fn, data=data)
+    assert few == waits_of_a_step(2, loss_fn=loss_fn, data=data) == 2  # all sums, and the norm
 
 
 @pytest.mark.parametrize("prompts", [[[7, 8, 9]], [[7, 8, 9], [5]]], ids=["one", "padded"])

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanophi.cli import UserError
-from nanophi.expect import Expected, check
+from nanophi.expect import Expected, check, shown
 from nanophi.model.phi import Phi
 
 BUCKET = 25_000_000  # gradients summed in one message: 100 MB of fp32
@@ -220,8 +220,11 @@ def launch() -> Launch:
     if size == 1:
         return Launch()
     rank = _variable("RANK", at_most=size - 1)
-    if not os.environ.get("MASTER_ADDR", "").strip():
-        raise UserError(f"{size} ranks need a MASTER_ADDR to meet at; {START}")
+    address = os.environ.get("MASTER_ADDR", "")
+    if not re.fullmatch(r"\S+", address):
+        raise UserError(
+            f"the variable MASTER_ADDR is {shown(address)}, expected where {size} ranks meet; {START}"
+        )
     _variable("MASTER_PORT", at_least=1, at_most=2**16 - 1)
     return Launch(
         size,

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from nanophi.cli import UserError, row_named
+from nanophi.expect import Expected, check
 from nanophi.model.phi import Phi
 from nanophi.train.packing import Batch
 
@@ -317,6 +318,10 @@ def make_dpo_loss_fn(
     taking turns.
     """
     row = row_named(PREFERENCE_LOSSES, loss, "preference loss")
+    check(beta, Expected(float, above=0, optional=True), "beta")
+    check(label_smoothing, Expected(float, at_least=0, at_most=0.5), "label_smoothing")
+    check(target_margin, Expected(float, at_least=0, optional=True), "target_margin")
+    check(sft_weight, Expected(float, at_least=0), "sft_weight")
     options = PreferenceOptions(
         row.beta if beta is None else beta,
         label_smoothing,
@@ -381,6 +386,8 @@ def validate(model: Phi, loss_fn: LossFn, batches: Iterable[Batch]) -> dict[str,
         for name, value in ({"loss": loss} | metrics).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     model.train(was_training)
+    if not total:
+        raise UserError("there is nothing to validate on: no batch has a target")
     return {f"val_{name}": value / total for name, value in sums.items()}
 
 

@@ -12,11 +12,15 @@ Each source goes through epochs of its own: a small one with a large share is re
 before another is read through once.
 """
 
+import os
+from typing import Any
+
 import numpy as np
 import torch
 
 from nanophi.cli import SHOWN, UserError
-from nanophi.train.packing import Batch, Packed, digest
+from nanophi.expect import Expected, check
+from nanophi.train.packing import Batch, Packed, check_step, digest
 
 PERIOD = 10_000  # rows of the pattern, so shares are exact to 1/10,000
 
@@ -29,15 +33,19 @@ def parse_mixture(text: str) -> dict[str, float | None]:
     >>> parse_mixture("C:/tokens")
     {'C:/tokens': None}
     """
+    check(text, Expected(str), "a mixture")
     weights: dict[str, float | None] = {}
+    places = set()
     for part in map(str.strip, text.split(",")):
         name, weight = _name_and_weight(part)
         if weight is not None and not 0 < weight < float("inf"):
             raise UserError(f"{part[:SHOWN]}: the weight of a source is a number above 0")
-        if not name or name in weights:
+        place = os.path.realpath(name)  # news and ./news/ are one source
+        if not name or place in places:
             raise UserError(
                 f"{text[:SHOWN]}: a mixture is a list like news:0.3,poetry:0.1, each source once"
             )
+        places.add(place)
         weights[name] = weight
     given = [weight is not None for weight in weights.values()]
     if any(given) and not all(given):
@@ -90,6 +98,22 @@ def rows_in_period(weights: np.ndarray) -> np.ndarray:
     return counts
 
 
+def check_sources(sources: Any, weights: Any) -> None:
+    """Refuse sources whose rows differ in length, and weights that are not one for each source."""
+    if not isinstance(sources, dict) or not sources:
+        raise UserError('a mixture is of sources by name, such as {"news": Packed(...)}')
+    contexts = {name: source.context for name, source in sources.items()}
+    if len(set(contexts.values())) > 1:
+        raise UserError(f"the sources of a mixture have rows of several lengths: {contexts}")
+    if weights is None:
+        return
+    check(weights, Expected(list), "the weights of a mixture")
+    if len(weights) != len(sources):
+        raise UserError(f"there are {len(weights)} weights for {len(sources)} sources")
+    for name, weight in zip(sources, weights, strict=True):
+        check(weight, Expected(float, above=0, optional=True), f"the weight of {name}")
+
+
 class Mixture:
     """Packed sources as one, with everything that a training script asks of `Packed`.
 
@@ -99,6 +123,8 @@ class Mixture:
     def __init__(
         self, sources: dict[str, Packed], weights: list[float | None] | None, batch_rows: int
     ):
+        check_sources(sources, weights)
+        check(batch_rows, Expected(int, at_least=1), "batch_rows")
         self.sources = list(sources.values())
         self.names = list(sources)
         self.batch_rows = batch_rows
@@ -169,6 +195,7 @@ class Mixture:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, from 0."""
+        check_step(step)
         rows = []
         for index in range(step * self.batch_rows, (step + 1) * self.batch_rows):
             number = self.pattern[index % PERIOD]

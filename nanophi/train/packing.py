@@ -226,7 +226,12 @@ def as_batch(ids: np.ndarray, targets: np.ndarray, boundaries: list[int], **more
 
 
 def lengths_of(documents: Sequence) -> np.ndarray:
-    """The length of each document; a UserError for one that is no row of whole numbers."""
+    """The length of each document; a UserError for one that is no row of whole numbers.
+
+    documents: not a generator, which could be read only once
+    """
+    if not hasattr(documents, "__getitem__"):
+        raise UserError(f"documents are of type {type(documents).__name__}, expected a list")
     for number, document in enumerate(documents):
         check_ids(document, f"document {number:,}")
     return np.array([len(document) for document in documents], dtype=np.int64)
@@ -287,6 +292,8 @@ class Packed:
     ):
         check(context, Expected(int, at_least=1), "context")
         check(batch_rows, Expected(int, at_least=1), "batch_rows")
+        check(seed, Expected(int, at_least=0), "seed")
+        check(bos_id, Expected(int, at_least=0, optional=True), "bos_id")
         lengths = getattr(documents, "lengths", None)
         if lengths is None:
             lengths = lengths_of(documents)

@@ -110,6 +110,8 @@ class Pairs:
         if not pairs:
             raise UserError("there is no preference pair to learn from")
         check(batch_pairs, Expected(int, at_least=1), "batch_pairs")
+        check(seed, Expected(int, at_least=0), "seed")
+        check(multiple, Expected(int, at_least=1), "multiple")
         for number, pair in enumerate(pairs):
             check_side(pair.chosen, f"pair {number:,}: chosen")
             check_side(pair.rejected, f"pair {number:,}: rejected")

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields, replace
 
 from nanophi.cli import UserError
-from nanophi.expect import check_settings
+from nanophi.expect import check_settings, shown
 from nanophi.model.checkpoint import pick_device
 from nanophi.train import precision
 from nanophi.train.config import TrainConfig
@@ -52,6 +52,8 @@ def begin(cfg: TrainConfig, resume: str | None = None, starts_from: str | None =
 
     Raises one UserError that names all flags which contradict each other.
     """
+    if not isinstance(cfg, TrainConfig):
+        raise UserError(f"the settings are {shown(cfg)}, expected a TrainConfig")
     if resume is not None:
         cfg = replace(cfg, resume=resume)
     check_settings(cfg)

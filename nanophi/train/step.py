@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nanophi.expect import Expected, check
 from nanophi.model.phi import Phi
 from nanophi.train.distributed import World
 from nanophi.train.losses import LossFn
@@ -57,6 +58,7 @@ def training_step(
     scale:       the loss is multiplied by it before backward, so that small fp16 gradients do not
                  become 0
     """
+    check(micro_batch, Expected(int, at_least=1), "micro_batch")
     parameters = list(model.parameters())
     for p in parameters:
         p.grad = None

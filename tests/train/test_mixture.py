@@ -86,9 +86,37 @@ def test_how_a_mixture_is_written():
         ("a:0,b:1", "above 0"),
         ("a:1,b", "to every source or to none"),
         ("a,a", "each source once"),
+        ("a:1,./a/:1", "each source once"),  # one source by two names was read twice as often
     ):
         with pytest.raises(UserError, match=message):
             parse_mixture(wrong)
+
+
+WRONG = {
+    "no source": (lambda: Mixture({}, None, 4), "of sources by name"),
+    "a list": (lambda: Mixture([source(0, 9)], None, 4), "of sources by name"),
+    "few weights": (lambda: mixed([1.0]), "1 weights for 2 sources"),
+    "nan": (lambda: mixed([1.0, float("nan")]), "the weight of b is NaN, expected a number above"),
+    "a negative weight": (lambda: mixed([-1, 2]), "the weight of a is -1, expected a number above"),
+    "a text": (lambda: mixed(["1", "2"]), 'the weight of a is "1", expected a number'),
+    "no rows": (lambda: Mixture({"a": source(0, 9)}, None, 0), "batch_rows is 0"),
+    "a step before 0": (lambda: mixed(None).batch_at(-1), "a step is a whole number of at least 0"),
+    "rows of two lengths": (
+        lambda: Mixture({"a": source(0, 9), "b": Packed([[1, 2, 3]], 8, 4, seed=1)}, None, 4),
+        r"rows of several lengths: \{'a': 16, 'b': 8\}",
+    ),
+}
+
+
+def mixed(weights):
+    return Mixture({"a": source(1000, 9), "b": source(5000, 5)}, weights, 4)
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_mixture_is_one_line(call, message):
+    """One weight for two sources was taken for that of the first, and the second was never read."""
+    with pytest.raises(UserError, match=message):
+        call()
 
 
 @pytest.mark.parametrize(

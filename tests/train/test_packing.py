@@ -188,6 +188,27 @@ def test_nothing_to_learn_is_said():
         Packed([np.array([5])], 8, 1, 0)
     with pytest.raises(UserError, match="no preference pair"):
         Pairs([], 2, 0)
+    side = ([7, 8, 9], [False, True, True])
+    with pytest.raises(UserError, match="multiple is 0"):
+        Pairs([Preference(side, side)], 2, 0, multiple=0)
+
+
+def test_documents_that_can_be_read_only_once_are_refused():
+    """Of a generator the lengths were read, nothing was left, and it was said to be empty."""
+    with pytest.raises(UserError, match="documents are of type generator, expected a list"):
+        Packed((document for document in DOCUMENTS), 8, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed is -1"), ({"seed": 1.5}, "seed is 1.5"), ({"bos_id": "x"}, "bos_id is"),
+        ({"bos_id": -1}, "bos_id is -1"),
+    ],
+)  # fmt: skip
+def test_wrong_numbers_are_one_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        Packed(DOCUMENTS, **{"context": 8, "batch_rows": 1, "seed": 0} | changes)
 
 
 def test_data_id_changes_with_data_and_layout():
