@@ -213,7 +213,7 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         line = f"--device {str(name)[:SHOWN]} cannot be used here: {reason}"
-        raise UserError(line if len(line) <= 200 else line[:199] + "…") from None
+        raise UserError(line if len(line) <= 190 else line[:189] + "…") from None
     return name
 
 

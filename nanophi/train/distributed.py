@@ -223,7 +223,8 @@ def launch() -> Launch:
     address = os.environ.get("MASTER_ADDR", "")
     if not re.fullmatch(r"\S+", address):
         raise UserError(
-            f"the variable MASTER_ADDR is {shown(address)}, expected where {size} ranks meet; {START}"
+            f"the variable MASTER_ADDR is {shown(address)}, expected the name of the machine where "
+            f"{size} ranks meet; {START}"
         )
     _variable("MASTER_PORT", at_least=1, at_most=2**16 - 1)
     return Launch(

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 import nanophi
 from nanophi.cli import Progress, UserError
+from nanophi.expect import Expected, check
 from nanophi.files import write_json
 from nanophi.model.checkpoint import check_architecture
 from nanophi.model.phi import Phi
@@ -85,6 +86,7 @@ def train(
     setup = cfg if isinstance(cfg, Setup) else begin(cfg, resume)
     cfg = setup.cfg
     steps = steps_of(cfg) if steps is None else steps
+    check(steps, Expected(int, at_least=1), "steps")
     example = batch_at(0)
     check_batch(example, setup)
     place(model, setup)
@@ -101,6 +103,8 @@ def train(
     with setup.locks, Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
         clock = SaveClock(run, setup, interrupts)
         step = prepared_step(model, optimizers, loss_fn, setup, bar.say)
+        if evaluate is not None and cfg.compile:
+            evaluate = or_uncompiled(evaluate, partial(speed_up, model, cfg.recompute), bar.say)
         while run.step < steps and run.step != stop_at and not clock.stop:
             # 2. Step.
             began = time.perf_counter()
@@ -244,8 +248,6 @@ def add_validation(
     world = setup.world
     if not (world.first or setup.cfg.shard):
         return line
-    if setup.cfg.compile:
-        evaluate = or_uncompiled(evaluate, partial(speed_up, model, setup.cfg.recompute), say)
     with setup.autocast(cache=True):
         line = line | evaluate(model)
     if setup.cfg.shard:

@@ -338,7 +338,8 @@ def make_dpo_loss_fn(
         tokens = tokens.view(-1, 2).clamp(min=1)
         gains = logps
         if row.reference:
-            assert batch.reference is not None, "Pairs.reference is filled before training"
+            if batch.reference is None:
+                raise UserError("pairs without a reference: fill Pairs.reference before training")
             gains = gains - batch.reference.view(-1, 2)
         if row.per_token:
             gains = gains / tokens

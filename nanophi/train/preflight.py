@@ -272,7 +272,10 @@ def refuse_what_does_not_fit(
 
 def matrix_flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products on this device, measured for a tenth of a second or so."""
-    size = 8192 if device.startswith("cuda") else 1024  # so large that waiting does not count
+    # Many CPUs have no products in half precision, and torch takes seconds for a large one.
+    size = 1024 if dtype == torch.float32 else 256
+    if device.startswith("cuda"):
+        size = 8192  # so large that waiting does not count
     a = torch.randn(size, size, device=device, dtype=dtype)
     (a @ a)[0, 0].item()
     products = 0

@@ -202,10 +202,12 @@ def test_documents_that_can_be_read_only_once_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": -1}, "seed is -1"), ({"seed": 1.5}, "seed is 1.5"), ({"bos_id": "x"}, "bos_id is"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"bos_id": "x"}, "bos_id is"),
         ({"bos_id": -1}, "bos_id is -1"),
     ],
-)  # fmt: skip
+)
 def test_wrong_numbers_are_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         Packed(DOCUMENTS, **{"context": 8, "batch_rows": 1, "seed": 0} | changes)

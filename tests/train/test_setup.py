@@ -49,14 +49,14 @@ def test_settings_made_in_python_are_checked_like_flags(field, value, tmp_path):
 
 @pytest.mark.parametrize("cfg", [None, {"steps": 1}, "out"])
 def test_what_are_no_settings_is_one_line(cfg):
-    with pytest.raises(UserError, match="the settings are .*, expected a TrainConfig"):
+    with pytest.raises(UserError, match=r"the settings are .*, expected a TrainConfig"):
         begin(cfg)
 
 
 def test_dpo_looks_at_its_loss_after_its_kind(tmp_path):
     """The name was looked up before anybody asked whether it is one: a list cannot be."""
     cfg = dpo.Config(init_from="x", data=["x"], out=str(tmp_path / "out"), loss=["sigmoid"])
-    with pytest.raises(UserError, match="^loss is .*, expected one of sigmoid"):
+    with pytest.raises(UserError, match=r"^loss is .*, expected one of sigmoid"):
         dpo.main(cfg)
 
 
@@ -198,7 +198,8 @@ def test_a_strange_world_size_is_one_line(value, variables, tmp_path):
     ("name", "value"),
     [
         ("RANK", None), ("RANK", "2"), ("RANK", "-1"), ("RANK", "x"), ("RANK", ""),
-        ("MASTER_ADDR", None), ("MASTER_ADDR", ""), ("MASTER_ADDR", "a b"), ("MASTER_PORT", None), ("MASTER_PORT", "x"),
+        ("MASTER_ADDR", None), ("MASTER_ADDR", ""), ("MASTER_ADDR", "a b"),
+        ("MASTER_PORT", None), ("MASTER_PORT", "x"),
         ("MASTER_PORT", "0"), ("MASTER_PORT", "70000"), ("LOCAL_RANK", "x"), ("LOCAL_RANK", "-1"),
         ("GROUP_WORLD_SIZE", "0"), ("GROUP_WORLD_SIZE", ""), ("TORCHELASTIC_RESTART_COUNT", "x"),
         ("TORCHELASTIC_RESTART_COUNT", "-1"),
