@@ -7,6 +7,7 @@ Rows: {"instruction", "input"?, "output"}, {"prompt", "response"}, {"messages": 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Config(TuningConfig):
         at_most=MOST_TOKENS,
         help="tokens of one optimizer step over all devices",
     )
+    learn: Literal["all", "last"] = flag("all", help="which answers of a conversation are learned")
     template: str | None = flag(
         None,
         choices=TEMPLATES,
@@ -68,7 +70,7 @@ def main(cfg: Config) -> Phi:
 
     # 3. The data: whole conversations packed into rows. Only answers are targets: the mask comes
     #    from the template.
-    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos, cfg.skip_bad)
+    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos, cfg.skip_bad, cfg.learn)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
     evaluate = validation(cfg, tok, context)
     if cfg.sample is not None:
@@ -124,6 +126,7 @@ def pack(
     seed: int,
     bos: bool,
     skip_bad: bool = False,
+    learn: str = "all",
 ) -> Packed:
     """Files of conversations -> packed rows. One without an answer, or too long, is dropped and
     counted; for those that cannot be used see BadRows.
@@ -137,6 +140,8 @@ def pack(
     for messages in read_rows(paths, use=conversation_of, on_bad=bad):
         # Outside of `use`: what goes wrong here is no fault of the row.
         ids, mask = encode_chat(messages, tok, bos)
+        if learn == "last":
+            mask = last_answer(mask)
         if not any(mask):
             unanswered += 1
         elif mask.index(True) >= context:
@@ -161,12 +166,27 @@ def pack(
     return Packed(documents, context, batch_rows, seed, masks)
 
 
+def last_answer(mask: list[bool]) -> list[bool]:
+    """The mask of a conversation with its last answer alone.
+
+    >>> last_answer([False, True, True, False, True, False])
+    [False, False, False, False, True, False]
+    """
+    if True not in mask:
+        return mask
+    end = len(mask) - mask[::-1].index(True)  # behind the last token that is learned
+    begin = end
+    while begin and mask[begin - 1]:
+        begin -= 1
+    return [begin <= place < end for place in range(len(mask))]
+
+
 def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
     """A function of the model: its loss on the answers of --val-data. None without --val-data."""
     if cfg.val_data is None:
         return None
     paths = [cfg.val_data]
-    data = pack(paths, tok, context, cfg.micro_batch, cfg.seed, cfg.bos, cfg.skip_bad)
+    data = pack(paths, tok, context, cfg.micro_batch, cfg.seed, cfg.bos, cfg.skip_bad, cfg.learn)
     byte_lengths = tok.byte_lengths()
 
     def evaluate(model: Phi) -> dict[str, float]:

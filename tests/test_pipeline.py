@@ -232,3 +232,15 @@ def test_dpo_in_bf16_starts_at_ln_2_too(house):
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert first["margin"] == pytest.approx(0, abs=1e-4)
     assert load(out)[0].lm_head.weight.dtype == torch.float32
+
+
+def test_the_last_answer_alone_can_be_learned(tok, tmp_path):
+    """In a conversation of two turns, the first answer is then a part of the question."""
+    turns = [("user", "你好"), ("assistant", "你好！"), ("user", "再见"), ("assistant", "再见！")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = [write(tmp_path / "rows.jsonl", [{"messages": messages}])]
+    learned = {}
+    for learn in ("all", "last"):
+        batch = sft.pack(data, tok, 128, 1, 0, bos=False, learn=learn).batch_at(0)
+        learned[learn] = tok.decode(batch.targets[batch.targets >= 0].tolist())
+    assert learned == {"all": "你好！[EOS]再见！[EOS]", "last": "再见！[EOS]"}
