@@ -101,17 +101,18 @@ def refuse_inputs(output: Output, inputs: Iterable[tuple[str, str]]) -> None:
             continue
         below = real.relative_to(directory).parts
         # Data may lie beside the files of a run, but not in a part that a run deletes.
-        if flag_name == "--init-from" or not below or is_part_of_a_run(below[0], len(below) > 1):
+        if flag_name == "--init-from" or not below or is_part_of_a_run(below[0]):
             raise UserError(
                 f"{output.flag} {output.path} is or holds {flag_name} {path}: training would "
                 "overwrite what it starts from"
             )
 
 
-def is_part_of_a_run(name: str, has_more: bool) -> bool:
+def is_part_of_a_run(name: str) -> bool:
     """Whether a run writes a directory of this name.
 
-    has_more: the name is that of a directory for sure, because the path goes on
+    >>> is_part_of_a_run("step-000500"), is_part_of_a_run("rows")
+    (True, False)
     """
     return name in ("best", BOARD) or bool(STEP.fullmatch(name))
 
