@@ -17,7 +17,7 @@ whether the model learned more than the pairs by heart, look at the margin on he
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nanophi.cli import UserError, flag, row_named, run_command
@@ -101,6 +101,8 @@ class Config(TuningConfig):
 def main(cfg: Config) -> Phi:
     # 1. Check the flags and --out; find the device, the dtype and the ranks.
     refuse_contradictions(cfg)
+    if cfg.beta is None:
+        cfg = replace(cfg, beta=PREFERENCE_LOSSES[cfg.loss].beta)  # run.json says what it was
     setup = begin(cfg, starts_from=cfg.init_from)
 
     # 2. The fine-tuned model. It has no dropout, unless --dropout asks for it: dropout makes policy

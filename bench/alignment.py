@@ -18,13 +18,12 @@ held with everything imported.
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 
-from machine import cpu_has, cpu_name, memory_gb, run_pinned
+from machine import cpu_has, cpu_name, measured_alone, memory_gb
 from table import print_head, print_row
 
 from nanophi.cli import flag, run_command
@@ -63,25 +62,12 @@ def main(cfg: Config) -> None:
         runs: dict[str, list[dict]] = {}
         for _ in range(cfg.repeats):
             for side in cfg.sides or SIDES:
-                measured = run_once([side, name, str(cfg.steps), str(cfg.cores)], cores)
+                measured = measured_alone(
+                    __file__, [side, name, str(cfg.steps), str(cfg.cores)], cores
+                )
                 if measured is not None:
                     runs.setdefault(side, []).append(measured)
         print_rows(name, runs)
-
-
-def run_once(arguments: list[str], cores: list[int]) -> dict | None:
-    """Run `work` in a process of its own. None where it fails, after printing why."""
-    done = run_pinned(
-        [sys.executable, __file__, "--work", *arguments],
-        cores,
-        threads=int(arguments[-1]),
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    if done.returncode != 0:
-        print(f"{arguments[0]}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_rows(name: str, runs: dict[str, list[dict]]) -> None:

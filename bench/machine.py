@@ -3,8 +3,10 @@
 It imports the standard library alone, so that a process which measures memory holds little.
 """
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 
@@ -49,3 +51,22 @@ def run_pinned(
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
         **options,
     )
+
+
+def measured_alone(script: str, arguments: list[str], cores: list[int]) -> dict | None:
+    """Run `script --work ARGUMENTS` in a process of its own: what it prints last, which is JSON.
+    None where it fails, after printing why.
+
+    arguments: the last one says how many threads
+    """
+    done = run_pinned(
+        [sys.executable, script, "--work", *arguments],
+        cores,
+        threads=int(arguments[-1]),
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode != 0:
+        print(f"{arguments[0]}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])

@@ -18,12 +18,11 @@ held with everything imported.
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
-from machine import cpu_has, cpu_name, memory_gb, run_pinned
+from machine import cpu_has, cpu_name, measured_alone, memory_gb
 from table import print_head, print_row
 
 from nanophi.cli import flag, run_command
@@ -82,7 +81,7 @@ def compete(cfg: Config, shape: str, dtype: str, cores: list[int]) -> dict[str, 
     for _ in range(cfg.repeats):
         for side in cfg.sides or SIDES:
             arguments = [side, shape, dtype, str(cfg.steps), str(cfg.cores)]
-            measured = run_once(arguments, cores)
+            measured = measured_alone(__file__, arguments, cores)
             if measured is not None:
                 runs.setdefault(side, []).append(measured)
     medians = {}
@@ -92,21 +91,6 @@ def compete(cfg: Config, shape: str, dtype: str, cores: list[int]) -> dict[str, 
             for key in ("tokens_per_s", "gb")
         }
     return medians
-
-
-def run_once(arguments: list[str], cores: list[int]) -> dict | None:
-    """Run `work` in a process of its own. None where it fails, after printing why."""
-    done = run_pinned(
-        [sys.executable, __file__, "--work", *arguments],
-        cores,
-        threads=int(arguments[-1]),
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    if done.returncode != 0:
-        print(f"{arguments[0]}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def cells(medians: dict[str, dict], side: str) -> list[str]:

@@ -22,7 +22,7 @@ from nanophi.train.losses import (
 from nanophi.train.preferences import Pairs, Preference, share_of_prompts
 from nanophi.train.preflight import show_batch
 from nanophi.train.reference import REFERENCE
-from nanophi.train.run_files import METRICS
+from nanophi.train.run_files import METRICS, STATE
 from tests.conftest import PREFERENCES, tiny_model, write
 from tests.train.test_loop import state, tensors
 
@@ -331,3 +331,17 @@ def test_accuracy_stands_beside_its_error_and_length(house, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"(by length {line['val_accuracy_by_length']:.0%})" in printed
     assert "(one standard error), where length alone would be right" in printed
+
+
+def test_runs_from_before_the_family_are_resumed(house, tmp_path, monkeypatch):
+    """--beta had the default 0.1 and now has that of the loss, which is the same for sigmoid."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "train", partial(train, stop_at=2))
+        tune(house, tmp_path, share_prompt="off")
+    saved = state(tmp_path)
+    assert saved["settings"]["beta"] == "0.1"
+    for name in ("label_smoothing", "target_margin", "sft_weight", "skip_bad"):
+        del saved["settings"][name]
+    torch.save(saved, tmp_path / STATE)
+    tune(house, tmp_path, share_prompt="off", resume="yes")
+    assert len(lines_of(tmp_path)) == 4
