@@ -107,7 +107,7 @@ def main(cfg: Config) -> Phi:
 
     # 2. The fine-tuned model. It has no dropout, unless --dropout asks for it: dropout makes policy
     #    and reference differ by chance.
-    model, tok = load_with_tokenizer(cfg.init_from, setup.world.device)
+    model, tok = load_with_tokenizer(cfg.init_from, setup.world.device, cfg.template)
     model.attention = cfg.attention
     model.set_dropout(cfg.dropout or 0.0)
 

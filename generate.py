@@ -36,6 +36,7 @@ from nanophi.infer.sampling import FILTERS, Sampling
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.chat import chat_prompt
+from nanophi.tokenizer.template import template_flag
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 
@@ -69,6 +70,7 @@ class Config:
     sampling: dict = flag(table=FILTERS)  # --temperature, --top-k ...: one flag for each filter
     seed: int = flag(0, at_least=0, help="of the sampling, and of the order with --prefer")
     bos: bool = flag(False, help="put [BOS] first, for models trained with --bos")
+    template: str | None = template_flag()
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
 
 
@@ -80,7 +82,7 @@ def main(cfg: Config) -> None:
         return
 
     # 2. the model
-    model, tok = load_with_tokenizer(cfg.model, cfg.device)
+    model, tok = load_with_tokenizer(cfg.model, cfg.device, cfg.template)
 
     # 3. a prompt as it is
     if cfg.raw:
@@ -142,10 +144,10 @@ def prefer(cfg: Config) -> None:
     inputs = [path for path in (cfg.model, cfg.compare) if path is not None]
     with claim(inputs, Output("--prefer", cfg.prefer, suffix=".jsonl")):
         preferences = Preferences(cfg.prefer)  # checked before the models are loaded
-        model, tok = load_with_tokenizer(cfg.model, cfg.device)
+        model, tok = load_with_tokenizer(cfg.model, cfg.device, cfg.template)
         second, second_tok = model, tok
         if cfg.compare is not None:
-            second, second_tok = load_with_tokenizer(cfg.compare, cfg.device)
+            second, second_tok = load_with_tokenizer(cfg.compare, cfg.device, cfg.template)
         # One generator goes on through all answers, so that no two samples begin alike.
         generator = torch.Generator(model.device).manual_seed(cfg.seed)
         answers = (
@@ -170,7 +172,7 @@ def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]
         index = build_index(cfg.rag, tok)
         return lambda: retrieving(say, tok, index, cfg.chunks, cfg.threshold, cfg.bos)
     if cfg.compare:
-        second, second_tok = load_with_tokenizer(cfg.compare, cfg.device)
+        second, second_tok = load_with_tokenizer(cfg.compare, cfg.device, cfg.template)
         models = {
             cfg.model: silent_answers(model, tok, cfg),
             cfg.compare: silent_answers(second, second_tok, cfg),

@@ -18,7 +18,7 @@ from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt, encode_chat
-from nanophi.tokenizer.template import TEMPLATES, check
+from nanophi.tokenizer.template import check
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.config import MOST_TOKENS, BadRows, TuningConfig, context_of, total_steps
 from nanophi.train.loop import Evaluate, train
@@ -43,11 +43,6 @@ class Config(TuningConfig):
         help="tokens of one optimizer step over all devices",
     )
     learn: Literal["all", "last"] = flag("all", help="which answers of a conversation are learned")
-    template: str | None = flag(
-        None,
-        choices=TEMPLATES,
-        help="how turns become text (default: the tokenizer's; wenda is the original's)",
-    )
     sample: str | None = flag(
         None, help="a question to answer at each evaluation, so that you see the model learn"
     )
@@ -59,9 +54,7 @@ def main(cfg: Config) -> Phi:
     setup = begin(cfg, starts_from=cfg.init_from)
 
     # 2. The pretrained model, and the template that turns a conversation into text.
-    model, tok = load_with_tokenizer(cfg.init_from)
-    if cfg.template is not None:
-        use_template(model, tok, cfg.template)
+    model, tok = load_with_tokenizer(cfg.init_from, template=cfg.template)
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     context = context_of(cfg, model)
@@ -92,23 +85,6 @@ def main(cfg: Config) -> Phi:
         tok=tok,
         data_id=data.data_id,
     )
-
-
-def use_template(model: Phi, tok: Tokenizer, name: str) -> None:
-    """Give model and tokenizer a chat template: its special tokens get ids, and its stop token ends
-    answers.
-    """
-    template = TEMPLATES[name]
-    tok.add_tokens(list(template.specials), special=True)
-    if len(tok) > model.cfg.vocab_size:
-        raise UserError(
-            f"--template {name} needs {len(tok):,} tokens, the model has {model.cfg.vocab_size:,}: "
-            f"train_tokenizer.py --special-tokens {' '.join(template.specials)} makes room before "
-            "pretraining"
-        )
-    model.set_vocabulary(len(tok))
-    model.cfg.eos_token_id = tok.special_id(template.stop)
-    tok.template = name
 
 
 def conversation_of(row: dict) -> list[dict]:

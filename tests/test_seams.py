@@ -4,6 +4,7 @@ changed in them.
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import generate
 import pretrain
 import sft
 from nanophi.cli import UserError, parser_for, run_command
+from nanophi.infer import pairs
 from nanophi.infer.sampling import FILTERS, NEVER, Filter
 from nanophi.model.checkpoint import check_architecture, load, load_with_tokenizer, save
 from nanophi.model.phi import MLP, Attention, Phi
@@ -148,52 +150,54 @@ def test_min_p_is_a_flag(house, monkeypatch, capsys):
 
 # ---- a new template
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
-def chatml(messages):
+def zephyr(messages):
+    """A token for each role, and one that ends every message."""
     segments = []
     for message in messages:
         learned = message["role"] == "assistant"
         segments += [
-            Segment(IM_START, special=True),
-            Segment(message["role"] + "\n"),
-            Segment(message["content"].strip(), learned),
-            Segment(IM_END, learned, special=True),
+            Segment(f"<|{message['role']}|>", special=True),
             Segment("\n"),
+            Segment(message["content"].strip(), learned),
+            Segment("<|end|>", learned, special=True),
         ]
     if messages[-1]["role"] == "user":
-        segments += [Segment(IM_START, special=True), Segment("assistant\n")]
+        segments += [Segment("<|assistant|>", special=True), Segment("\n")]
     return segments
 
 
-CHATML_JINJA = (
+ZEPHYR_JINJA = (
     "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>\n' -}}"
+    "{{- '<|' + message['role'] + '|>\n' + message['content'] | trim + '<|end|>' -}}"
     "{%- endfor -%}"
-    "{%- if messages[-1]['role'] == 'user' -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+    "{%- if messages[-1]['role'] == 'user' -%}{{- '<|assistant|>\n' -}}{%- endif -%}"
 )
 
 
 @pytest.fixture
-def chatml_template(monkeypatch):
-    template = Template(chatml, CHATML_JINJA, stop=IM_END, specials=(IM_START, IM_END))
-    monkeypatch.setitem(TEMPLATES, "chatml", template)
+def zephyr_template(monkeypatch):
+    template = Template(zephyr, ZEPHYR_JINJA, stop="<|end|>", specials=MARKS)
+    monkeypatch.setitem(TEMPLATES, "zephyr", template)
 
 
-def test_chatml_is_taught_saved_and_answered(house, tmp_path, chatml_template, capsys):
-    """The stop id was set in the model's configuration, and saving invented a role for
-    <|im_start|>.
+@pytest.mark.parametrize("name", ["zephyr", "chatml"])
+def test_a_template_is_taught_saved_and_answered(house, tmp_path, zephyr_template, capsys, name):
+    """The stop id was set in the model's configuration, and saving invented a role for a token such
+    as <|im_start|>.
     """
     out = tmp_path / "sft"
     command(
         sft, "--init-from", str(house / "pretrain"), "--data", str(house / "sft.jsonl"),
-        "--out", str(out), "--template", "chatml", "--epochs", "40", "--lr", "1e-2",
+        "--out", str(out), "--template", name, "--epochs", "40", "--lr", "1e-2",
         "--batch-tokens", "128", "--warmup", "5",
     )  # fmt: skip
     model, tok = load_with_tokenizer(out)
-    assert tok.template == "chatml"
-    assert model.cfg.eos_token_id == tok.special_id(IM_END)
+    assert tok.template == name
+    stop = TEMPLATES[name].stop
+    assert model.cfg.eos_token_id == tok.special_id(stop)
     capsys.readouterr()
     command(generate, "--model", str(out), "--prompt", QUESTION)
     assert capsys.readouterr().out.strip() == ANSWER
@@ -201,17 +205,48 @@ def test_chatml_is_taught_saved_and_answered(house, tmp_path, chatml_template, c
     hf = AutoTokenizer.from_pretrained(out)
     messages = [{"role": "user", "content": QUESTION}]
     assert hf.apply_chat_template(messages)["input_ids"] == chat_prompt(messages, tok)
-    assert hf.eos_token == IM_END
+    assert hf.eos_token == stop
     answered = [*messages, {"role": "assistant", "content": ANSWER}]
     ids, mask = encode_chat(answered, tok)
     assert hf.apply_chat_template(answered)["input_ids"] == ids
     learned = tok.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
-    assert learned == ANSWER + IM_END
+    assert learned == ANSWER + stop
     assert chat_prompt(messages, tok) == ids[: len(chat_prompt(messages, tok))]
 
 
-def test_a_template_without_room_for_its_tokens_is_refused(house, tmp_path, chatml_template):
-    crowded = Template(chatml, "", specials=tuple(f"<|{i}|>" for i in range(64)))
+def test_a_template_that_was_lost_is_given_again(house, tmp_path, capsys):
+    """Another program has saved the tokenizer, with a template that nobody here knows: each command
+    names it, and --template puts ours in its place, which the next checkpoint keeps.
+    """
+    model = tmp_path / "sft"
+    shutil.copytree(house / "sft", model)
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] = "{{ '<start_of_turn>' }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    ask = (generate, "--model", str(model), "--prompt", QUESTION)
+    with pytest.raises(SystemExit):
+        command(*ask)
+    message = capsys.readouterr().err
+    assert "<start_of_turn>" in message
+    assert "is not known here: give --template wenda or chatml" in message
+    command(*ask, "--template", "wenda")
+    assert capsys.readouterr().out.strip() == ANSWER
+
+    pairs_file = str(tmp_path / "pairs.jsonl")
+    command(
+        pairs, "--model", str(model), "--data", str(house / "sft.jsonl"), "--out", pairs_file,
+        "--template", "wenda", "--similar", "1", "--max-new-tokens", "4",
+    )  # fmt: skip
+    command(
+        dpo, "--init-from", str(model), "--data", pairs_file, "--out", str(tmp_path / "dpo"),
+        "--template", "wenda", "--batch-pairs", "1", "--steps", "1", "--warmup", "0",
+    )  # fmt: skip
+    assert load_with_tokenizer(tmp_path / "dpo")[1].template == "wenda"
+
+
+def test_a_template_without_room_for_its_tokens_is_refused(house, tmp_path):
+    crowded = Template(zephyr, "", specials=tuple(f"<|{i}|>" for i in range(64)))
     TEMPLATES["crowded"] = crowded
     try:
         with pytest.raises(UserError, match="--template crowded needs"):

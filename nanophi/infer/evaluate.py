@@ -9,7 +9,7 @@ model predicts it. Multiple choice (C-Eval, CMMLU) means nothing below some bill
 chance is 25 %, and the original project's models scored 23 to 28 %.
 
 Reading order: 1. bits per byte (`windows`, `score_text`), 2. multiple choice (`as_text`,
-`option_logprobs`), 3. the command.
+`prompt_of`, `option_logprobs`), 3. the command.
 """
 
 import csv
@@ -24,6 +24,8 @@ from nanophi.cli import SHOWN, Progress, UserError, flag, run_command
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import expand, read_texts
+from nanophi.tokenizer.chat import chat_prompt
+from nanophi.tokenizer.template import template_flag
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.losses import head_cross_entropy
 
@@ -225,9 +227,26 @@ def as_text(row: dict, with_answer: bool) -> str:
     return text
 
 
+def prompt_of(tok: Tokenizer, row: dict, solved: list[dict], in_chat: bool) -> list[int]:
+    """The ids behind which the letter of the answer stands: solved examples, then the question.
+
+    in_chat: each example is a turn of a conversation, in the chat template of the tokenizer
+    """
+    if not in_chat:
+        texts = [as_text(example, with_answer=True) for example in solved]
+        texts.append(as_text(row, with_answer=False))
+        return [token for text in texts for token in tok.encode(text)]
+    messages = []
+    for example in solved:
+        messages.append({"role": "user", "content": as_text(example, with_answer=False)})
+        messages.append({"role": "assistant", "content": example["answer"]})
+    messages.append({"role": "user", "content": as_text(row, with_answer=False)})
+    return chat_prompt(messages, tok)
+
+
 @torch.inference_mode()
 def option_logprobs(
-    model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict]
+    model: Phi, tok: Tokenizer, row: dict, examples: Iterable[dict], in_chat: bool = False
 ) -> tuple[torch.Tensor, int]:
     """log p of A, B, C and D as the token after 答案：, (4,), and how many examples were shown.
 
@@ -240,20 +259,20 @@ def option_logprobs(
         question ... 答案：           ─> the next token
     """
     context = model.cfg.max_position_embeddings
-    ids = tok.encode(as_text(row, with_answer=False))[-context:]
-    shown = 0
+    ids = prompt_of(tok, row, [], in_chat)[-context:]
+    solved: list[dict] = []
     for example in examples:
-        before = tok.encode(as_text(example, with_answer=True))
-        if len(before) + len(ids) > context:
+        longer = prompt_of(tok, row, [example, *solved], in_chat)
+        if len(longer) > context:
             break
-        ids = before + ids
-        shown += 1
+        solved = [example, *solved]
+        ids = longer
     hidden = model.hidden(torch.tensor([ids], device=model.device))[0, -1]  # (D,)
     logprobs = model.lm_head(hidden).float().log_softmax(-1)  # (V,)
     of_options = logprobs[option_ids(tok)]
     if of_options.isnan().any():
         raise UserError(NO_NUMBERS)
-    return of_options, shown
+    return of_options, len(solved)
 
 
 def option_ids(tok: Tokenizer) -> list[int]:
@@ -266,11 +285,13 @@ def option_ids(tok: Tokenizer) -> list[int]:
     return ids
 
 
-def multiple_choice(model: Phi, tok: Tokenizer, subjects: list[Subject], shots: int) -> dict:
+def multiple_choice(
+    model: Phi, tok: Tokenizer, subjects: list[Subject], shots: int, in_chat: bool = False
+) -> dict:
     """Accuracy over all questions of some subjects, printed by subject.
 
-    shots: examples before each question. The standard error of a share p of n right answers is
-    sqrt(p (1 - p) / n): with 1,346 questions and 25 % right it is 1.2 %.
+    shots: examples before each question. in_chat: see `prompt_of`. The standard error of a share p
+    of n right answers is sqrt(p (1 - p) / n): with 1,346 questions and 25 % right it is 1.2 %.
     """
     total = sum(len(subject.questions) for subject in subjects)
     right = 0
@@ -278,7 +299,7 @@ def multiple_choice(model: Phi, tok: Tokenizer, subjects: list[Subject], shots: 
     print(f"{'subject':44} {'questions':>9} {'right':>6}")
     with Progress("questions", total) as bar:
         for subject in subjects:
-            right_here, shown = ask_subject(model, tok, subject, shots, bar)
+            right_here, shown = ask_subject(model, tok, subject, shots, in_chat, bar)
             right += right_here
             shown_total += shown
             bar.say(f"{subject.name:44} {len(subject.questions):9} {right_here:6}")
@@ -296,14 +317,14 @@ def multiple_choice(model: Phi, tok: Tokenizer, subjects: list[Subject], shots: 
 
 
 def ask_subject(
-    model: Phi, tok: Tokenizer, subject: Subject, shots: int, bar: Progress
+    model: Phi, tok: Tokenizer, subject: Subject, shots: int, in_chat: bool, bar: Progress
 ) -> tuple[int, int]:
     """Ask all questions of a subject: how many are right, and how many examples were shown."""
     right = 0
     shown_total = 0
     for row in subject.questions:
         others = [example for example in subject.examples if example != row]
-        logprobs, shown = option_logprobs(model, tok, row, others[:shots])
+        logprobs, shown = option_logprobs(model, tok, row, others[:shots], in_chat)
         choice = OPTIONS[int(logprobs.argmax())]
         right += choice == row["answer"]
         shown_total += shown
@@ -326,6 +347,10 @@ class Config:
     shots: int = flag(
         0, at_least=0, help="examples before each question; as many as the context holds"
     )
+    in_chat: bool = flag(
+        False, help="ask the choices in the chat template, each example as a turn; after sft.py"
+    )
+    template: str | None = template_flag()
     stride: int | None = flag(
         None, at_least=1, help="tokens the window moves (default: half the context)"
     )
@@ -337,18 +362,22 @@ def main(cfg: Config) -> dict:
     """Score texts, or choices, or both; returns the figures it prints."""
     if cfg.data is None and cfg.choices is None:
         raise UserError("say what to evaluate: --data FILES or --choices FOLDER")
+    if cfg.template is not None and not cfg.in_chat:
+        raise UserError("--template goes with --in-chat, and --in-chat with --choices FOLDER")
+    if cfg.in_chat and cfg.choices is None:
+        raise UserError("--in-chat goes with --choices FOLDER: texts are scored as they are")
     # All files are looked at first: a mistake in the last one should not cost the work before it.
     files = expand(cfg.data or [])
     for path in files:
         if not any(read_texts([path])):
             raise UserError(f"{path} holds no text to score")
     subjects = read_subjects(cfg.choices) if cfg.choices is not None else []
-    model, tok = load_with_tokenizer(cfg.model, cfg.device)
+    model, tok = load_with_tokenizer(cfg.model, cfg.device, cfg.template)
     results: dict[str, float] = {}
     if files:
         results |= score_files(model, tok, files, cfg.stride, cfg.documents)
     if subjects:
-        results |= multiple_choice(model, tok, subjects, cfg.shots)
+        results |= multiple_choice(model, tok, subjects, cfg.shots, cfg.in_chat)
     return results
 
 

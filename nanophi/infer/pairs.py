@@ -25,6 +25,7 @@ from nanophi.text.corpus import expand, read_rows, write_rows
 from nanophi.text.outputs import rows_output
 from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt
+from nanophi.tokenizer.template import template_flag
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 # ---- which pairs teach something
@@ -120,6 +121,7 @@ class Config:
     similar: float = flag(0.9, above=0, help="a pair more similar than this is dropped")
     batch: int = flag(16, at_least=1, help="prompts answered at once")
     max_new_tokens: int = flag(200, at_least=1, help="longest rejected answer")
+    template: str | None = template_flag()
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
 
 
@@ -135,7 +137,7 @@ def write_pairs(cfg: Config) -> dict:
     questions = list(read_rows(cfg.data, use=questions_of))
     if not questions:
         raise UserError(f"no conversation in {', '.join(cfg.data)}")
-    model, tok = load_with_tokenizer(cfg.model, cfg.device)
+    model, tok = load_with_tokenizer(cfg.model, cfg.device, cfg.template)
     context = model.cfg.max_position_embeddings
     fitting = [pair for pair in questions if fits(model, chat_prompt(pair[0], tok))]
 

@@ -27,6 +27,7 @@ from nanophi.expect import Expected, check_fields, path_of, read_json, shown
 from nanophi.files import finish, replacing, together, write_json
 from nanophi.model.config import PHI, PhiConfig
 from nanophi.model.phi import MASKED_BIAS, Phi
+from nanophi.tokenizer.template import template_named
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -253,8 +254,12 @@ def load(
     return model.requires_grad_().eval(), tok
 
 
-def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi, Tokenizer]:
+def load_with_tokenizer(
+    directory: str | Path, device: str = "cpu", template: str | None = None
+) -> tuple[Phi, Tokenizer]:
     """`load`, for callers that need the tokenizer too.
+
+    template: the name of a chat template to use in place of the one that the tokenizer has
 
     Raises a UserError if there is none or if it does not fit the model.
     """
@@ -275,7 +280,26 @@ def load_with_tokenizer(directory: str | Path, device: str = "cpu") -> tuple[Phi
             f"{directory}: tokenizer.json has {len(tok):,} tokens, the model uses {used:,}; they "
             "do not belong together (after tok.add_tokens, call model.set_vocabulary(len(tok)))"
         )
+    if template is not None:
+        use_template(model, tok, template)
     return model, tok
+
+
+def use_template(model: Phi, tok: Tokenizer, name: str) -> None:
+    """Give model and tokenizer a chat template: its special tokens get ids, and its stop token ends
+    answers.
+    """
+    template = template_named(name)
+    tok.add_tokens(list(template.specials), special=True)
+    if len(tok) > model.cfg.vocab_size:
+        raise UserError(
+            f"--template {name} needs {len(tok):,} tokens, the model has {model.cfg.vocab_size:,}: "
+            f"train_tokenizer.py --special-tokens {' '.join(template.specials)} makes room before "
+            "pretraining"
+        )
+    model.set_vocabulary(len(tok))
+    model.cfg.eos_token_id = tok.special_id(template.stop)
+    tok.template = name
 
 
 def rows_in_use(model: Phi) -> int:

@@ -10,18 +10,23 @@
 'b[EOS]'
 """
 
+from typing import Any
+
 from nanophi.cli import UserError
-from nanophi.tokenizer.template import Segment, check, template_named
+from nanophi.tokenizer.template import DEFAULT, Segment, check, template_named
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 
-def segments(messages: list[dict], template: str = "wenda") -> list[Segment]:
+def segments(
+    messages: list[dict], template: str = DEFAULT, unknown_jinja: Any = None
+) -> list[Segment]:
     """[{"role": "user" | "assistant" | "system", "content": str}, ...] -> segments of text.
 
     Raises a UserError if a message lacks role or content, or if roles do not take turns.
+    unknown_jinja: what a tokenizer has in place of a known template, to name it
     """
     check(messages)
-    return template_named(template).segments(messages)
+    return template_named(template, unknown_jinja).segments(messages)
 
 
 def encode_chat(
@@ -35,7 +40,7 @@ def encode_chat(
         raise UserError(f"tok is of type {type(tok).__name__}, expected a Tokenizer")
     ids = [tok.bos_id] if bos else []
     mask = [False] if bos else []
-    for segment in segments(messages, tok.template):
+    for segment in segments(messages, tok.template, tok.unknown_jinja):
         new = [tok.special_id(segment.text)] if segment.special else tok.encode(segment.text)
         ids += new
         mask += [segment.learned] * len(new)

@@ -1,9 +1,11 @@
 """Chat templates: messages -> labelled segments of text. TEMPLATES has them by name.
 
-The default, "wenda" (问答), is that of Phi2-mini-Chinese. One turn is two segments:
+"wenda" (问答), the default, is that of Phi2-mini-Chinese; "chatml" is what most engines know.
+Segments of one turn, each between bars; what is learned stands in braces:
 
-    ##提问:\\n{question}\\n##回答:\\n     encoded as one string, not learned
-    {answer}[EOS]                       learned
+    wenda     |##提问:⏎你是谁？⏎##回答:⏎|{小助手。|[EOS]}|
+    chatml    |<|im_start|>|user⏎你是谁？|<|im_end|>|⏎|
+              |<|im_start|>|assistant⏎|{小助手。|<|im_end|>}|⏎|
 
 Why segments: the loss mask then comes from joining them. To search the ids for "##回答:" fails,
 because BPE may merge its ":" with the text that follows.
@@ -13,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nanophi.cli import SHOWN, UserError, row_named
+from nanophi.cli import SHOWN, UserError, flag, row_named
+from nanophi.expect import shown
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,53 @@ WENDA_JINJA = (
 # Of several system messages it kept the last one only.
 FORMER_WENDA_JINJA = WENDA_JINJA.replace("ns.before = ns.before + ", "ns.before = ")
 
-TEMPLATES = {"wenda": Template(wenda, WENDA_JINJA, former=(FORMER_WENDA_JINJA,))}
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+def chatml(messages: list[dict]) -> list[Segment]:
+    """ChatML, which OpenAI made and Qwen and many others took over: each message has a header.
+
+    >>> question = {"role": "user", "content": "你是谁？"}
+    >>> for segment in chatml([question]):
+    ...     print(repr(segment.text), segment.special)
+    '<|im_start|>' True
+    'user\\n你是谁？' False
+    '<|im_end|>' True
+    '\\n' False
+    '<|im_start|>' True
+    'assistant\\n' False
+    """
+    segments: list[Segment] = []
+    for message in messages:
+        segments.append(Segment(START, special=True))
+        if message["role"] == "assistant":
+            segments.append(Segment("assistant\n"))
+            segments.append(Segment(message["content"].strip(), learned=True))
+            segments.append(Segment(END, learned=True, special=True))
+        else:
+            # One string, because some splits join its parts, as in `wenda`.
+            segments.append(Segment(f"{message['role']}\n{message['content']}"))
+            segments.append(Segment(END, special=True))
+        segments.append(Segment("\n"))
+    if messages[-1]["role"] == "user":
+        segments += [Segment(START, special=True), Segment("assistant\n")]
+    return segments
+
+
+CHATML_JINJA = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}{{- message['content'] | trim -}}"
+    "{%- else -%}{{- message['content'] -}}{%- endif -%}"
+    "{{- '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if messages[-1]['role'] == 'user' -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+TEMPLATES = {
+    "wenda": Template(wenda, WENDA_JINJA, former=(FORMER_WENDA_JINJA,)),
+    "chatml": Template(chatml, CHATML_JINJA, stop=END, specials=(START, END)),
+}
 DEFAULT = "wenda"
 EXAMPLE = '{"role": "user", "content": "你好"}'
 
@@ -154,11 +203,24 @@ def template_of(jinja: Any) -> str:
     return names[0] if names else UNKNOWN
 
 
-def template_named(name: str) -> Template:
-    """The template of a name, or a UserError that says what to do."""
+def template_named(name: str, jinja: Any = None) -> Template:
+    """The template of a name, or a UserError that says what to do.
+
+    jinja: what a tokenizer from elsewhere has, whose name is UNKNOWN
+    """
     if name == UNKNOWN:
         raise UserError(
-            f"this tokenizer has a chat template that is not known here; there are "
-            f"{', '.join(TEMPLATES)}: fine-tune the model with sft.py --template NAME"
+            f"the chat template of this tokenizer, {shown(jinja)}, is not known here: give "
+            f"--template {' or '.join(TEMPLATES)}, if the model was taught in it, or teach it one "
+            "with sft.py --template"
         )
     return row_named(TEMPLATES, name, "template")
+
+
+def template_flag() -> Any:
+    """The flag --template of the commands that turn messages into text."""
+    return flag(
+        None,
+        choices=TEMPLATES,
+        help="how turns become text (default: the checkpoint's own; wenda is the original's)",
+    )

@@ -7,6 +7,7 @@ from nanophi.cli import UserError, flag
 from nanophi.model.backends import BACKENDS
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import Skipped
+from nanophi.tokenizer.template import template_flag
 from nanophi.train.optim import OPTIMIZERS, SCHEDULES
 
 # The largest values of flags. They are far above what anybody needs, and so small that nothing
@@ -136,7 +137,9 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class TuningConfig(TrainConfig):
-    """What sft.py and dpo.py have in common beyond that: they read rows."""
+    """What sft.py and dpo.py have in common beyond that: they read rows of conversations."""
+
+    template: str | None = template_flag()
 
     skip_bad: bool = flag(
         False, help="go on without rows that cannot be used; five of them are named"

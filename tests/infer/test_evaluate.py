@@ -22,6 +22,9 @@ from nanophi.infer.evaluate import (
     score_text,
     windows,
 )
+from nanophi.tokenizer.bpe import train_bpe
+from nanophi.tokenizer.chat import chat_prompt
+from nanophi.tokenizer.template import TEMPLATES
 from tests.conftest import TEXTS, tiny_model
 
 
@@ -123,6 +126,33 @@ def test_option_logprobs_are_those_of_transformers(tok, shots):
     found, shown = option_logprobs(model, tok, row, others[:shots])
     assert shown == shots
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_in_chat_each_example_is_a_turn_of_the_template(template):
+    tok = train_bpe(TEXTS, 420)
+    model = tiny_model(max_position_embeddings=512)
+    tok.add_tokens(list(TEMPLATES[template].specials), special=True)
+    tok.template = template
+    row = {"question": "一加一是", "A": "一", "B": "二", "C": "三", "D": "四", "answer": "B"}
+    example = row | {"question": "三加一是", "answer": "D"}
+    messages = [
+        {"role": "user", "content": as_text(example, with_answer=False)},
+        {"role": "assistant", "content": "D"},
+        {"role": "user", "content": as_text(row, with_answer=False)},
+    ]
+    ids = torch.tensor([chat_prompt(messages, tok)])
+    expected = model(ids)[0, -1].log_softmax(-1)[[tok.encode(option)[0] for option in "ABCD"]]
+    found, shown = option_logprobs(model, tok, row, [example], in_chat=True)
+    assert shown == 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_flags_of_the_template_go_with_choices_in_chat():
+    with pytest.raises(UserError, match="--in-chat goes with --choices"):
+        main(Config(model="m", data=["x.txt"], in_chat=True))
+    with pytest.raises(UserError, match="--template goes with --in-chat"):
+        main(Config(model="m", choices="folder", template="chatml"))
 
 
 def test_answers_that_are_no_option_are_left_out(tmp_path):

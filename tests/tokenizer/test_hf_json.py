@@ -9,7 +9,6 @@ from tokenizers import Tokenizer as HFTokenizer
 from nanophi.cli import UserError
 from nanophi.tokenizer import tokenizer
 from nanophi.tokenizer.bpe import train_bpe
-from nanophi.tokenizer.template import TEMPLATES, Template
 from nanophi.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.conftest import TEXTS
 
@@ -89,13 +88,11 @@ def test_special_tokens_that_hf_adds_are_read(tmp_path):
     assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
-def test_roles_are_those_of_the_seven_tokens_and_the_templates_stop(marked, tmp_path, monkeypatch):
+def test_roles_are_those_of_the_seven_tokens_and_the_templates_stop(marked, tmp_path):
     """A template of <|im_start|> once gave the role "<|im_start|>_token"."""
     marked.save(tmp_path)
     roles = read_json(tmp_path / "special_tokens_map.json")
     assert list(roles.values()) == SPECIAL_TOKENS
-    stop = Template(lambda messages: [], "{{ 'chatml' }}", stop="<|im_end|>", specials=(*MARKS,))
-    monkeypatch.setitem(TEMPLATES, "chatml", stop)
     marked.template = "chatml"
     marked.save(tmp_path)
     expected = roles | {"eos_token": "<|im_end|>"}
