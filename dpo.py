@@ -34,13 +34,14 @@ from nanophi.train.config import (
     MOST_SAMPLES,
     MOST_STEPS,
     BadRows,
+    Dropped,
     TuningConfig,
     context_of,
     total_steps,
 )
 from nanophi.train.loop import train
 from nanophi.train.losses import PREFERENCE_LOSSES, make_dpo_loss_fn, validate
-from nanophi.train.preferences import Pairs, Preference, share_of_prompts
+from nanophi.train.preferences import Conversation, Pairs, Preference, share_of_prompts
 from nanophi.train.preflight import refuse_what_does_not_fit
 from nanophi.train.reference import add_reference, digest_of_weights
 from nanophi.train.setup import begin
@@ -184,33 +185,33 @@ def read_pairs(
     val_fraction: float = 0.0,
     skip_bad: bool = False,
 ) -> tuple[list[Preference], list[Preference]]:
-    """The pairs to train on and those held out, split by prompt; too long ones are dropped and
-    counted. A UserError where none is left to train on.
+    """The pairs to train on and those held out, split by prompt; those that teach nothing are
+    dropped and counted. A UserError where none is left to train on.
     """
     bad = BadRows()
+    dropped = Dropped()
     training: list[Preference] = []
     held_out: list[Preference] = []
-    too_long = 0
     for prompt, *answers in read_rows(paths, use=preference_of, on_bad=bad):
         question = {"role": "user", "content": prompt}
         sides = [
             encode_chat([question, {"role": "assistant", "content": answer}], tok, bos)
             for answer in answers
         ]
-        if max(len(ids) for ids, _ in sides) - 1 > context:
-            too_long += 1
+        reason = fault_of(sides, answers, context)
+        if reason is not None:
+            dropped(reason, prompt)
             continue
         part = held_out if in_share(prompt, val_fraction) else training
         part.append(Preference(*sides))
     bad.settle(skip_bad)
     counted = f", {len(held_out):,} held out" if val_fraction else ""
-    print(
-        f"dpo: {len(training):,} pairs{counted}; {too_long:,} longer than {context} tokens dropped"
-    )
+    print(f"dpo: {len(training):,} pairs{counted}")
+    dropped.tell("dpo")
     if not training:
         raise UserError(
-            f"no pair in {', '.join(paths)} is left to train on: {too_long:,} are longer than "
-            f"{context} tokens (--context), {len(held_out):,} are held out (--val-fraction)"
+            f"no pair in {', '.join(paths)} is left to train on: {len(held_out):,} are held out "
+            f"(--val-fraction); dropped: {dropped}"
         )
     if val_fraction and not held_out:
         print(
@@ -218,6 +219,20 @@ def read_pairs(
             "so nothing is validated: raise it"
         )
     return training, held_out
+
+
+def fault_of(sides: list[Conversation], answers: list[str], context: int) -> str | None:
+    """Why a pair teaches nothing; None where it can be learned."""
+    chosen, rejected = (answer.strip() for answer in answers)
+    if not chosen or not rejected:
+        return "with an empty answer"
+    if chosen == rejected:
+        return "whose answers are equal"
+    if any(mask.index(True) >= context for _, mask in sides):
+        return f"whose question alone fills {context} tokens"
+    if max(len(ids) for ids, _ in sides) - 1 > context:
+        return f"longer than {context} tokens"
+    return None
 
 
 def refuse_contradictions(cfg: Config) -> None:

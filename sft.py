@@ -17,12 +17,21 @@ from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of
+from nanophi.text.shards import TokenSet
 from nanophi.tokenizer.chat import chat_prompt, encode_chat
 from nanophi.tokenizer.template import check
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.config import MOST_TOKENS, BadRows, TuningConfig, context_of, total_steps
+from nanophi.train.config import (
+    MOST_TOKENS,
+    BadRows,
+    Dropped,
+    TuningConfig,
+    context_of,
+    total_steps,
+)
 from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
+from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
 from nanophi.train.preflight import refuse_what_does_not_fit
 from nanophi.train.setup import begin
@@ -43,6 +52,11 @@ class Config(TuningConfig):
         help="tokens of one optimizer step over all devices",
     )
     learn: Literal["all", "last"] = flag("all", help="which answers of a conversation are learned")
+    pretrain_data: str | None = flag(
+        None,
+        help="token shards to mix in as plain text, with their share of the rows, against "
+        "forgetting: out/tokens:0.1",
+    )
     sample: str | None = flag(
         None, help="a question to answer at each evaluation, so that you see the model learn"
     )
@@ -51,6 +65,7 @@ class Config(TuningConfig):
 
 def main(cfg: Config) -> Phi:
     # 1. Check the flags and --out; find the device, the dtype and the ranks.
+    plain_text = shares_of_plain_text(cfg)
     setup = begin(cfg, starts_from=cfg.init_from)
 
     # 2. The pretrained model, and the template that turns a conversation into text.
@@ -63,18 +78,17 @@ def main(cfg: Config) -> Phi:
 
     # 3. The data: whole conversations packed into rows. Only answers are targets: the mask comes
     #    from the template.
-    data = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos, cfg.skip_bad, cfg.learn)
-    steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
+    taught = pack(cfg.data, tok, context, rows, cfg.seed, cfg.bos, cfg.skip_bad, cfg.learn)
+    data = with_plain_text(cfg, taught, plain_text)
+    epoch = taught.steps_per_epoch / (1 - sum(plain_text.values()))  # steps that read all of them
+    steps = total_steps(cfg, epoch, "--batch-tokens", cfg.batch_tokens)
     evaluate = validation(cfg, tok, context)
     if cfg.sample is not None:
         prompt = chat_prompt(cfg.sample, tok, cfg.bos)
         evaluate = evaluating_aloud(evaluate, tok, prompt)
 
     # 4. Training: the loss is that of pretraining, on the targets that the mask leaves.
-    print(
-        f"sft: {steps:,} steps of {rows} rows = {steps / data.steps_per_epoch:.1f} epochs "
-        f"-> {cfg.out}"
-    )
+    print(f"sft: {steps:,} steps of {rows} rows = {steps / epoch:.1f} epochs -> {cfg.out}")
     return train(
         model,
         next_token_loss,
@@ -104,42 +118,49 @@ def pack(
     skip_bad: bool = False,
     learn: str = "all",
 ) -> Packed:
-    """Files of conversations -> packed rows. One without an answer, or too long, is dropped and
-    counted; for those that cannot be used see BadRows.
+    """Files of conversations -> packed rows. One that does not fit is dropped whole, because half
+    an answer teaches to stop in the middle; so is one without an answer. For those that cannot be
+    used see BadRows.
     """
     bad = BadRows()
+    dropped = Dropped()
     documents = []
     masks = []
-    unanswered = 0
-    too_long = 0
-    no_room = 0
     for messages in read_rows(paths, use=conversation_of, on_bad=bad):
         # Outside of `use`: what goes wrong here is no fault of the row.
         ids, mask = encode_chat(messages, tok, bos)
         if learn == "last":
             mask = last_answer(mask)
-        if not any(mask):
-            unanswered += 1
-        elif mask.index(True) >= context:
-            no_room += 1
-        elif len(ids) - 1 > context:
-            too_long += 1
-        else:
+        reason = fault_of(messages, mask, context)
+        if reason is None:
             documents.append(np.array(ids, dtype=np.int32))
             masks.append(np.array(mask))
+        else:
+            dropped(reason, messages[0]["content"])
     bad.settle(skip_bad)
     learned = sum(int(mask.sum()) for mask in masks)
-    print(
-        f"sft: {len(documents):,} conversations, {learned:,} tokens to learn; dropped {too_long:,} "
-        f"longer than {context} tokens, {no_room:,} whose question alone fills them, and "
-        f"{unanswered:,} without an answer"
-    )
+    print(f"sft: {len(documents):,} conversations, {learned:,} tokens to learn")
+    dropped.tell("sft")
     if not documents:
         raise UserError(
-            f"of {too_long + no_room + unanswered:,} conversations in {', '.join(paths)} none has "
-            f"an answer and fits in a context of {context} tokens: raise --context or shorten them"
+            f"of {len(dropped):,} conversations in {', '.join(paths)} none has an answer and fits "
+            f"in a context of {context} tokens: raise --context or shorten them"
         )
     return Packed(documents, context, batch_rows, seed, masks)
+
+
+def fault_of(messages: list[dict], mask: list[bool], context: int) -> str | None:
+    """Why a conversation teaches nothing; None where it can be learned."""
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
+        return "without an answer"
+    if not all(answer.strip() for answer in answers):
+        return "with an empty answer"
+    if mask.index(True) >= context:
+        return f"whose question alone fills {context} tokens"
+    if len(mask) - 1 > context:
+        return f"longer than {context} tokens"
+    return None
 
 
 def last_answer(mask: list[bool]) -> list[bool]:
@@ -155,6 +176,41 @@ def last_answer(mask: list[bool]) -> list[bool]:
     while begin and mask[begin - 1]:
         begin -= 1
     return [begin <= place < end for place in range(len(mask))]
+
+
+def shares_of_plain_text(cfg: Config) -> dict[str, float]:
+    """The directories of --pretrain-data and the share of the rows that each gets."""
+    if cfg.pretrain_data is None:
+        return {}
+    given = parse_mixture(cfg.pretrain_data)
+    shares = {name: share for name, share in given.items() if share is not None}
+    if not shares or sum(shares.values()) >= 1:
+        raise UserError(
+            f"--pretrain-data {cfg.pretrain_data}: say what share of the rows it gets, below 1 in "
+            "all, such as out/tokens:0.1"
+        )
+    return shares
+
+
+def with_plain_text(cfg: Config, taught: Packed, shares: dict[str, float]) -> Packed | Mixture:
+    """The conversations mixed with plain text, all tokens of which are learned."""
+    if not shares:
+        return taught
+    tok = Tokenizer.load(cfg.init_from)  # without the tokens that --template may have added
+    bos_id = tok.bos_id if cfg.bos else None
+    sources = {"conversations": taught}
+    for name in shares:
+        sources[name] = Packed(
+            TokenSet(name, "train", tok),
+            taught.context,
+            taught.batch_rows,
+            cfg.seed,
+            bos_id=bos_id,
+        )
+    rest = 1 - sum(shares.values())
+    mixture = Mixture(sources, [rest, *shares.values()], taught.batch_rows)
+    print(f"sft: {mixture!r} of the rows")
+    return mixture
 
 
 def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:

@@ -386,6 +386,12 @@ def peak_memory_gb() -> float:
         return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
+def shows_colours() -> bool:
+    """Whether standard output is a terminal that shows colours; NO_COLOR (no-color.org) says no."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not plain and sys.stdout is not None and sys.stdout.isatty()
+
+
 class Progress:
     """Progress of a long job on standard error: a tqdm bar on a terminal, otherwise a plain line
     every `every_s` seconds.

@@ -175,6 +175,41 @@ class BadRows(Skipped):
             )
 
 
+class Dropped:
+    """Rows that could be read and teach nothing, counted by the reason; the first of each is shown.
+
+    >>> dropped = Dropped()
+    >>> for question in ("什么是茶？", "什么是水？"):
+    ...     dropped("longer than 50 tokens", question)
+    >>> dropped.tell("sft")
+    sft: dropped 2 longer than 50 tokens, the first: 什么是茶？
+    """
+
+    SHOWN = 30  # characters
+
+    def __init__(self):
+        self.counts: dict[str, int] = {}
+        self.first: dict[str, str] = {}
+
+    def __call__(self, reason: str, text: str) -> None:
+        """Count a row. text: what names it to a reader, its question for example"""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, " ".join(text.split()))
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items()) or "none"
+
+    def tell(self, who: str) -> None:
+        """Print a line for each reason."""
+        for reason, count in self.counts.items():
+            text = self.first[reason]
+            text = text if len(text) <= self.SHOWN else text[: self.SHOWN] + "…"
+            print(f"{who}: dropped {count:,} {reason}, the first: {text}")
+
+
 def total_steps(
     cfg: TrainConfig, steps_per_epoch: float, batch_flag: str = "--batch-tokens", batch: int = 1
 ) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch.optim import Optimizer
 
 import nanophi
-from nanophi.cli import Progress, UserError
+from nanophi.cli import Progress, UserError, shows_colours
 from nanophi.expect import Expected, check
 from nanophi.files import write_json
 from nanophi.model.checkpoint import check_architecture
@@ -363,7 +363,8 @@ def self_test(
     if setup.cfg.overfit_one_batch:
         print(overfit(model, loss_fn, batch, setup))
     elif tok is not None:
-        print(preflight.show_batch(batch, tok))
+        marks = preflight.GREEN if shows_colours() else preflight.PLAIN
+        print(f"{preflight.legend(marks)}\n\n{preflight.show_batch(batch, tok, marks=marks)}")
     return model
 
 

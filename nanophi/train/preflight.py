@@ -329,8 +329,20 @@ def outlook(
 # ---- the batch
 
 
-def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
-    """The first documents of a batch as text: `┃` begins one, ⟦ ⟧ enclose what is learned."""
+PLAIN = ("⟦", "⟧")
+GREEN = ("\x1b[32m", "\x1b[39m")  # what terminals take for "green from here" and "as before"
+
+
+def legend(marks: tuple[str, str] = PLAIN) -> str:
+    """What the marks of `show_batch` mean."""
+    begin, end = marks
+    return f"┃ begins a document, {begin}this{end} is learned, the rest is only read"
+
+
+def show_batch(
+    batch: Batch, tok: Tokenizer, documents: int = 12, marks: tuple[str, str] = PLAIN
+) -> str:
+    """The first documents of a batch as text: `┃` begins one, the marks enclose what is learned."""
     ids = batch.ids.flatten().tolist()
     targets = batch.targets.flatten().tolist()
     segments = list(pairwise(batch.cu_seqlens.tolist()))
@@ -353,7 +365,7 @@ def show_batch(batch: Batch, tok: Tokenizer, documents: int = 12) -> str:
         marked = zip(tokens, learned, strict=False)
         for is_learned, group in groupby(marked, key=lambda pair: pair[1]):
             piece = tok.decode([token for token, _ in group])
-            text += f"⟦{piece}⟧" if is_learned else piece
+            text += marks[0] + piece + marks[1] if is_learned else piece
         shown.append(text)
         if len(shown) == documents:
             break

@@ -81,13 +81,16 @@ def early_of(out: Path) -> Path:
     return Path(f"{out}-early")
 
 
+MIXTURES = {"data", "pretrain_data"}  # flags that name several directories in one text
+
+
 def inputs_of(cfg: TrainConfig, starts_from: str | None) -> list[tuple[str, str]]:
     """The files and directories that a run reads, each behind its flag."""
     found = [] if starts_from is None else [("--init-from", starts_from)]
-    for name in ("tokenizer", "data", "val_data"):
+    for name in ("tokenizer", "data", "val_data", "pretrain_data"):
         value = getattr(cfg, name, None) or []
         if isinstance(value, str):
-            value = parse_mixture(value) if name == "data" else [value]
+            value = parse_mixture(value) if name in MIXTURES else [value]
         found += [(f"--{name.replace('_', '-')}", path) for path in value]
     return found
 
