@@ -16,12 +16,14 @@ whether the model learned more than the pairs by heart, look at the margin on he
 (--val-fraction).
 """
 
-import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from nanophi.cli import UserError, flag, row_named, run_command
 from nanophi.expect import check_settings
+from nanophi.infer.samples import answer_length
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.text.corpus import read_rows
@@ -39,8 +41,9 @@ from nanophi.train.config import (
     context_of,
     total_steps,
 )
+from nanophi.train.held_out import HeldOut, Reference, right_by_length
 from nanophi.train.loop import train
-from nanophi.train.losses import PREFERENCE_LOSSES, make_dpo_loss_fn, validate
+from nanophi.train.losses import PREFERENCE_LOSSES, make_dpo_loss_fn
 from nanophi.train.preferences import Conversation, Pairs, Preference, share_of_prompts
 from nanophi.train.preflight import refuse_what_does_not_fit
 from nanophi.train.reference import add_reference, digest_of_weights
@@ -114,11 +117,11 @@ def main(cfg: Config) -> Phi:
 
     # 3. The data: pairs of conversations, some held out by their prompts.
     context = context_of(cfg, model)
-    pairs, held_out = read_pairs(cfg.data, tok, context, cfg.bos, cfg.val_fraction, cfg.skip_bad)
+    pairs, kept_back = read_pairs(cfg.data, tok, context, cfg.bos, cfg.val_fraction, cfg.skip_bad)
     multiple = max(128, context // 4) if cfg.compile else 1  # few lengths to compile
     share = shares_prompts(cfg, pairs)
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple, share)
-    validation = Pairs(held_out, cfg.micro_batch, cfg.seed, multiple, share) if held_out else None
+    validation = Pairs(kept_back, cfg.micro_batch, cfg.seed, multiple, share) if kept_back else None
     rows_of_a_pair = 1 if share else 2
     refuse_what_does_not_fit(model.cfg, setup, cfg.batch_pairs, data.longest, rows_of_a_pair, model)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-pairs", cfg.batch_pairs)
@@ -129,7 +132,7 @@ def main(cfg: Config) -> Phi:
         parts = [data] if validation is None else [data, validation]
         add_reference(model, parts, setup, weights)
 
-    # 5. Training.
+    # 5. The loss, and what is measured on the held-out pairs: now, and at each evaluation.
     loss_fn = make_dpo_loss_fn(
         cfg.beta,
         cfg.loss,
@@ -137,19 +140,19 @@ def main(cfg: Config) -> Phi:
         target_margin=cfg.target_margin,
         sft_weight=cfg.sft_weight,
     )
+    held_out = None
+    if validation is not None and setup.writes:
+        reference = None  # a sharded model may be too large to stand a second time on each rank
+        if not cfg.shard:
+            device = setup.world.device
+            reference = Reference(cfg.init_from, cfg.template, cfg.attention, device, weights)
+        by_length = right_by_length(pairs, kept_back)
+        answer_tokens = answers_of(kept_back)
+        held_out = HeldOut(validation, loss_fn, by_length, reference, answer_tokens)
+        with setup.autocast(cache=True):
+            held_out(model)
 
-    by_length = right_by_length(pairs, held_out) if held_out else 0.0
-    watch = Watch()
-
-    def evaluate(model: Phi) -> dict[str, float]:
-        means = validate(model, loss_fn, validation.in_order())
-        share = means["val_accuracy"]
-        means["val_accuracy_error"] = math.sqrt(share * (1 - share) / len(held_out))
-        means["val_accuracy_by_length"] = by_length
-        if setup.world.first:
-            watch.look(means)
-        return means
-
+    # 6. Training.
     print(
         f"dpo: {steps:,} steps of {cfg.batch_pairs} pairs = "
         f"{steps / data.steps_per_epoch:.1f} epochs -> {cfg.out}"
@@ -159,22 +162,28 @@ def main(cfg: Config) -> Phi:
         loss_fn,
         data.batch_at,
         setup,
-        evaluate if validation is not None else None,
+        held_out,
         steps=steps,
         tok=tok,
         data_id=f"{data.data_id}-{weights}",
     )
 
-    # 6. What was learned beyond length.
-    if validation is not None and setup.writes:
+    # 7. What was learned beyond length.
+    if held_out is not None:
         with setup.autocast(cache=True):
-            means = evaluate(model)
-        print(
-            f"dpo: held-out pairs: margin {means['val_margin']:.2f}, accuracy "
-            f"{means['val_accuracy']:.0%} ± {means['val_accuracy_error']:.0%} (one standard "
-            f"error), where length alone would be right in {by_length:.0%}"
-        )
+            print(f"dpo: {held_out.summary(held_out(model))}")
     return model
+
+
+def answers_of(pairs: list[Preference], most: int = 16) -> Callable[[Phi], float]:
+    """A function of a model: how long its answers to some of these prompts are.
+
+    An answer is cut where it is twice as long as the longest one that was chosen.
+    """
+    some = pairs[:: -(-len(pairs) // most)]
+    prompts = [pair.chosen[0][: pair.chosen[1].index(True)] for pair in some]
+    longest = max(sum(pair.chosen[1]) for pair in some)
+    return partial(answer_length, prompts=prompts, longest=2 * longest)
 
 
 def read_pairs(
@@ -209,9 +218,10 @@ def read_pairs(
     print(f"dpo: {len(training):,} pairs{counted}")
     dropped.tell("dpo")
     if not training:
+        held = f"{len(held_out):,} held out (--val-fraction), " if held_out else ""
         raise UserError(
-            f"no pair in {', '.join(paths)} is left to train on: {len(held_out):,} are held out "
-            f"(--val-fraction); dropped: {dropped}"
+            f"no pair in {', '.join(paths)} is left to train on: {held}{dropped} dropped; "
+            "give more pairs, or a longer --context"
         )
     if val_fraction and not held_out:
         print(
@@ -270,61 +280,6 @@ def shares_prompts(cfg: Config, pairs: list[Preference]) -> bool:
     if shares:
         print(f"dpo: each pair computes its prompt once, which saves {saved:.0%} of all inputs")
     return shares
-
-
-LARGEST_FALL = 0.5  # nats a token
-LARGEST_MARGIN = 20.0  # sigmoid(20) is 1 to eight digits: nothing more is to be learned there
-
-
-@dataclass
-class Watch:
-    """Says in words, once each, when a run goes where DPO is known to go wrong."""
-
-    first: float | None = None  # log-probability of chosen answers at the first evaluation, a token
-    said: set[str] = field(default_factory=set)
-
-    def look(self, means: dict[str, float]) -> None:
-        """means: what an evaluation has measured."""
-        logp = means["val_logps_chosen"] / means["val_tokens_chosen"]
-        self.first = logp if self.first is None else self.first
-        fall = self.first - logp
-        if fall > LARGEST_FALL:
-            self.say(
-                "less likely",
-                f"chosen answers have become less likely, by {fall:.1f} nats a token: lower --lr, "
-                "raise --beta, or give --sft-weight 0.1",
-            )
-        if means["val_margin"] > LARGEST_MARGIN:
-            self.say(
-                "margin",
-                f"the margin of rewards is {means['val_margin']:.0f}, where nothing more is to be "
-                "learned: take fewer --steps, or --loss ipo, whose margin has an aim",
-            )
-
-    def say(self, kind: str, line: str) -> None:
-        if kind not in self.said:
-            print(f"note: {line}")
-            self.said.add(kind)
-
-
-def right_by_length(training: list[Preference], held_out: list[Preference]) -> float:
-    """The accuracy on held-out pairs of a rule that knows only lengths.
-
-    It chooses the longer answer, or the shorter one if the training pairs prefer that. A model with
-    a lower accuracy has learned nothing about content.
-    """
-    longer = share_of_longer(held_out)
-    return longer if share_of_longer(training) >= 0.5 else 1 - longer
-
-
-def share_of_longer(pairs: list[Preference]) -> float:
-    """How often the chosen answer is the longer one; a tie counts half."""
-    points = 0.0
-    for pair in pairs:
-        chosen = len(pair.chosen[0])
-        rejected = len(pair.rejected[0])
-        points += 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
-    return points / len(pairs)
 
 
 if __name__ == "__main__":

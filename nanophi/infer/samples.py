@@ -1,4 +1,5 @@
-"""A sample of what the model writes, printed at each evaluation of a training run.
+"""What the model writes at each evaluation of a training run: a sample to read, and how long its
+answers are.
 
 sample: 春天来了，小草从土里探出头来……
 """
@@ -32,3 +33,12 @@ def evaluating_aloud(
         return evaluate(model) if evaluate is not None else {}
 
     return evaluated
+
+
+def answer_length(model: Phi, prompts: list[list[int]], longest: int) -> float:
+    """The mean number of tokens of a model's greedy answers, each cut at `longest`."""
+    was_training = model.training
+    model.eval()
+    answers = generate(model, prompts, longest)
+    model.train(was_training)
+    return sum(map(len, answers)) / len(answers)

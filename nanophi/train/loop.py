@@ -269,6 +269,8 @@ def log_line(line: dict[str, float], steps: int | None = None) -> str:
         error = line["val_accuracy_error"]
         text += f"  accuracy {line['val_accuracy']:.0%} ± {error:.0%}"
         text += f" (by length {line['val_accuracy_by_length']:.0%})"
+    if "val_kl" in line:
+        text += f"  kl {line['val_kl']:.3f}"
     return f"step {line['step']:,}/{steps:,}  {text}"
 
 

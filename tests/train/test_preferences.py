@@ -4,14 +4,18 @@ reference that is kept.
 
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dpo
 from nanophi.cli import UserError
 from nanophi.model.attention import branches_of
+from nanophi.model.checkpoint import load_with_tokenizer, save
+from nanophi.train.held_out import Reference, Watch, divergence
 from nanophi.train.loop import train
 from nanophi.train.losses import (
     PREFERENCE_LOSSES,
@@ -21,7 +25,7 @@ from nanophi.train.losses import (
 )
 from nanophi.train.preferences import Pairs, Preference, share_of_prompts
 from nanophi.train.preflight import show_batch
-from nanophi.train.reference import REFERENCE
+from nanophi.train.reference import REFERENCE, digest_of_weights
 from nanophi.train.run_files import METRICS, STATE
 from tests.conftest import PREFERENCES, tiny_model, write
 from tests.train.test_loop import state, tensors
@@ -314,14 +318,78 @@ def test_what_does_not_go_together(house, tmp_path, changes, message):
 
 
 def test_what_goes_wrong_is_said_once(capsys):
-    watch = dpo.Watch()
-    means = {"val_logps_chosen": -20.0, "val_tokens_chosen": 10.0, "val_margin": 1.0}
-    for changes in ({}, {"val_logps_chosen": -26.0}, {"val_logps_chosen": -30.0, "val_margin": 25}):
+    watch = Watch()
+    means = {
+        "val_logps_chosen": -20.0, "val_tokens_chosen": 10.0, "val_margin": 1.0,
+        "val_answer_tokens": 20.0,
+    }  # fmt: skip
+    worse = [
+        {},
+        {"val_logps_chosen": -26.0, "val_answer_tokens": 29.0},
+        {"val_logps_chosen": -30.0, "val_margin": 25, "val_answer_tokens": 31.0},
+    ]
+    for changes in worse:
         watch.look(means | changes)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "less likely, by 0.6 nats a token" in lines[0]
     assert "the margin of rewards is 25" in lines[1]
+    assert "have grown from 20 to 31 tokens" in lines[2]
+
+
+def test_short_answers_that_grow_by_some_tokens_are_no_news(capsys):
+    """From 2 tokens to 5 is growth by 2.5, and nothing to speak of."""
+    watch = Watch()
+    means = {"val_logps_chosen": -20.0, "val_tokens_chosen": 10.0, "val_margin": 1.0}
+    for tokens in (2.0, 5.0):
+        watch.look(means | {"val_answer_tokens": tokens})
+    assert capsys.readouterr().out == ""
+
+
+def test_the_divergence_is_that_of_torch():
+    """Both models over the whole vocabulary, at the tokens of all answers and nowhere else."""
+    policy, reference = tiny_model(seed=1).train(), tiny_model(seed=2)
+    pairs = random_pairs()
+    kls = []
+    with torch.no_grad():
+        for ids, mask in (side for pair in pairs for side in pair.sides):
+            p, q = (
+                model(torch.tensor([ids[:-1]]))[0, torch.tensor(mask[1:])].log_softmax(-1)
+                for model in (policy, reference)
+            )
+            kls += F.kl_div(q, p, log_target=True, reduction="none").sum(-1).tolist()
+    for share in (True, False):
+        found = divergence(policy, reference, Pairs(pairs, 3, 0, share=share))
+        assert found == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+        assert divergence(policy, policy, Pairs(pairs, 3, 0, share=share)) == 0
+    assert policy.training
+
+
+def test_the_kl_to_the_start_grows(house, tmp_path, capsys):
+    tune(house, tmp_path, val_fraction=0.7, eval_every=2, batch_pairs=1, lr=1e-2)
+    kls = [line["val_kl"] for line in lines_of(tmp_path) if "val_kl" in line]
+    assert 0 < kls[0] < kls[1]
+    assert f"kl {kls[1]:.3f}" in capsys.readouterr().out
+    assert all(line["val_answer_tokens"] > 0 for line in lines_of(tmp_path) if "val_kl" in line)
+
+
+def test_a_start_that_has_changed_since_is_said_and_the_run_goes_on(house, tmp_path, capsys):
+    """sft.py was run again while dpo.py ran: its model is no longer the reference."""
+    start = tmp_path / "sft"
+    shutil.copytree(house / "sft", start)
+    model, tok = load_with_tokenizer(start)
+    reference = Reference(str(start), None, "auto", "cpu", digest_of_weights(model))
+    assert reference.again() is not None
+    with torch.no_grad():
+        model.lm_head.bias[9] += 1
+    save(start, model, tok)
+    assert reference.again() is None
+    assert reference.again() is None
+    shutil.rmtree(start)
+    assert Reference(str(start), None, "auto", "cpu", "").again() is None
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "has changed since the start: the KL to the reference is no longer" in lines[0]
 
 
 def test_accuracy_stands_beside_its_error_and_length(house, tmp_path, capsys):

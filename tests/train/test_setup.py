@@ -310,11 +310,11 @@ def test_validation_without_a_usable_row_is_one_line(rows, house, tmp_path):
 def test_pairs_that_are_all_too_long_or_held_out_are_one_line(house, tmp_path, capsys):
     """It said only that there is no pair, although the file held some."""
     pairs = [{"prompt": QUESTION, "chosen": ANSWER, "rejected": "不知道。"}] * 2
-    with pytest.raises(UserError, match="is left to train on: 2 are longer than 8 tokens"):
+    with pytest.raises(UserError, match="train on: 2 whose question alone fills 8 tokens dropped"):
         tuned(dpo, house, tmp_path, pairs, context=8)
     held = [pair | {"prompt": text} for pair in pairs for text in ("春", "秋")]
     held = [pair for pair in held if in_share(pair["prompt"], 0.9)]
-    with pytest.raises(UserError, match=rf"{len(held)} are held out \(--val-fraction\)"):
+    with pytest.raises(UserError, match=rf"{len(held)} held out \(--val-fraction\)"):
         tuned(dpo, house, tmp_path, held, val_fraction=0.9)
     tuned(dpo, house, tmp_path, pairs, val_fraction=1e-9)
     assert "note: --val-fraction 1e-09 holds out none of 2 pairs" in capsys.readouterr().out
