@@ -257,21 +257,24 @@ def add_validation(
     return line
 
 
+# What of a validation stands in the line, where `evaluate` gives it. metrics.jsonl has everything.
+VALIDATION = {
+    "val_loss": " val {:.3f}",
+    "val_accuracy": " accuracy {:.0%}",
+    "val_accuracy_error": "± {:.0%}",
+    "val_accuracy_by_length": "(by length {:.0%})",
+    "val_kl": " kl {:.3f}",
+}
+
+
 def log_line(line: dict[str, float], steps: int | None = None) -> str:
     """The line of metrics for people; with the step and the validation where `steps` is given."""
     text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  grad {line['grad_norm']:.2f}"
     text += f"  {line['tokens_per_s']:,.0f} tok/s"
     if steps is None:
         return text
-    if "val_loss" in line:
-        text += f"  val {line['val_loss']:.3f}"
-    if "val_accuracy" in line:
-        error = line["val_accuracy_error"]
-        text += f"  accuracy {line['val_accuracy']:.0%} ± {error:.0%}"
-        text += f" (by length {line['val_accuracy_by_length']:.0%})"
-    if "val_kl" in line:
-        text += f"  kl {line['val_kl']:.3f}"
-    return f"step {line['step']:,}/{steps:,}  {text}"
+    measured = [form.format(line[name]) for name, form in VALIDATION.items() if name in line]
+    return " ".join([f"step {line['step']:,}/{steps:,}  {text}", *measured])
 
 
 # ---- save

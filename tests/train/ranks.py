@@ -17,11 +17,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanophi.train.distributed import World, join
 from nanophi.train.loop import train
-from nanophi.train.losses import next_token_loss, validate
+from nanophi.train.losses import (
+    PREFERENCE_LOSSES,
+    LossFn,
+    make_dpo_loss_fn,
+    next_token_loss,
+    validate,
+)
 from nanophi.train.packing import Packed
+from nanophi.train.preferences import Pairs
+from nanophi.train.reference import reference_logps
 from nanophi.train.step import training_step
 from tests.conftest import tiny_model
-from tests.train.test_loop import config, random_documents
+from tests.train.test_loop import config, random_documents, random_pairs
 
 DTYPES = (torch.float32, torch.float64)
 MICRO_BATCHES = (8, 4, 1)
@@ -32,7 +40,12 @@ def documents(kind: type[Packed] = Packed) -> Packed:
     return kind(random_documents(), 32, 8, seed=1)
 
 
-def run(out: Path, data: Packed | None = None, **options) -> None:
+def run(
+    out: Path,
+    data: Packed | Pairs | None = None,
+    loss_fn: LossFn = next_token_loss,
+    **options,
+) -> None:
     """Train a tiny model into `out`."""
     data = data or documents()
     model = tiny_model(resid_pdrop=options.pop("dropout", 0.0))
@@ -42,11 +55,11 @@ def run(out: Path, data: Packed | None = None, **options) -> None:
     cfg = config(out, overwrite=resume is None, **({"micro_batch": 2, "eval_every": 5} | options))
 
     def evaluate(model):
-        return validate(model, next_token_loss, [data.batch_at(1)])
+        return validate(model, loss_fn, [data.batch_at(1)])
 
     train(
         model,
-        next_token_loss,
+        loss_fn,
         data.batch_at,
         cfg,
         evaluate,
@@ -71,12 +84,28 @@ def gradients(out: Path, world: World) -> None:
     run(out / "plain", weights=torch.float64, optimizer="adamw")
 
 
-def whole_and_resumed(out: Path, **options) -> None:
+def whole_and_resumed(out: Path, *of, **options) -> None:
     """The same run without a break, and with one."""
-    run(out, **options)
+    run(out, *of, **options)
     parts = out.with_name(f"{out.name}-parts")
-    run(parts, **options, stop_at=9)
-    run(parts, **options, resume="yes")
+    run(parts, *of, **options, stop_at=options.get("steps", 20) // 2)
+    run(parts, *of, **options, resume="yes")
+
+
+# The runs of preferences: each loss with a model that is split, and one with a whole model.
+PREFERENCES = {f"{loss}-shard": loss for loss in PREFERENCE_LOSSES} | {"hinge": "hinge"}
+
+
+def preferences(loss: str) -> tuple[Pairs, LossFn]:
+    """Pairs that share their prompts, with what the reference thinks of them, and their loss."""
+    pairs = Pairs(random_pairs(16), 8, seed=1, share=True)
+    pairs.reference = reference_logps(tiny_model(), pairs, 8)
+    return pairs, make_dpo_loss_fn(loss=loss, sft_weight=0.1)
+
+
+def settings_of(name: str) -> dict:
+    """Settings of a run of preferences."""
+    return {"optimizer": "adamw", "steps": 6, "micro_batch": 4, "shard": name.endswith("-shard")}
 
 
 def sharded(name: str) -> dict:
@@ -107,6 +136,8 @@ def main(out: Path) -> None:
     whole_and_resumed(out / "whole", dropout=0.1)
     for name in OPTIMIZERS:
         whole_and_resumed(out / name, **sharded(name), shard=True)
+    for name, loss in PREFERENCES.items():
+        whole_and_resumed(out / name, *preferences(loss), **settings_of(name))
     # One rank hears of it, all save the same step.
     try:
         run(out / "interrupted", documents(send_to_rank_1(signal.SIGTERM, 5, world)))

@@ -28,6 +28,8 @@ def one(tmp_path_factory):
     ranks.gradients(out, World(0, 1, "cpu"))
     for name in ranks.OPTIMIZERS:
         ranks.run(out / name, **ranks.sharded(name))
+    for name, loss in ranks.PREFERENCES.items():
+        ranks.run(out / name, *ranks.preferences(loss), **ranks.settings_of("one process"))
     return out
 
 
@@ -116,6 +118,17 @@ def test_sharded_equals_one_process(one, two, name):
     for folder in (f"{name}/best", name, f"{name}-early"):
         (a, _), (b, _) = (load(out / folder) for out in (one, two))
         assert largest_difference(a.state_dict(), b.state_dict()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ranks.PREFERENCES)
+def test_each_preference_loss_is_that_of_one_process(one, two, name):
+    """With prompts that are shared, whole and split models, and runs that go on."""
+    whole, by_two = (weights_of(out / name) for out in (one, two))
+    assert largest_difference(whole, by_two) < 1e-6
+    assert largest_difference(by_two, weights_of(two / f"{name}-parts")) == 0
+    for a, b in zip(lines_of(one / name), lines_of(two / name), strict=True):
+        for measure in ("loss", "margin", "rewards_chosen", "logps_rejected", "accuracy"):
+            assert b[measure] == pytest.approx(a[measure], abs=1e-4)
 
 
 def weights_of(out):

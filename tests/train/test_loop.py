@@ -34,6 +34,24 @@ def random_documents(n=40, seed=0):
     return [rng.integers(7, 400, size=rng.integers(3, 50)) for _ in range(n)]
 
 
+def random_pairs(count=7, seed=0, longest_prompt=9):
+    """Preference pairs of a few tokens."""
+    dice = random.Random(seed)
+
+    def words(count):
+        return [dice.randrange(7, 400) for _ in range(count)]
+
+    def side(prompt, answer):
+        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+    pairs = []
+    for _ in range(count):
+        prompt = words(dice.randrange(1, longest_prompt))
+        sides = [side(prompt, words(dice.randrange(1, 9))) for _ in range(2)]
+        pairs.append(Preference(*sides))
+    return pairs
+
+
 def config(out, **changes) -> TrainConfig:
     return TrainConfig(
         **{"out": str(out), "steps": 20, "save_every": 7, "warmup": 3, "device": "cpu"} | changes

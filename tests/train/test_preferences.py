@@ -3,7 +3,6 @@ reference that is kept.
 """
 
 import json
-import random
 import shutil
 from functools import partial
 
@@ -28,28 +27,11 @@ from nanophi.train.preflight import show_batch
 from nanophi.train.reference import REFERENCE, digest_of_weights
 from nanophi.train.run_files import METRICS, STATE
 from tests.conftest import PREFERENCES, tiny_model, write
-from tests.train.test_loop import state, tensors
+from tests.train.test_loop import random_pairs, state, tensors
 
 
 def lines_of(out):
     return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-
-
-def random_pairs(count=7, seed=0, longest_prompt=9):
-    dice = random.Random(seed)
-
-    def words(count):
-        return [dice.randrange(7, 400) for _ in range(count)]
-
-    def side(prompt, answer):
-        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
-
-    pairs = []
-    for _ in range(count):
-        prompt = words(dice.randrange(1, longest_prompt))
-        sides = [side(prompt, words(dice.randrange(1, 9))) for _ in range(2)]
-        pairs.append(Preference(*sides))
-    return pairs
 
 
 # ---- the prompt once
