@@ -148,8 +148,18 @@ TRLS = {  # ours -> TRL's name, and what both take. On one pair "aot" is cDPO
 }
 
 
-@pytest.mark.parametrize("name", TRLS)
-def test_losses_and_gradients_are_trls(name, tok, tmp_path):
+WAYS = {  # of TRL's to compute the same
+    "padded": {},
+    "padding-free": {"padding_free": True},
+    "reference before": {"precompute_ref_log_probs": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, "padded") for name in TRLS), *(("sigmoid", way) for way in list(WAYS)[1:])],
+)
+def test_losses_and_gradients_are_trls(name, way, tok, tmp_path):
     """One pair, through TRL's DPOTrainer in fp64: the loss of a batch and the gradient of all
     weights; with the prompt computed twice and once.
     """
@@ -177,7 +187,7 @@ def test_losses_and_gradients_are_trls(name, tok, tmp_path):
             loss_type=theirs if isinstance(theirs, list) else [theirs],
             loss_weights=[1.0, 0.5] if isinstance(theirs, list) else None,
             label_smoothing=more.get("label_smoothing", 0.0), gradient_checkpointing=False,
-            use_cpu=True, report_to=[], max_length=None, dataloader_pin_memory=False,
+            use_cpu=True, report_to=[], max_length=None, dataloader_pin_memory=False, **WAYS[way],
         )  # fmt: skip
         hf = hf_twin(policy).double()
         trainer = DPOTrainer(
