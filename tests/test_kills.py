@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nanophi.train.losses import PREFERENCE_LOSSES
+
 from .conftest import PREFERENCES, SFT, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,13 +36,19 @@ TEXT = {
 MODEL = {
     "sft": "sft.py --init-from house/pretrain --data sft.jsonl --out out/run --steps 40 "
     "--warmup 0 --batch-tokens 128 --save-every 5 --device cpu --resume auto",
-    "dpo": "dpo.py --init-from house/sft --data dpo.jsonl --out out/run --steps 20 --warmup 0 "
-    "--batch-pairs 2 --save-every 5 --device cpu --resume auto",
     "pairs": "-m nanophi.infer.pairs --model house/pretrain --data sft.jsonl --out out/p.jsonl "
     "--max-new-tokens 100 --similar 1 --device cpu",
     "evaluate": "-m nanophi.infer.evaluate --model house/sft --data many.jsonl --documents 200 "
     "--device cpu",
 }
+DPO = {
+    f"dpo {loss}": "dpo.py --init-from house/sft --data dpo.jsonl --out out/run --steps 20 "
+    f"--warmup 0 --batch-pairs 2 --save-every 5 --device cpu --resume auto --loss {loss} "
+    "--share-prompt on"
+    for loss in PREFERENCE_LOSSES
+}
+COMMANDS = TEXT | MODEL | DPO
+GOES_ON = {"clean numbered", "sft", *DPO}  # what these leave, they read when they go on
 AGAIN = {"tokenizer": " --overwrite"}
 # Files that hold times: they differ from run to run.
 TIMED = ("metrics.jsonl", "train_state.pt", "run.json", "events.out")
@@ -99,9 +107,9 @@ def clear(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*TEXT, *MODEL])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_can_be_run_again(work, name):
-    command = (TEXT | MODEL)[name]
+    command = COMMANDS[name]
     clear(work)
     began = time.monotonic()
     unbroken = start(command, work, "none")
@@ -133,7 +141,7 @@ def test_a_killed_command_can_be_run_again(work, name):
             stopped += 1
         place = f"kill {number} by {sent.name}, which gave {process.returncode}"
         wait_until_alone(mark, place)
-        if sent is not signal.SIGKILL and name not in ("clean numbered", "sft", "dpo"):
+        if sent is not signal.SIGKILL and name not in GOES_ON:
             assert not leftovers(work), place
 
         rerun = start(command + AGAIN.get(name, ""), work, mark)
@@ -144,12 +152,12 @@ def test_a_killed_command_can_be_run_again(work, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TEXT | MODEL if name != "evaluate"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "evaluate"])
 def test_of_two_at_once_one_works(work, name):
     """Both ended well, and the files of one held what the other had written. (`evaluate` writes
     nothing.)
     """
-    command = (TEXT | MODEL)[name]
+    command = COMMANDS[name]
     clear(work)
     output, errors = start(command, work, "none").communicate(timeout=600)
     expected = result(work, output)
