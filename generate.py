@@ -32,9 +32,9 @@ from nanophi.infer.chat_modes import Reply, chatting, comparing, converse, each_
 from nanophi.infer.generate import stream
 from nanophi.infer.prefer import Preferences, preferring
 from nanophi.infer.rag import build_index
-from nanophi.infer.sampling import FILTERS, Sampling
+from nanophi.infer.sampling import FILTERS, FLAGS, Sampling
 from nanophi.model.checkpoint import load_with_tokenizer
-from nanophi.model.phi import Phi
+from nanophi.model.phi import DECODING_WEIGHTS, Phi
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.tokenizer.template import template_flag
 from nanophi.tokenizer.tokenizer import Tokenizer
@@ -67,10 +67,15 @@ class Config:
         0.21, at_least=0, help="--rag: best score (0 to 1) below which nothing counts as found"
     )
     max_new_tokens: int = flag(256, at_least=1, help="longest answer")
-    sampling: dict = flag(table=FILTERS)  # --temperature, --top-k ...: one flag for each filter
+    sampling: dict = flag(table=FLAGS)  # --temperature, --top-k ...: one flag for each filter
     seed: int = flag(0, at_least=0, help="of the sampling, and of the order with --prefer")
     bos: bool = flag(False, help="put [BOS] first, for models trained with --bos")
     template: str | None = template_flag()
+    weights: str = flag(
+        "auto",
+        choices=DECODING_WEIGHTS,
+        help="how a CPU keeps them: fp16 and int8 are read faster; auto: fp16 where it can",
+    )
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
 
 
@@ -82,7 +87,7 @@ def main(cfg: Config) -> None:
         return
 
     # 2. the model
-    model, tok = load_with_tokenizer(cfg.model, cfg.device, cfg.template)
+    model, tok = loaded(cfg.model, cfg)
 
     # 3. a prompt as it is
     if cfg.raw:
@@ -97,6 +102,10 @@ def main(cfg: Config) -> None:
         reply(cfg.prompt)
     else:
         converse(start)
+
+
+def loaded(directory: str, cfg: Config) -> tuple[Phi, Tokenizer]:
+    return load_with_tokenizer(directory, cfg.device, cfg.template, cfg.weights)
 
 
 def check(cfg: Config) -> None:
@@ -144,10 +153,12 @@ def prefer(cfg: Config) -> None:
     inputs = [path for path in (cfg.model, cfg.compare) if path is not None]
     with claim(inputs, Output("--prefer", cfg.prefer, suffix=".jsonl")):
         preferences = Preferences(cfg.prefer)  # checked before the models are loaded
-        model, tok = load_with_tokenizer(cfg.model, cfg.device, cfg.template)
+        model, tok = loaded(cfg.model, cfg)
         second, second_tok = model, tok
         if cfg.compare is not None:
-            second, second_tok = load_with_tokenizer(cfg.compare, cfg.device, cfg.template)
+            second, second_tok = load_with_tokenizer(
+                cfg.compare, cfg.device, cfg.template, cfg.weights
+            )
         # One generator goes on through all answers, so that no two samples begin alike.
         generator = torch.Generator(model.device).manual_seed(cfg.seed)
         answers = (
@@ -172,7 +183,7 @@ def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]
         index = build_index(cfg.rag, tok)
         return lambda: retrieving(say, tok, index, cfg.chunks, cfg.threshold, cfg.bos)
     if cfg.compare:
-        second, second_tok = load_with_tokenizer(cfg.compare, cfg.device, cfg.template)
+        second, second_tok = loaded(cfg.compare, cfg)
         models = {
             cfg.model: silent_answers(model, tok, cfg),
             cfg.compare: silent_answers(second, second_tok, cfg),

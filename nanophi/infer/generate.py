@@ -27,11 +27,13 @@ from torch import Tensor
 
 from nanophi.cli import UserError
 from nanophi.expect import Expected, check, shown
-from nanophi.infer.sampling import Keywords, Sampling, choose
+from nanophi.infer.decoder import Decoder, decoder_of
+from nanophi.infer.sampling import Ids, Keywords, Sampling, choose
 from nanophi.model.phi import KVCache, Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 Eos = int | list[int] | None | Literal["config"]
+Network = Decoder | Phi
 
 
 # ---- the two entrances
@@ -64,14 +66,9 @@ def generate(
     rooms = check_prompts(model, prompts, max_new_tokens)
     eos = stop_ids(model, eos_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    for new in decode_steps(model, prompts, max(rooms), Sampling(**how), generator):
-        for row in list(running):
-            answers[row].append(new[row])
-            if new[row] in eos or len(answers[row]) == rooms[row]:
-                running.discard(row)
-        if not running:
-            break
+    for new in decode_steps(model, prompts, rooms, eos, Sampling(**how), generator):
+        for row, token in new.items():
+            answers[row].append(token)
     return answers if many else answers[0]
 
 
@@ -104,17 +101,18 @@ def stream(
     prompts, many = as_prompts(tok.encode(prompt) if isinstance(prompt, str) else prompt)
     if many:
         raise UserError("stream continues one prompt: a text, or one list of ids")
-    (room,) = check_prompts(model, prompts, max_new_tokens)
+    rooms = check_prompts(model, prompts, max_new_tokens)
     eos = stop_ids(model, eos_token_id)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    for (new,) in decode_steps(model, prompts, room, Sampling(**how), generator):
+    for step in decode_steps(model, prompts, rooms, eos, Sampling(**how), generator):
+        new = step[0]
         if new in eos:
             return False
         # The model may have more rows than there are tokens; such an id spells nothing.
         piece = utf8.decode(tok.id_to_bytes.get(new, b""))
         if piece:
             yield piece
-    return room < max_new_tokens
+    return rooms[0] < max_new_tokens
 
 
 # ---- the loop
@@ -124,56 +122,73 @@ def stream(
 def decode_steps(
     model: Phi,
     prompts: list[list[int]],
-    max_new_tokens: int,
+    rooms: list[int],
+    eos: set[int],
     how: Sampling,
     generator: torch.Generator | None = None,
-) -> Iterator[list[int]]:
-    """Yield the next id of every prompt, max_new_tokens times.
+) -> Iterator[dict[int, int]]:
+    """Yield the next id of every prompt that goes on, {number of the prompt: id}.
 
-    A row goes on after its [EOS], because all rows of a batch take the same steps. The caller stops
-    reading a row, and stops the loop after the last one.
+    rooms: how many ids each may get. A prompt ends with an id of `eos` or when its room is full.
+    Its row of the batch is then given to the last prompt that goes on:
+
+        rows    0 1 2 3      prompts 0 1 2 3
+        1 ends               prompts 0 3 2        three rows are computed
     """
     if not isinstance(generator, torch.Generator | None):
         raise UserError(
             f"generator is {shown(generator)}, expected torch.Generator(device).manual_seed(0)"
         )
-    ids, left_pad = pad_left(prompts, model.cfg.pad_token_id)
-    ids = ids.to(model.device)
-    if left_pad is not None:
-        left_pad = left_pad.to(model.device)
-    room = ids.shape[1] + max_new_tokens
-    cache = KVCache(model.cfg, len(prompts), room, model.lm_head.weight, left_pad)
-    history = [list(prompt) for prompt in prompts]
-    for _ in range(max_new_tokens):
-        hidden = model.hidden(ids, cache=cache)  # (B, T, D); T is 1 after the first step
-        logits = model.lm_head(hidden[:, -1])  # (B, V); only the last position needs the head
-        new = choose(logits, history, how, generator)
-        for row, token in zip(history, new, strict=True):
-            row.append(token)
+    network = decoder_of(model)
+    longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+    cache = KVCache(model.cfg, len(prompts), longest, model.lm_head.weight)
+    history = [Ids(prompt) for prompt in prompts]
+    going_on = list(range(len(prompts)))  # the prompt of each row
+    states = prefill(network, prompts, cache)  # (B, D)
+    while True:
+        logits = network.lm_head(states)  # (B, V)
+        if not how.greedy and len(going_on) < len(prompts):
+            # All rows draw random numbers, so that an answer does not depend on when others end.
+            every = logits.new_zeros(len(prompts), logits.shape[1])
+            every[going_on] = logits
+            chosen = choose(every, history, how, generator)
+            new = {prompt: chosen[prompt] for prompt in going_on}
+        else:
+            chosen = choose(logits, [history[prompt] for prompt in going_on], how, generator)
+            new = dict(zip(going_on, chosen, strict=True))
+        for prompt, token in new.items():
+            history[prompt].append(token)
         yield new
-        ids = torch.tensor(new, device=model.device)[:, None]
+        for row in reversed(range(len(going_on))):
+            prompt = going_on[row]
+            answer = len(history[prompt]) - len(prompts[prompt])
+            if new[prompt] in eos or answer == rooms[prompt]:
+                last = going_on.pop()
+                if last != prompt:
+                    going_on[row] = last
+                    cache.move(len(going_on), row)
+        if not going_on:
+            return
+        ids = torch.tensor([new[prompt] for prompt in going_on], device=model.device)
+        states = network.hidden(ids[:, None], cache=cache.part(0, len(going_on)))[:, -1]
 
 
-def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
-    """Prompts -> ids (B, T), and how many places of each row are padding (B,); None if none are.
+def prefill(network: Network, prompts: list[list[int]], cache: KVCache) -> Tensor:
+    """Read the prompts into an empty cache: the state of the last token of each, (B, D).
 
-    The padding is on the left, so that every prompt ends in the last column: there the model
-    predicts its next token, and from there all rows grow by one column a step. The KV cache hides
-    the padding and counts positions from each prompt's first real token (see KVCache).
+    Shorter prompts are padded on the right, where causal attention keeps the padding from all that
+    comes before.
 
-    >>> ids, left_pad = pad_left([[5, 6], [7, 8, 9, 4]], pad_id=0)
-    >>> ids
-    tensor([[0, 0, 5, 6],
-            [7, 8, 9, 4]])
-    >>> left_pad
-    tensor([2, 0])
+        5 6 _ _    lengths become 2 and 4, so that the next token of the first row overwrites the
+        7 8 9 4    padding
     """
-    longest = max(map(len, prompts))
-    left_pad = [longest - len(prompt) for prompt in prompts]
-    rows = [[pad_id] * pad + prompt for pad, prompt in zip(left_pad, prompts, strict=True)]
-    if any(left_pad):
-        return torch.tensor(rows), torch.tensor(left_pad)
-    return torch.tensor(rows), None
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    states = network.hidden(ids.to(network.device), cache=cache)  # (B, T, D)
+    cache.lengths.copy_(lengths)
+    return states[torch.arange(len(prompts)), lengths - 1]
 
 
 def stop_ids(model: Phi, eos_token_id: Eos) -> set[int]:

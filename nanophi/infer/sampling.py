@@ -3,12 +3,14 @@
 The table FILTERS lists the filters in the order in which `choose` applies them:
 
     logits (B, V)
+      -> logit_bias              numbers added to some logits
       -> repetition_penalty      ids that occurred already become less likely
       -> no_repeat_ngram_size    ids that would repeat a run of ids are forbidden
       -> greedy: argmax          (temperature 0; what follows applies to sampling only)
       -> temperature             logits / temperature
       -> top_k                   only the k likeliest ids stay
       -> top_p                   only the likeliest ids stay that together reach p
+      -> min_p                   only ids stay that have this share of the best id's probability
       -> softmax, then one random id per row
 
 Order and meaning are those of transformers' generate, so that the same settings give the same
@@ -18,19 +20,17 @@ that would forbid all ids of a row leaves the row as it was, so that there is al
 A new filter is one function and one row; `generate`, `stream` and the flags of generate.py
 all read the table. For example:
 
-    def keep_min_p(logits, history, p):
-        probabilities = logits.softmax(-1)
-        highest = probabilities.max(-1, keepdim=True).values
-        return logits.masked_fill(probabilities < p * highest, NEVER)
+    def keep_above(logits, history, smallest):
+        return logits.masked_fill(logits.softmax(-1) < smallest, NEVER)
 
-    FILTERS["min_p"] = Filter(keep_min_p, float, None, "drop tokens below this share of the best")
-    nanophi.generate(model, ids, temperature=0.8, min_p=0.1)
+    FILTERS["epsilon"] = Filter(keep_above, float, 0.0, "drop tokens below this probability")
+    nanophi.generate(model, ids, temperature=0.8, epsilon=1e-3)
 
     B rows, V vocabulary; logits (B, V) fp32; history: for each row, the ids of its prompt and of
     its answer so far
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -38,12 +38,41 @@ import torch
 from torch import Tensor
 
 from nanophi.cli import UserError, outside, row_named
-from nanophi.expect import KINDS, Expected, shown
+from nanophi.expect import KINDS, Expected, check, shown
 from nanophi.model.phi import MASKED_BIAS
 
 NEVER = float("-inf")  # the logit of a forbidden id: its probability is exactly 0
 
-History = list[list[int]]
+
+class Ids(list[int]):
+    """The ids of a row, its prompt and its answer, which grow by one a step.
+
+    They remember what followed each run of ids, so that a step need not read them all again.
+
+    >>> ids = Ids([1, 2, 3, 1, 2])
+    >>> ids.followers(3)  # after the last two ids, 1 2, there was a 3 before
+    [3]
+    """
+
+    def __init__(self, ids: Iterable[int] = ()):
+        super().__init__(ids)
+        self._followed: dict[int, dict[tuple[int, ...], list[int]]] = {}
+        self._read: dict[int, int] = {}  # by size: how many runs have been read
+
+    def followers(self, size: int) -> list[int]:
+        """The ids that followed the last size - 1 ids wherever these occurred before."""
+        followed = self._followed.setdefault(size, {})
+        runs = len(self) - size + 1
+        for start in range(self._read.get(size, 0), runs):
+            *prefix, last = self[start : start + size]
+            followed.setdefault(tuple(prefix), []).append(last)
+        self._read[size] = max(runs, 0)
+        if runs <= 0:
+            return []
+        return followed.get(tuple(self[len(self) - size + 1 :]), [])
+
+
+History = Sequence[list[int]]  # of each row; as Ids they are read once
 
 # ---- the filters: (logits, history, value) -> logits
 
@@ -51,6 +80,23 @@ History = list[list[int]]
 def within_fp32(value: float) -> float:
     """A value that is neither 0 nor infinite in fp32: 1e-45 and 1e308 would make logits nan."""
     return min(max(value, 1e-30), 1e30)
+
+
+def add_bias(logits: Tensor, history: History, bias: Mapping[int, float]) -> Tensor:
+    """Add a number to the logits of some ids.
+
+    >>> add_bias(torch.tensor([[1.0, 3.0]]), [[]], {0: 5.0})
+    tensor([[6., 3.]])
+    """
+    unknown = [token for token in bias if not 0 <= token < logits.shape[-1]]
+    if unknown:
+        raise UserError(
+            f"logit_bias names id {unknown[0]}, the model knows ids 0 to {logits.shape[-1] - 1}"
+        )
+    logits = logits.clone()
+    ids = torch.tensor(list(bias), device=logits.device)
+    logits[:, ids] += torch.tensor(list(bias.values()), device=logits.device)
+    return logits
 
 
 def penalize_repetition(logits: Tensor, history: History, penalty: float) -> Tensor:
@@ -84,12 +130,8 @@ def forbid_repeated_ngrams(logits: Tensor, history: History, size: int) -> Tenso
     """
     logits = logits.clone()
     for row, ids in zip(logits, history, strict=True):
-        if len(ids) < size:
-            continue
-        prefix = ids[len(ids) - size + 1 :]  # the last size - 1 ids
-        starts = range(len(ids) - size + 1)
-        banned = [ids[i + size - 1] for i in starts if ids[i : i + size - 1] == prefix]
-        row[banned] = NEVER
+        known = ids if isinstance(ids, Ids) else Ids(ids)
+        row[known.followers(size)] = NEVER
     return logits
 
 
@@ -135,6 +177,17 @@ def keep_top_p(logits: Tensor, history: History, p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(-1, order, outside), NEVER)
 
 
+def keep_min_p(logits: Tensor, history: History, share: float) -> Tensor:
+    """Forbid ids less likely than this share of the likeliest (Nguyen et al. 2024).
+
+    >>> keep_min_p(torch.tensor([[0.6, 0.3, 0.1]]).log(), [[]], share=0.3).exp()
+    tensor([[0.6000, 0.3000, 0.0000]])
+    """
+    probabilities = logits.softmax(-1)
+    likeliest = probabilities.amax(-1, keepdim=True)
+    return logits.masked_fill(probabilities < share * likeliest, NEVER)
+
+
 # ---- the table
 
 
@@ -153,6 +206,12 @@ class Filter:
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a value of another type or outside of the range with a UserError."""
+        if self.kind is dict:
+            check(value, Expected(dict), name)
+            for token, number in value.items():
+                check(token, Expected(int, at_least=0), f"an id of {name}")
+                check(number, Expected(float), f"{name} of {token}")
+            return
         if not Expected(self.kind).fits(value) or outside(
             value, self.at_least, self.above, self.at_most
         ):
@@ -165,6 +224,13 @@ class Filter:
 
 
 FILTERS: dict[str, Filter] = {
+    "logit_bias": Filter(
+        add_bias,
+        kind=dict,
+        default={},
+        help="numbers to add to the logits of some ids, {id: number}",
+        greedy=True,
+    ),
     "repetition_penalty": Filter(
         penalize_repetition,
         kind=float,
@@ -203,7 +269,17 @@ FILTERS: dict[str, Filter] = {
         above=0,
         at_most=1,
     ),
+    "min_p": Filter(
+        keep_min_p,
+        kind=float,
+        default=0.0,
+        help="drop tokens less likely than this share of the likeliest",
+        at_least=0,
+        at_most=1,
+    ),
 }
+
+FLAGS = {name: row for name, row in FILTERS.items() if row.kind is not dict}  # of generate.py
 
 
 class Keywords(TypedDict, total=False):
@@ -212,11 +288,13 @@ class Keywords(TypedDict, total=False):
     The code reads FILTERS; a filter that is added there works without an entry here.
     """
 
+    logit_bias: Mapping[int, float] | None
     repetition_penalty: float | None
     no_repeat_ngram_size: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float | None
 
 
 # ---- choosing
@@ -232,7 +310,7 @@ class Sampling:
     Sampling(temperature=0.8, top_k=5)
     >>> Sampling(temprature=0.8)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    nanophi.cli.UserError: no sampling filter is called 'temprature'; there are repetition_...
+    nanophi.cli.UserError: no sampling filter is called 'temprature'; there are logit_bias, ...
     """
 
     def __init__(self, **values: Unpack[Keywords]):
@@ -268,7 +346,12 @@ def choose(
     [2]
     """
     logits = logits.float()
-    if not (logits < float("inf")).all().tolist():  # no comparison with nan is true
+    if not how.chosen:  # the usual case, in one pass
+        likeliest = logits.max(-1)
+        if all(NEVER < logit < float("inf") for logit in likeliest.values.tolist()):
+            return likeliest.indices.tolist()
+    are_numbers = (logits < float("inf")).all() & (logits > NEVER).any(-1).all()
+    if not are_numbers.item():  # no comparison with nan is true
         raise UserError(
             "the model computes no probabilities: some of its logits are nan or infinite, so its "
             "weights are damaged or far too large, or their dtype is too narrow (model.float())"

@@ -235,8 +235,9 @@ def plan_attention(
 
     if cache is not None:
         assert cu_seqlens is None, "a KV cache holds one document per row"
-        plan.visible = cache.visible(time)
-        return cache.positions(time), plan
+        positions = cache.begin(time)
+        plan.visible = cache.visible()
+        return positions, plan
 
     if cu_seqlens is None or not isolates:
         assert branches is None, "answers that share their prompt must be isolated"

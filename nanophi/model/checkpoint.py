@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanophi.cli import SHOWN, UserError
-from nanophi.expect import Expected, check_fields, path_of, read_json, shown
+from nanophi.expect import Expected, check, check_fields, path_of, read_json, shown
 from nanophi.files import finish, replacing, together, write_json
 from nanophi.model.config import PHI, PhiConfig
-from nanophi.model.phi import MASKED_BIAS, Phi
+from nanophi.model.phi import DECODING_WEIGHTS, MASKED_BIAS, Phi
 from nanophi.tokenizer.template import template_named
 from nanophi.tokenizer.tokenizer import Tokenizer
 
@@ -219,7 +219,10 @@ def pick_device(name: str) -> str:
 
 
 def load(
-    directory: str | Path, device: str = "cpu", network: type[Phi] = Phi
+    directory: str | Path,
+    device: str = "cpu",
+    network: type[Phi] = Phi,
+    weights: str = "fp32",
 ) -> tuple[Phi, Tokenizer | None]:
     """Read any PhiForCausalLM directory with safetensors -> (model, tokenizer or None).
 
@@ -227,11 +230,14 @@ def load(
 
     device:  as `pick_device` takes it, for example "auto"
     network: the class that computes it; a changed one reads what it has saved
+    weights: how `generate` keeps them, one of phi.DECODING_WEIGHTS. "fp16" decodes several times as
+             fast on a CPU, and changes the logits in the fourth digit
 
     Raises a UserError that names the file if the directory holds no model, or another one than
     config.json says.
     """
     device = pick_device(device)
+    check(weights, Expected(str, choices=DECODING_WEIGHTS), "weights")
     directory = path_of(directory, "the directory of a model")
     finish(directory)  # what a killed `save` has left
     cfg = _read_config(directory, network.architecture)
@@ -251,11 +257,15 @@ def load(
     if (directory / "tokenizer.json").exists():
         tok = Tokenizer.load(directory)
     model.to(device)
+    model.decoding_weights = weights
     return model.requires_grad_().eval(), tok
 
 
 def load_with_tokenizer(
-    directory: str | Path, device: str = "cpu", template: str | None = None
+    directory: str | Path,
+    device: str = "cpu",
+    template: str | None = None,
+    weights: str = "fp32",
 ) -> tuple[Phi, Tokenizer]:
     """`load`, for callers that need the tokenizer too.
 
@@ -263,7 +273,7 @@ def load_with_tokenizer(
 
     Raises a UserError if there is none or if it does not fit the model.
     """
-    model, tok = load(directory, device)
+    model, tok = load(directory, device, weights=weights)
     if tok is None:
         raise UserError(
             f"{directory} holds no tokenizer.json; the tokenizer travels inside a checkpoint "

@@ -36,6 +36,7 @@ from nanophi.model.config import PhiConfig
 
 # lm_head.bias of ids that no tokenizer uses. It is finite, and the probability becomes exactly 0.
 MASKED_BIAS = -1e4
+DECODING_WEIGHTS = ("auto", "fp32", "fp16", "int8")
 
 
 # ---- positions: rotary embedding
@@ -79,75 +80,93 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class KVCache:
     """Keys and values of every layer, preallocated. With them, each step of decoding computes only
-    the new token.
+    the new tokens.
 
-    Prompts of unequal length are padded on the left, and `left_pad` (B,) holds the number of padded
-    places. Positions start at the first real token. Padding is hidden from real tokens. A padded
-    place sees only itself; otherwise its softmax would have no key:
+    Rows may hold different numbers of tokens. New tokens go behind those of their own row, and see
+    these and themselves:
 
-        left_pad [2, 0]      row 0   _ _ 感 冒     positions 0 0 0 1     _  sees  x . . .
-                             row 1   你 是 谁 ？             0 1 2 3     _        . x . .
-                                                                         感       . . x .
-                                                                         冒       . . x x
+        lengths [2, 4]    row 0   感 冒 x _ _ _     the next token x is at position 2
+                          row 1   你 是 谁 ？ x _                            position 4
+
+    Prompts of unequal length are padded on the right. Whoever calls `Phi.hidden` with them sets
+    `lengths` to the real ones afterwards: then nothing sees the padding, and new tokens overwrite
+    it.
     """
 
-    def __init__(
-        self,
-        cfg: PhiConfig,
-        batch: int,
-        max_len: int,
-        like: Tensor,
-        left_pad: Tensor | None = None,
-    ):
-        """Room for max_len tokens in each of `batch` rows. like: has the dtype and the device."""
-        shape = (cfg.num_hidden_layers, 2, batch, cfg.key_heads, max_len, cfg.head_dim)
+    def __init__(self, cfg: PhiConfig, rows: int, room: int, like: Tensor):
+        """Room for so many tokens in each row. like: has the dtype and the device"""
+        shape = (cfg.num_hidden_layers, 2, rows, cfg.key_heads, room, cfg.head_dim)
         try:
-            self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+            # Zeros, because a row sees the places behind its end with a weight of 0, and 0 * nan
+            # is nan.
+            self.store = torch.zeros(shape, dtype=like.dtype, device=like.device)
         except RuntimeError:
             gigabytes = math.prod(shape) * like.itemsize / 1e9
             raise UserError(
-                f"keys and values of {batch} rows of {max_len:,} tokens take {gigabytes:,.0f} GB, "
-                "more than there is: lower max_new_tokens"
+                f"keys and values of {rows} rows of {room:,} tokens take {gigabytes:,.0f} GB, more "
+                "than there is: lower max_new_tokens"
             ) from None
-        self.length = 0  # tokens that all layers hold; Phi.hidden advances it after the last layer
-        self.left_pad = left_pad
+        self.lengths = torch.zeros(rows, dtype=torch.int64)  # on the CPU, which plans the steps
+        self.places = torch.zeros(0, dtype=torch.int64)
+        self.start: int | None = 0
 
     def __repr__(self) -> str:
-        batch, _, max_len = self.store.shape[2:5]
-        return f"KVCache({self.length} of {max_len} tokens, {batch} rows)"
+        rows, _, room = self.store.shape[2:5]
+        return f"KVCache({int(self.lengths.max())} of {room} tokens, {rows} rows)"
+
+    def part(self, first: int, stop: int) -> "KVCache":
+        """The rows [first, stop) as a cache of their own, in the same memory."""
+        part = copy(self)
+        part.store = self.store[:, :, first:stop]
+        part.lengths = self.lengths[first:stop]
+        return part
+
+    def move(self, source: int, target: int) -> None:
+        """Give row `target` what row `source` holds."""
+        length = int(self.lengths[source])
+        self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
+        self.lengths[target] = length
+
+    def begin(self, time: int) -> Tensor:
+        """Prepare a pass over the next `time` tokens of each row: their positions, (B or 1, T)."""
+        lengths = self.lengths.tolist()
+        room = self.store.shape[4]
+        end = max(lengths) + time
+        assert end <= room, f"the KV cache holds {room} tokens, {end} are needed"
+        is_even = min(lengths) == max(lengths)
+        self.start = lengths[0] if is_even else None
+        starts = self.lengths[:1] if is_even else self.lengths
+        self.places = (starts[:, None] + torch.arange(time)).to(self.store.device)
+        return self.places
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, key heads, T, K) of one layer; return all that it holds.
+        """Append k and v (B, T, key heads, K) of one layer; return all that it holds.
 
-        They are two tensors (B, key heads, S, K).
+        They are two tensors (B, key heads, S, K). S is that of the longest row.
         """
-        end = self.length + k.shape[2]
-        room = self.store.shape[4]
-        assert end <= room, f"the KV cache holds {room} tokens, {end} are needed"
-        self.store[layer, 0, :, :, self.length : end] = k
-        self.store[layer, 1, :, :, self.length : end] = v
-        keys, values = self.store[layer, :, :, :, :end]
+        return self.append(layer, torch.stack((k, v), dim=2))
+
+    def append(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` with keys and values in one tensor (B, T, 2, key heads, K)."""
+        time = new.shape[1]
+        held = self.store[layer]  # (2, B, key heads, room, K)
+        if self.start is not None:
+            end = self.start + time
+            held[:, :, :, self.start : end] = new.permute(2, 0, 3, 1, 4)
+        else:
+            end = int(self.lengths.max()) + time
+            rows = torch.arange(len(new), device=new.device)[:, None]
+            held[:, rows, :, self.places] = new
+        keys, values = held[:, :, :, :end].unbind(0)
         return keys, values
 
-    def positions(self, time: int) -> Tensor:
-        """Positions of the next `time` tokens: (B or 1, T)."""
-        index = torch.arange(self.length, self.length + time, device=self.store.device)[None]
-        if self.left_pad is None:
-            return index
-        return (index - self.left_pad[:, None]).clamp(min=0)
-
-    def visible(self, time: int) -> Tensor | None:
-        """What the next `time` queries see: bool (B or 1, 1, T, S); None for plain causal."""
-        if self.left_pad is None and self.length == 0:
+    def visible(self) -> Tensor | None:
+        """What the queries of this pass see: bool (B or 1, 1, T, S); None for plain causal."""
+        if self.start == 0:
             return None
-        keys = torch.arange(self.length + time, device=self.store.device)
-        queries = keys[self.length :, None]
-        causal = keys <= queries  # (T, S)
-        if self.left_pad is None:
-            return causal[None, None]
-        real = keys >= self.left_pad[:, None, None]  # (B, 1, S)
-        itself = keys == queries
-        return ((causal & real) | itself)[:, None]
+        time = self.places.shape[1]
+        keys = torch.arange(int(self.lengths.max()) + time, device=self.store.device)
+        return (keys <= self.places[:, :, None])[:, None]
 
 
 # ---- the network
@@ -187,9 +206,11 @@ class Attention(nn.Module):
         k = rotate(k, *rotary)
 
         # (B, H, T, K) as a view: in memory the heads of a token stay together.
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q = q.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
+        else:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
         out = attend(q, k, v, plan)
         return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -283,6 +304,9 @@ class Phi(nn.Module):
     something else. `save` and `train` check it.
     """
 
+    decoding_weights = "fp32"
+    """How `generate` keeps the weights: one of DECODING_WEIGHTS, see infer/products.py."""
+
     def __init__(self, cfg: PhiConfig, attention: str = "auto"):
         super().__init__()
         if not isinstance(cfg, PhiConfig):
@@ -353,7 +377,7 @@ class Phi(nn.Module):
         if record is not None:
             record.hidden.append(x.detach())
         if cache is not None:
-            cache.length += time
+            cache.lengths += time
         return self.model.final_layernorm(x)
 
     def forward(

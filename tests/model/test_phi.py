@@ -151,11 +151,40 @@ def test_cached_equals_uncached(shape, attention):
     assert (torch.cat(steps, dim=1) - model(ids)).abs().max() < 2e-5
 
 
-def test_left_padding_changes_nothing():
-    model, ids = tiny_model(), tokens(1, 9)
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
-    cache = KVCache(model.cfg, 1, 13, model.lm_head.weight, left_pad=torch.tensor([4]))
-    assert (model(padded, cache=cache)[:, 4:] - model(ids)).abs().max() < 1e-5
+@pytest.mark.parametrize("attention", ["manual", "sdpa"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_rows_of_a_cache_may_hold_different_numbers_of_tokens(shape, attention):
+    """Prompts are padded on the right; what follows overwrites the padding."""
+    model = tiny_model(**shape)
+    model.attention = attention
+    ids = tokens(3, 12)
+    cache = KVCache(model.cfg, 3, 12, model.lm_head.weight)
+    lengths = [2, 7, 4]
+    padded = ids[:, :7].clone()
+    for row, length in zip(padded, lengths, strict=True):
+        row[length:] = 9
+    found = model(padded, cache=cache)
+    cache.lengths[:] = torch.tensor(lengths)
+    expected = model(ids)
+    for row, length in enumerate(lengths):
+        assert (found[row, :length] - expected[row, :length]).abs().max() < 2e-5
+    for time in (1, 3, 1):
+        more = torch.stack([ids[row, n : n + time] for row, n in enumerate(cache.lengths.tolist())])
+        starts = cache.lengths.tolist()
+        found = model(more, cache=cache)
+        for row, start in enumerate(starts):
+            assert (found[row] - expected[row, start : start + time]).abs().max() < 2e-5
+    assert cache.lengths.tolist() == [7, 12, 9]
+
+
+def test_a_part_of_a_cache_goes_on_alone_and_rows_move():
+    model, ids = tiny_model(), tokens(3, 10)
+    cache = KVCache(model.cfg, 3, 10, model.lm_head.weight)
+    model(ids[:, :5], cache=cache)
+    cache.move(2, 0)
+    found = model(ids[[2], 5:8], cache=cache.part(0, 1))
+    assert cache.lengths.tolist() == [8, 5, 5]
+    assert (found - model(ids)[[2], 5:8]).abs().max() < 2e-5
 
 
 def test_forbidden_ids_are_never_likely_and_can_be_allowed():

@@ -1,0 +1,153 @@
+"""Tokens a second of greedy decoding beside transformers' generate: the same weights and prompts.
+
+    python bench/decoding.py --models 8m --rows 1 4 8
+    python bench/decoding.py --models 0.2b --rows 1 4 8 --tokens 24
+
+Each side is a process of its own on the same core(s), and the sides take turns. The weights are
+random, the prompts 32 tokens long, and no answer ends early. A run reads the prompts and writes
+--tokens tokens for each; the median of all runs but the first counts.
+
+    fp32, fp16, int8     this repository, by the precision of the weights
+    hf-dynamic           transformers with sdpa attention and its usual cache
+    hf-static            the same with a static cache
+    hf-compiled          the same, its forward pass by torch.compile (--compiled)
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+from machine import cpu_has, cpu_name, measured_alone
+from table import print_head, print_row
+
+from nanophi.cli import flag, run_command
+from nanophi.infer.products import PRODUCTS, why_not
+
+MODELS = {  # name -> preset, changes
+    "8m": ("demo", {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 5,
+                    "num_attention_heads": 8, "intermediate_size": 1024,
+                    "max_position_embeddings": 512}),
+    "0.2b": ("phi2-chinese-0.2b", {}),
+}  # fmt: skip
+OURS = [name for name in PRODUCTS if why_not(name) is None]
+THEIRS = ("hf-dynamic", "hf-static")
+PROMPT = 32
+
+
+@dataclass(kw_only=True)
+class Config:
+    models: list[str] = flag(help=f"of {', '.join(MODELS)}")
+    rows: list[int] = flag(help="answers at once")
+    tokens: int = flag(100, at_least=2, help="of each answer")
+    cores: int = flag(1, at_least=1, help="cores of each side")
+    repeats: int = flag(3, at_least=1, help="processes of each side, taking turns")
+    compiled: bool = flag(False, help="also transformers with torch.compile, which takes minutes")
+
+
+def main(cfg: Config) -> None:
+    cores = sorted(os.sched_getaffinity(0))[-cfg.cores :]
+    features = [name for name in ("avx512_vnni", "avx512f", "avx2") if cpu_has(name)]
+    print(
+        f"{len(cores)} core(s) of {cpu_name()} ({', '.join(features)}), {cfg.tokens} tokens, "
+        f"medians of {cfg.repeats} processes\n"
+    )
+    print_head("model", "rows", "side", "tokens/s", "x transformers", "as fp32's")
+    sides = [*OURS, *THEIRS, *(["hf-compiled"] if cfg.compiled else [])]
+    for name in cfg.models:
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(name, folder)
+            for rows in cfg.rows:
+                compare(cfg, cores, sides, name, folder, rows)
+
+
+def make_model(name: str, folder: str) -> None:
+    import torch
+
+    from nanophi.model.checkpoint import save
+    from nanophi.model.config import PhiConfig
+    from nanophi.model.phi import Phi
+
+    torch.manual_seed(0)
+    preset, changes = MODELS[name]
+    save(folder, Phi(PhiConfig.preset(preset, **changes)))
+
+
+def compare(
+    cfg: Config, cores: list[int], sides: list[str], name: str, folder: str, rows: int
+) -> None:
+    """Run the sides by turns, and print a row for each; all are held against the best of HF's."""
+    speeds: dict[str, list[float]] = {side: [] for side in sides}
+    answers = {}
+    for _ in range(cfg.repeats):
+        for side in sides:
+            given = [side, folder, str(rows), str(cfg.tokens), str(cfg.cores)]
+            measured = measured_alone(__file__, given, cores)
+            if measured is not None:
+                speeds[side].append(measured["speed"])
+                answers[side] = measured["answers"]
+    medians = {side: statistics.median(several) for side, several in speeds.items() if several}
+    best = max((speed for side, speed in medians.items() if side.startswith("hf")), default=None)
+    for side, speed in medians.items():
+        same = sum(a == b for a, b in zip(answers[side], answers["fp32"], strict=True))
+        ratio = f"{speed / best:.2f}" if best else ""
+        print_row(name, str(rows), side, f"{speed:,.1f}", ratio, f"{same} of {rows}")
+
+
+# ---- one run, in a process of its own
+
+
+def work(side: str, folder: str, rows: str, tokens: str, cores: str) -> None:
+    """Decode several times, and print the speed and the last answers as JSON."""
+    import torch
+
+    torch.set_num_threads(int(cores))
+    prompts = [[7 + (row * 31 + i * 13) % 4000 for i in range(PROMPT)] for row in range(int(rows))]
+    decode = transformers(side, folder) if side.startswith("hf") else nanophi(side, folder)
+    speeds = []
+    answers: list[list[int]] = []
+    for _ in range(4):
+        started = time.perf_counter()
+        answers = decode(prompts, int(tokens))
+        speeds.append(int(rows) * int(tokens) / (time.perf_counter() - started))
+    print(json.dumps({"speed": statistics.median(speeds[1:]), "answers": answers}))
+
+
+def nanophi(side: str, folder: str):
+    from nanophi.infer.generate import generate
+    from nanophi.model.checkpoint import load
+
+    model, _ = load(folder)
+    model.decoding_weights = side
+    return lambda prompts, tokens: generate(model, prompts, tokens, eos_token_id=None)
+
+
+def transformers(side: str, folder: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model.generation_config.eos_token_id = None
+    if side == "hf-compiled":
+        model.forward = torch.compile(model.forward, dynamic=True)
+    how = {} if side == "hf-dynamic" else {"cache_implementation": "static"}
+
+    def decode(prompts, tokens):
+        ids = torch.tensor(prompts)
+        done = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+            pad_token_id=0, **how,
+        )  # fmt: skip
+        return done[:, ids.shape[1] :].tolist()
+
+    return decode
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        work(*sys.argv[2:])
+    else:
+        run_command(Config, main)
