@@ -1,5 +1,5 @@
-"""Answer a prompt, chat in the terminal, answer from documents, compare two models, or learn from
-a person which of two answers is better.
+"""Answer a prompt, chat in the terminal or in a browser, answer from documents, compare two models,
+or learn from a person which of two answers is better.
 
     python generate.py --model out/dpo --prompt 感冒了要怎么办？
     python generate.py --model out/dpo --chat
@@ -7,6 +7,7 @@ a person which of two answers is better.
     python generate.py --model out/sft --compare out/dpo
     python generate.py --model out/sft --compare out/dpo --prefer mine.jsonl
     python generate.py --model out/sft --temperature 0.8 --prefer mine.jsonl
+    python generate.py --model out/dpo --serve
 
 Greedy unless --temperature is given. With --prompt only the answer goes to standard output
 (sources to standard error); without it, --chat, --rag and --compare ask for questions until /exit
@@ -17,6 +18,11 @@ the program. An answer ends where the context of the model is full, with a note 
 models, or two samples of one. Type 1 or 2 for the better one, or s to skip. Each choice is appended
 to the file at once, as a row that dpo.py reads, so Ctrl-C and Ctrl-D lose nothing. A file of such
 rows is continued. Each question stands alone: no turn before it is shown to the models.
+
+--serve opens a page to chat on, and an API in the form of OpenAI's, http://HOST:PORT/v1. Requests
+are answered together; the sampling flags hold where a request says nothing. With --compare both
+models are there, with --prefer the page asks which answer is better. --api-key, or the environment
+variable NANOPHI_API_KEY, lets in only those who know it.
 """
 
 import os
@@ -56,6 +62,12 @@ class Config:
     prefer: str | None = flag(
         None, help="ask which of two answers is better, and append the choices to this .jsonl"
     )
+    serve: bool = flag(False, help="a page in the browser and an API; needs starlette and uvicorn")
+    host: str = flag("127.0.0.1", help="--serve: 0.0.0.0 lets other machines in")
+    port: int = flag(8000, at_least=0, at_most=65535, help="--serve: 0 takes a free one")
+    api_key: str | None = flag(None, help="--serve: what clients have to know")
+    rows: int = flag(8, at_least=1, at_most=1024, help="--serve: answers at the same time")
+    queue: int = flag(64, at_least=1, at_most=10**6, help="--serve: requests that may wait")
     raw: bool = flag(False, help="continue --prompt as it is, without the template")
     history: int = flag(
         0,
@@ -82,6 +94,9 @@ class Config:
 def main(cfg: Config) -> None:
     # 1. what to do
     check(cfg)
+    if cfg.serve:
+        serve(cfg)
+        return
     if cfg.prefer is not None:
         prefer(cfg)
         return
@@ -111,13 +126,16 @@ def loaded(directory: str, cfg: Config) -> tuple[Phi, Tokenizer]:
 def check(cfg: Config) -> None:
     """Refuse flags that contradict each other, before the model is loaded."""
     modes = [name for name in ("chat", "rag", "compare") if getattr(cfg, name)]
-    if cfg.prefer is not None:
+    if cfg.serve:
+        check_serve(cfg)
+        modes = ["serve"]
+    elif cfg.prefer is not None:
         check_prefer(cfg)
         modes = ["prefer"]
     nothing_to_do = not modes and cfg.prompt is None
     if len(modes) > 1 or nothing_to_do or (cfg.chat and cfg.prompt is not None):
         raise UserError(
-            "say what to do: --prompt TEXT or --chat; --rag FILES, --compare DIR or "
+            "say what to do: --prompt TEXT, --chat or --serve; --rag FILES, --compare DIR or "
             "--prefer FILE, with --prompt or without"
         )
     if cfg.raw and modes:
@@ -133,6 +151,13 @@ def check(cfg: Config) -> None:
         raise UserError(f"--compare {cfg.compare} is the model itself: name another")
 
 
+def check_serve(cfg: Config) -> None:
+    """Refuse flags that contradict --serve."""
+    others = [name for name in ("chat", "rag", "prompt", "raw") if getattr(cfg, name)]
+    if others:
+        raise UserError(f"--serve goes without --{others[0]}: the page and its users ask")
+
+
 def check_prefer(cfg: Config) -> None:
     """Refuse flags that contradict --prefer."""
     if cfg.chat or cfg.rag:
@@ -145,6 +170,31 @@ def check_prefer(cfg: Config) -> None:
             "--prefer without --compare shows two samples of one model, which would be equal: give "
             "--temperature too, 0.8 say, or --compare DIR"
         )
+
+
+def serve(cfg: Config) -> None:
+    """Serve the model, and that of --compare, until Ctrl-C."""
+    from nanophi.infer.engine import Engine
+    from nanophi.infer.openai_api import Defaults
+    from nanophi.infer.server import Settings, listen, serve_at
+
+    directories = [path for path in (cfg.model, cfg.compare) if path is not None]
+    outputs = [] if cfg.prefer is None else [Output("--prefer", cfg.prefer, suffix=".jsonl")]
+    with claim(directories, *outputs), listen(cfg.host, cfg.port) as listening:
+        preferences = None if cfg.prefer is None else Preferences(cfg.prefer)
+        engines = {}
+        for directory in directories:
+            model, tok = loaded(directory, cfg)
+            name = os.path.basename(os.path.realpath(directory))
+            engines[directory if name in engines else name] = Engine(
+                model, tok, cfg.rows, cfg.queue
+            )
+        settings = Settings(
+            api_key=cfg.api_key or os.environ.get("NANOPHI_API_KEY"),
+            history=cfg.history,
+            defaults=Defaults(cfg.max_new_tokens, cfg.sampling, cfg.bos),
+        )
+        serve_at(listening, engines, settings, preferences)
 
 
 def prefer(cfg: Config) -> None:

@@ -127,6 +127,13 @@ class KVCache:
         self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
         self.lengths[target] = length
 
+    def swap(self, first: int, second: int) -> None:
+        """Let two rows change places."""
+        longest = int(self.lengths[[first, second]].max())
+        held = self.store[:, :, [first, second], :, :longest]  # a copy
+        self.store[:, :, [second, first], :, :longest] = held
+        self.lengths[[second, first]] = self.lengths[[first, second]]
+
     def begin(self, time: int) -> Tensor:
         """Prepare a pass over the next `time` tokens of each row: their positions, (B or 1, T)."""
         lengths = self.lengths.tolist()
