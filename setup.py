@@ -9,7 +9,8 @@ HERE = Path(__file__).parent
 plot = ["matplotlib>=3.8"]
 zst = ["backports.zstd; python_version < '3.14'"]
 parquet = ["pyarrow"]
-oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0"]
+serve = ["starlette>=0.49", "uvicorn>=0.38"]
+oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0", "openai>=2"]
 
 setup(
     name="nanophi",
@@ -21,7 +22,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["nanophi", "nanophi.*"]),
-    package_data={"nanophi": ["py.typed"]},
+    package_data={"nanophi": ["py.typed", "infer/page.html"]},
     install_requires=[
         "torch>=2.9",
         "numpy>=2.0",
@@ -35,9 +36,10 @@ setup(
         "plot": plot,
         "zst": zst,
         "parquet": parquet,
+        "serve": serve,
         "test": [
             *("pytest>=8", "pytest-cov>=6", "hypothesis>=6", "ruff", "mypy"),
-            *(*oracles, *plot, *zst, *parquet),
+            *(*oracles, *plot, *zst, *parquet, *serve),
         ],
     },
 )

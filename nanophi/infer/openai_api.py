@@ -62,6 +62,7 @@ COMMON = {
     "stream_options": Expected(dict, optional=True),
     "logit_bias": Expected(dict, optional=True),
     "user": Expected(str, optional=True),
+    "return_token_ids": Expected(bool, optional=True),  # as vLLM takes it
     # These are not built. Their neutral values are taken, so that clients which send them work.
     "presence_penalty": Expected(float, at_least=0, at_most=0, optional=True),
     "frequency_penalty": Expected(float, at_least=0, at_most=0, optional=True),
@@ -95,6 +96,7 @@ class Ask:
     how: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     with_usage: bool = False  # a last chunk that counts the tokens
+    with_ids: bool = False  # each choice holds its token ids
 
 
 def read_body(data: bytes) -> dict:
@@ -147,6 +149,7 @@ def read_ask(body: dict, tok: Tokenizer, in_chat: bool, defaults: Defaults) -> A
         how=how,
         stream=bool(body.get("stream")),
         with_usage=with_usage,
+        with_ids=bool(body.get("return_token_ids")),
     )
 
 
@@ -251,6 +254,7 @@ class Reply:
     model: str
     in_chat: bool
     tok: Tokenizer
+    ask: Ask
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -273,8 +277,7 @@ class Reply:
                 choice["message"] = {"role": "assistant", "content": said.text, "refusal": None}
             else:
                 choice["text"] = said.text
-            choice["logprobs"] = self.logprobs(said.tokens) if said.with_logprobs else None
-            made.append(choice)
+            made.append(choice | self.details(said))
         kind = "chat.completion" if self.in_chat else "text_completion"
         return self._object(kind, made) | {"usage": usage}
 
@@ -288,10 +291,17 @@ class Reply:
             choice["delta"] = delta
         else:
             choice["text"] = said.text
-        choice["logprobs"] = self.logprobs(said.tokens) if said.with_logprobs else None
-        return self._object(
-            "chat.completion.chunk" if self.in_chat else "text_completion", [choice]
-        )
+        kind = "chat.completion.chunk" if self.in_chat else "text_completion"
+        return self._object(kind, [choice | self.details(said)])
+
+    def details(self, said: "Said") -> dict:
+        """What a choice tells of its tokens, where the client asks for it."""
+        found: dict[str, Any] = {"logprobs": None}
+        if self.ask.logprobs is not None:
+            found["logprobs"] = self.logprobs(said.tokens)
+        if self.ask.with_ids:
+            found["token_ids"] = [token.id for token in said.tokens]
+        return found
 
     def usage_chunk(self, usage: dict) -> dict:
         """The last part of a stream that asked for the counts."""
@@ -332,7 +342,6 @@ class Said:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
-    with_logprobs: bool = False
 
 
 def usage_of(prompt: int, answered: int, reused: int) -> dict:

@@ -221,8 +221,11 @@ class App:
                 "models": list(self.engines),
                 "prefer": self.preferences is not None,
                 "locked": self.settings.api_key is not None,
-                "history": self.settings.history,
-                "context": [engine.room for engine in self.engines.values()],
+                "settings": {
+                    "history": self.settings.history,
+                    "max_tokens": self.settings.defaults.max_new_tokens,
+                    **self.settings.defaults.how,
+                },
             }
         )
         text = PAGE.read_text(encoding="utf-8").replace(
@@ -267,7 +270,7 @@ class App:
         body = await read(request)
         name, engine = self._engine(body.get("model"))
         ask = read_ask(body, engine.tok, in_chat, self.settings.defaults)
-        reply = Reply(name, in_chat, engine.tok)
+        reply = Reply(name, in_chat, engine.tok, ask)
         answering = Answering(engine, ask, self.settings.seconds, self.counts)
         if ask.stream:
             return StreamingResponse(
@@ -455,11 +458,11 @@ class Answering:
                 going_on -= 1
                 self.counts.ended(piece.finish)
             tokens = [] if piece.token is None else [piece.token]
-            yield index, Said(piece.text, tokens, piece.finish, self.ask.logprobs is not None)
+            yield index, Said(piece.text, tokens, piece.finish)
 
     async def whole(self) -> list[Said]:
         """All choices, when they are complete."""
-        choices = [Said(with_logprobs=self.ask.logprobs is not None) for _ in self.requests]
+        choices = [Said() for _ in self.requests]
         async for index, part in self.stream():
             choices[index].text += part.text
             choices[index].tokens += part.tokens
@@ -476,7 +479,8 @@ class Answering:
         begun: set[int] = set()
         try:
             async for index, part in self.stream():
-                if not (part.text or part.finish or part.with_logprobs or index not in begun):
+                tells_more = self.ask.with_ids or self.ask.logprobs is not None
+                if not (part.text or part.finish or tells_more or index not in begun):
                     continue  # half a character: nothing to show yet
                 yield event(reply.chunk(index, part, first=index not in begun))
                 begun.add(index)
