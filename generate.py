@@ -27,6 +27,7 @@ variable NANOPHI_API_KEY, lets in only those who know it.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,6 +81,12 @@ class Config:
     )
     max_new_tokens: int = flag(256, at_least=1, help="longest answer")
     sampling: dict = flag(table=FLAGS)  # --temperature, --top-k ...: one flag for each filter
+    lookup: int = flag(
+        0,
+        at_least=0,
+        help="guess so many tokens a step from the prompt; 3 suits --rag; greedy only",
+    )
+    speed: bool = flag(False, help="say on standard error how many tokens a second came")
     seed: int = flag(0, at_least=0, help="of the sampling, and of the order with --prefer")
     bos: bool = flag(False, help="put [BOS] first, for models trained with --bos")
     template: str | None = template_flag()
@@ -269,9 +276,16 @@ def answer(
     if generator is None:
         generator = torch.Generator(model.device).manual_seed(cfg.seed)
     stream_of_pieces = stream(
-        model, tok, prompt, cfg.max_new_tokens, generator=generator, **cfg.sampling
+        model,
+        tok,
+        prompt,
+        cfg.max_new_tokens,
+        generator=generator,
+        lookup=cfg.lookup,
+        **cfg.sampling,
     )
     pieces: list[str] = []
+    began = time.perf_counter()
     while True:
         try:
             piece = next(stream_of_pieces)
@@ -283,6 +297,10 @@ def answer(
             print(piece, end="", flush=True)
     if show:
         print()
+    if cfg.speed:
+        seconds = time.perf_counter() - began
+        tokens = len(tok.encode("".join(pieces)))
+        print(f"({tokens} tokens, {tokens / seconds:,.0f} a second)", file=sys.stderr)
     if context_is_full:
         context = model.cfg.max_position_embeddings
         print(f"(the answer stops: the context of {context} tokens is full)", file=sys.stderr)

@@ -58,6 +58,8 @@ class Ids(list[int]):
         super().__init__(ids)
         self._followed: dict[int, dict[tuple[int, ...], list[int]]] = {}
         self._read: dict[int, int] = {}  # by size: how many runs have been read
+        self._behind: dict[int, dict[tuple[int, ...], int]] = {}
+        self._ended: dict[int, int] = {}  # the same of `_behind`
 
     def followers(self, size: int) -> list[int]:
         """The ids that followed the last size - 1 ids wherever these occurred before."""
@@ -70,6 +72,19 @@ class Ids(list[int]):
         if runs <= 0:
             return []
         return followed.get(tuple(self[len(self) - size + 1 :]), [])
+
+    def behind_latest(self, size: int) -> int | None:
+        """The place behind the latest earlier run that equals the last `size` ids; None without.
+
+        >>> Ids([5, 6, 7, 5, 6]).behind_latest(2)
+        2
+        """
+        behind = self._behind.setdefault(size, {})
+        runs = len(self) - size  # all but the last one
+        for start in range(self._ended.get(size, 0), runs):
+            behind[tuple(self[start : start + size])] = start + size
+        self._ended[size] = max(runs, 0)
+        return behind.get(tuple(self[-size:])) if runs > 0 else None
 
 
 History = Sequence[list[int]]  # of each row; as Ids they are read once

@@ -1,16 +1,22 @@
 """Generation: transformers' tokens, cached = uncached, batched = single, whole characters only."""
 
+import functools
 import io
 import itertools
+import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import generate as script
 from nanophi import generate, save, stream
 from nanophi.cli import UserError, run_command
+from nanophi.infer.decoder import Decoder
 from nanophi.infer.generate import as_prompts
+from nanophi.infer.sampling import FILTERS, Ids
 from tests.conftest import tiny_model
 from tests.model.test_phi import hf_twin
 
@@ -299,3 +305,90 @@ def test_a_model_is_not_compared_with_itself_by_another_name(saved, capsys):
     with pytest.raises(SystemExit):
         command(saved, "--compare", f"{saved}/../model", "--prompt", "你")
     assert "is the model itself" in capsys.readouterr().err
+
+
+# ---- prompt lookup
+
+
+@given(
+    prompt=st.lists(st.integers(7, 12), min_size=1, max_size=30),
+    lookup=st.integers(1, 5),
+    length=st.integers(1, 20),
+)
+def test_lookup_changes_no_answer(prompt, lookup, length):
+    """Few different ids, so that guesses are many, right and wrong."""
+    model = looping()
+    expected = generate(model, prompt, length)
+    assert generate(model, prompt, length, lookup=lookup) == expected
+
+
+@functools.cache
+def looping():
+    return tiny_model(spread=0.3, vocab_size=64, max_position_embeddings=128)
+
+
+def test_lookup_takes_fewer_steps_where_the_answer_repeats(monkeypatch):
+    model = force(tiny_model(max_position_embeddings=128), [7, 8, 9, 10, 11, 7])
+    steps = []
+    hidden = Decoder.hidden
+    monkeypatch.setattr(
+        Decoder, "hidden", lambda self, ids, cache: steps.append(ids) or hidden(self, ids, cache)
+    )
+    assert generate(model, [7, 8, 9, 10, 11, 7], 20, lookup=4) == [8, 9, 10, 11, 7] * 4
+    taken = len([ids for ids in steps if ids.shape[0] == 1])
+    assert taken <= 8
+
+
+def test_lookup_is_for_one_greedy_answer(tok):
+    model = looping()
+    for settings in ({"temperature": 1.0}, {"no_repeat_ngram_size": 2}):
+        with pytest.raises(UserError, match="lookup is for one answer, greedy"):
+            generate(model, [7, 8], 4, lookup=3, **settings)
+    with pytest.raises(UserError, match="lookup is for one answer"):
+        generate(model, [[7], [8]], 4, lookup=3)
+    with pytest.raises(UserError, match="lookup is -1"):
+        generate(model, [7], 4, lookup=-1)
+
+
+# ---- filters
+
+
+def test_what_followed_is_found_as_by_reading_everything():
+    dice = random.Random(0)
+    ids = Ids([dice.randrange(3) for _ in range(5)])
+    for _ in range(60):
+        for size in (1, 2, 3):
+            prefix = ids[len(ids) - size + 1 :]
+            starts = range(len(ids) - size + 1)
+            expected = [ids[i + size - 1] for i in starts if ids[i : i + size - 1] == prefix]
+            assert ids.followers(size) == expected
+            run = ids[-size:]
+            ends = [i + size for i in range(len(ids) - size) if ids[i : i + size] == run]
+            assert ids.behind_latest(size) == (ends[-1] if ends else None)
+        ids.append(dice.randrange(3))
+
+
+@pytest.mark.parametrize("settings", [{"min_p": 0.2}, {"min_p": 0.05, "top_p": 0.9}])
+def test_min_p_is_that_of_transformers(settings):
+    from transformers import MinPLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(4, 448, generator=torch.Generator().manual_seed(0)) * 4
+    expected = logits
+    if "top_p" in settings:
+        expected = TopPLogitsWarper(settings["top_p"])(None, expected)
+    expected = MinPLogitsWarper(settings["min_p"])(None, expected)
+    found = logits
+    for name in FILTERS:
+        if name in settings:
+            found = FILTERS[name].apply(found, [[]] * 4, settings[name])
+    assert torch.equal(found, expected)
+
+
+def test_a_bias_makes_an_id_certain_or_impossible():
+    model = tiny_model(spread=0.3)
+    assert generate(model, [7, 8], 3, eos_token_id=None, logit_bias={9: 1e4}) == [9, 9, 9]
+    first = generate(model, [7, 8], 1)[0]
+    assert generate(model, [7, 8], 1, logit_bias={first: -1e4})[0] != first
+    for bias in ({"9": 1.0}, {9: "x"}, {-1: 1.0}, {9: float("nan")}, {10_000: 1.0}):
+        with pytest.raises(UserError, match="logit_bias"):
+            generate(model, [7, 8], 1, logit_bias=bias)
