@@ -43,7 +43,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
 	@echo "environment: installing nanophi and what it needs (once; torch is the large part)"
-	@$(PIP) -e '.[plot]'
+	@$(PIP) -e '.[plot,serve]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -112,7 +112,7 @@ def test_users_mistake_is_one_line_and_a_bug_is_not_hidden(capsys):
         (sft, "--init-from no --data x --out new", "no model in no: config.json is missing"),
         (dpo, "--init-from no --data x --out new --resume", "nothing to resume in new"),
         (generate, "--model no --prompt x", "no model in no"),
-        (generate, "--model no", "--prompt TEXT or --chat"),
+        (generate, "--model no", "--prompt TEXT, --chat or --serve"),
         (clean, "--input no.jsonl --out x.jsonl", "no such file, directory or glob: no."),
     ],
 )

@@ -449,16 +449,28 @@ class Answering:
                 self.has_begun = True
                 self.counts.first_token_s += time.monotonic() - self.began
                 self.counts.first_tokens += 1
-            if piece.finish in ("error", "timeout", "cancelled"):
-                self.counts.ended(piece.finish)
-                reasons = {"error": piece.error, "timeout": "the time for the answer is over"}
-                message = reasons.get(piece.finish, "the answer was cancelled")
-                raise Refusal(message, code=piece.finish, status=500)
-            if piece.finish is not None:
+            part = Said()
+            # Where many clients keep the loop busy, several tokens wait: they go out as one part.
+            while True:
+                self._refuse_failed(piece)
+                part.text += piece.text
+                part.tokens += [] if piece.token is None else [piece.token]
+                part.finish = piece.finish
+                if self.pieces.empty() or len(self.requests) > 1:
+                    break
+                _, piece = self.pieces.get_nowait()
+            if part.finish is not None:
                 going_on -= 1
-                self.counts.ended(piece.finish)
-            tokens = [] if piece.token is None else [piece.token]
-            yield index, Said(piece.text, tokens, piece.finish)
+                self.counts.ended(part.finish)
+            yield index, part
+
+    def _refuse_failed(self, piece: Piece) -> None:
+        """A Refusal where the answer cannot go on."""
+        if piece.finish in ("error", "timeout", "cancelled"):
+            self.counts.ended(piece.finish)
+            reasons = {"error": piece.error, "timeout": "the time for the answer is over"}
+            message = reasons.get(piece.finish, "the answer was cancelled")
+            raise Refusal(message, code=piece.finish, status=500)
 
     async def whole(self) -> list[Said]:
         """All choices, when they are complete."""
