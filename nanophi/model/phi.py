@@ -134,6 +134,12 @@ class KVCache:
         self.store[:, :, [second, first], :, :longest] = held
         self.lengths[[second, first]] = self.lengths[[first, second]]
 
+    def reorder(self, rows: list[int]) -> None:
+        """Let row i hold what row rows[i] held."""
+        longest = int(self.lengths.max())
+        self.store[:, :, :, :, :longest] = self.store[:, :, rows, :, :longest]
+        self.lengths[:] = self.lengths[rows]
+
     def begin(self, time: int) -> Tensor:
         """Prepare a pass over the next `time` tokens of each row: their positions, (B or 1, T)."""
         lengths = self.lengths.tolist()
