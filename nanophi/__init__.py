@@ -14,6 +14,8 @@ from nanophi.cli import UserError
 from nanophi.lazy import on_first_use
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from nanophi.infer.beams import beam_search
+    from nanophi.infer.engine import Engine, Request
     from nanophi.infer.generate import generate, stream
     from nanophi.model.checkpoint import load, save
     from nanophi.model.config import PhiConfig, presets
@@ -59,6 +61,9 @@ _MODULE_OF = {
     # weights -> text
     "generate": "nanophi.infer.generate",
     "stream": "nanophi.infer.generate",
+    "beam_search": "nanophi.infer.beams",
+    "Engine": "nanophi.infer.engine",
+    "Request": "nanophi.infer.engine",
 }
 
 __all__ = ["UserError", "__version__", *_MODULE_OF]

@@ -15,7 +15,6 @@ Each row is what `generate` would give alone, token for token, up to the order o
 weights in fp16 or int8 the products are the same bit for bit.
 """
 
-import codecs
 import threading
 import time
 from collections import deque
@@ -30,6 +29,7 @@ from nanophi.cli import UserError
 from nanophi.infer.decoder import decoder_of
 from nanophi.infer.generate import check_prompts
 from nanophi.infer.sampling import Ids, Sampling, choose
+from nanophi.infer.speaker import Speaker
 from nanophi.model.phi import KVCache, Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 
@@ -108,51 +108,6 @@ class Request:
     def cancel(self) -> None:
         """Give its row free at the next step. Whatever thread calls it."""
         self.cancelled = True
-
-
-class Speaker:
-    """Tokens -> text, in whole characters, up to a stop string.
-
-    Text that may be the beginning of a stop string is held back until that is known.
-
-    >>> speaker = Speaker({1: b"ab", 2: b"##", 3: b"c"}, stop=("##end",))
-    >>> [speaker.say(token) for token in (1, 2, 3)]
-    ['ab', '', '##c']
-    """
-
-    def __init__(self, bytes_of: Mapping[int, bytes], stop: tuple[str, ...] = ()):
-        self.bytes_of = bytes_of
-        self.stop = tuple(text for text in stop if text)
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held = ""
-        self.stopped = False
-
-    def say(self, token: int) -> str:
-        """The text that is certain after one more token; `stopped` tells whether it is the last."""
-        # The model may have more rows than there are tokens; such an id spells nothing.
-        self.held += self.utf8.decode(self.bytes_of.get(token, b""))
-        ends = [end for end in (self.held.find(text) for text in self.stop) if end >= 0]
-        if ends:
-            self.stopped = True
-            said, self.held = self.held[: min(ends)], ""
-            return said
-        keep = max((self._overlap(text) for text in self.stop), default=0)
-        certain = len(self.held) - keep
-        said, self.held = self.held[:certain], self.held[certain:]
-        return said
-
-    def _overlap(self, stop: str) -> int:
-        """How many characters at the end of `held` begin the stop string."""
-        longest = min(len(stop) - 1, len(self.held))
-        for size in range(longest, 0, -1):
-            if stop.startswith(self.held[-size:]):
-                return size
-        return 0
-
-    def rest(self) -> str:
-        """What was held back, when no more tokens come; a character cut in half is left out."""
-        said, self.held = self.held, ""
-        return said
 
 
 # ---- the engine

@@ -18,7 +18,6 @@ The loop is `decode_steps`. With a prompt of three tokens:
     3        9               5 6 7 8 9          9              4
 """
 
-import codecs
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, Unpack
 
@@ -30,6 +29,7 @@ from nanophi.expect import Expected, check, shown
 from nanophi.infer.decoder import Decoder, decoder_of
 from nanophi.infer.lookup import lookup_steps
 from nanophi.infer.sampling import Ids, Keywords, Sampling, choose
+from nanophi.infer.speaker import Speaker
 from nanophi.model.phi import KVCache, Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 
@@ -85,9 +85,10 @@ def stream(
     eos_token_id: Eos = "config",
     generator: torch.Generator | None = None,
     lookup: int = 0,
+    stop: Sequence[str] = (),
     **how: Unpack[Keywords],
 ) -> Generator[str, None, bool]:
-    r"""Yield the continuation of `prompt` in pieces of whole characters.
+    """Yield the continuation of `prompt` in pieces of whole characters.
 
     The prompt is taken as it is; `chat_prompt` puts a question into the chat template. [EOS] ends
     the stream and is not part of it. The other arguments are those of `generate`.
@@ -95,29 +96,29 @@ def stream(
     The stream also ends where the context is full. Then the generator returns True, which
     `is_full = yield from stream(...)` tells; otherwise False.
 
-    A token may end within a character: 好 is the three bytes e5 a5 bd, and a tokenizer that did not
-    learn 好 spells it with two or three tokens. The decoder keeps the bytes of an unfinished
-    character until the rest arrives. A character that max_new_tokens cuts in half is not shown.
-
-    >>> utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    >>> [utf8.decode(token) for token in (b"\xe5", b"\xa5\xbd", b"\xef\xbc\x81")]
-    ['', '好', '！']
+    stop: strings at which the text ends; they are not part of it. A character that max_new_tokens
+        cuts in half is not shown
     """
     prompts, many = as_prompts(tok.encode(prompt) if isinstance(prompt, str) else prompt)
     if many:
         raise UserError("stream continues one prompt: a text, or one list of ids")
     rooms = check_prompts(model, prompts, max_new_tokens)
     eos = stop_ids(model, eos_token_id)
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    stops = stop if isinstance(stop, str) else list(stop)
+    check(stops, Expected(list, of=Expected(str)), "stop")
+    speaker = Speaker(tok.id_to_bytes, tuple(stop))
+    is_full = rooms[0] < max_new_tokens
     for step in steps_of(model, prompts, rooms, eos, Sampling(**how), generator, lookup):
-        new = step[0]
-        if new in eos:
-            return False
-        # The model may have more rows than there are tokens; such an id spells nothing.
-        piece = utf8.decode(tok.id_to_bytes.get(new, b""))
+        piece = "" if step[0] in eos else speaker.say(step[0])
         if piece:
             yield piece
-    return rooms[0] < max_new_tokens
+        if step[0] in eos or speaker.stopped:
+            is_full = False
+            break
+    rest = speaker.rest()
+    if rest:
+        yield rest
+    return is_full
 
 
 # ---- the loop

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from nanophi.cli import UserError
 from nanophi.infer.decoder import Decoder
-from nanophi.infer.engine import Engine, Full, Piece, Request, Speaker
-from nanophi.infer.generate import generate
+from nanophi.infer.engine import Engine, Full, Piece, Request
+from nanophi.infer.generate import generate, stream
+from nanophi.infer.speaker import Speaker
 from tests.conftest import tiny_model
 
 
@@ -251,3 +252,13 @@ def test_stop_strings_end_the_text_wherever_tokens_end(text, stop, cuts):
         assert not any(each in said for each in stop)
     else:
         assert said == text
+
+
+def test_a_stream_ends_at_a_stop_string(model, tok):
+    whole = "".join(stream(model, tok, [7, 8, 9], 30))
+    cut = next(i for i in range(3, len(whole) - 2) if whole.find(whole[i : i + 2]) == i)
+    stop = whole[cut : cut + 2]
+    assert "".join(stream(model, tok, [7, 8, 9], 30, stop=[stop])) == whole[:cut]
+    assert "".join(stream(model, tok, [7, 8, 9], 30, stop=["never to be said"])) == whole
+    with pytest.raises(UserError, match="stop"):
+        list(stream(model, tok, [7], 4, stop="text"))
