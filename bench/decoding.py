@@ -11,8 +11,13 @@ random, the prompts 32 tokens long, and no answer ends early. A run reads the pr
     hf-dynamic           transformers with sdpa attention and its usual cache
     hf-static            the same with a static cache
     hf-compiled          the same, its forward pass by torch.compile (--compiled)
+
+    python bench/decoding.py --checkpoint out/pretrain --text held-out.jsonl
+
+says what each precision costs in bits per byte of real text, read as it is decoded.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -40,8 +45,10 @@ PROMPT = 32
 
 @dataclass(kw_only=True)
 class Config:
-    models: list[str] = flag(help=f"of {', '.join(MODELS)}")
-    rows: list[int] = flag(help="answers at once")
+    models: list[str] | None = flag(None, help=f"of {', '.join(MODELS)}")
+    rows: list[int] | None = flag(None, help="answers at once (default: 1 4 8)")
+    checkpoint: str | None = flag(None, help="a model with its tokenizer, for --text")
+    text: list[str] | None = flag(None, help="documents to score with each precision")
     tokens: int = flag(100, at_least=2, help="of each answer")
     cores: int = flag(1, at_least=1, help="cores of each side")
     repeats: int = flag(3, at_least=1, help="processes of each side, taking turns")
@@ -49,19 +56,57 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    if cfg.checkpoint is not None and cfg.text is not None:
+        score(cfg.checkpoint, cfg.text)
     cores = sorted(os.sched_getaffinity(0))[-cfg.cores :]
     features = [name for name in ("avx512_vnni", "avx512f", "avx2") if cpu_has(name)]
     print(
         f"{len(cores)} core(s) of {cpu_name()} ({', '.join(features)}), {cfg.tokens} tokens, "
         f"medians of {cfg.repeats} processes\n"
     )
+    if not cfg.models:
+        return
     print_head("model", "rows", "side", "tokens/s", "x transformers", "as fp32's")
     sides = [*OURS, *THEIRS, *(["hf-compiled"] if cfg.compiled else [])]
     for name in cfg.models:
         with tempfile.TemporaryDirectory() as folder:
             make_model(name, folder)
-            for rows in cfg.rows:
+            for rows in cfg.rows or [1, 4, 8]:
                 compare(cfg, cores, sides, name, folder, rows)
+
+
+def score(checkpoint: str, paths: list[str], documents: int = 60) -> None:
+    """Print the bits per byte of documents, cut at the context, by each precision."""
+    import math
+
+    import torch
+
+    from nanophi.infer.decoder import Decoder
+    from nanophi.model.checkpoint import load_with_tokenizer
+    from nanophi.model.phi import KVCache
+    from nanophi.text.corpus import read_texts
+
+    model, tok = load_with_tokenizer(checkpoint)
+    context = model.cfg.max_position_embeddings
+    texts = [tok.encode(text)[:context] for text in itertools.islice(read_texts(paths), documents)]
+    print_head("weights", "bits per byte", "of fp32's")
+    exact = 0.0
+    for name in OURS:
+        decoder = Decoder(model, name)
+        nats = size = 0.0
+        with torch.inference_mode():
+            for ids in texts:
+                cache = KVCache(model.cfg, 1, len(ids), model.lm_head.weight)
+                for part in torch.tensor([ids]).split(8, dim=1):  # the products of decoding
+                    states = decoder.hidden(part, cache)
+                    place = int(cache.lengths[0])
+                    targets = ids[place - part.shape[1] + 1 : place + 1]
+                    logprobs = decoder.lm_head(states[0, : len(targets)]).log_softmax(-1)
+                    nats -= sum(logprobs[i, t].item() for i, t in enumerate(targets))
+                size += len(tok.decode_bytes(ids[1:]))
+        bits = nats / math.log(2) / size
+        exact = exact or bits
+        print_row(name, f"{bits:.5f}", f"{bits / exact:.5f}")
 
 
 def make_model(name: str, folder: str) -> None:
