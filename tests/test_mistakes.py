@@ -256,7 +256,7 @@ CASES = [
     ),
     ("generate --model {house}/sft --prompt ''", "--prompt is empty"),
     ("generate --model {house}/sft --prompt ' ' --raw", "--prompt is empty"),
-    ("generate --model {house}/sft", "say what to do: --prompt TEXT or --chat"),
+    ("generate --model {house}/sft", "say what to do: --prompt TEXT, --chat or --serve"),
     ("generate --model {house}/sft --prompt 问 --top-k 5", "give --temperature too"),
     (
         "generate --model {house}/sft --prompt 问 --temperature 1 --top-p 2",
@@ -337,7 +337,7 @@ def test_a_question_that_fills_the_context_is_dropped_and_counted(house, bad, tm
     )[1:]
     argv[argv.index("x")] = str(tmp_path / "x")
     run_command(sft.Config, sft.main, argv)
-    assert "1 whose question alone fills them" in capsys.readouterr().out
+    assert "dropped 1 whose question alone fills 128 tokens" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(house, tmp_path, capsys):

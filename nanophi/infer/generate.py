@@ -212,7 +212,8 @@ def prefill(network: Network, prompts: list[list[int]], cache: KVCache) -> Tenso
         row[: len(prompt)] = torch.tensor(prompt)
     states = network.hidden(ids.to(network.device), cache=cache)  # (B, T, D)
     cache.lengths.copy_(lengths)
-    return states[torch.arange(len(prompts)), lengths - 1]
+    rows = torch.arange(len(prompts), device=states.device)
+    return states[rows, (lengths - 1).to(states.device)]
 
 
 def stop_ids(model: Phi, eos_token_id: Eos) -> set[int]:
