@@ -366,7 +366,7 @@ def choose(
         if all(NEVER < logit < float("inf") for logit in likeliest.values.tolist()):
             return likeliest.indices.tolist()
     are_numbers = (logits < float("inf")).all() & (logits > NEVER).any(-1).all()
-    if not are_numbers.item():  # no comparison with nan is true
+    if not are_numbers.tolist():  # no comparison with nan is true
         raise UserError(
             "the model computes no probabilities: some of its logits are nan or infinite, so its "
             "weights are damaged or far too large, or their dtype is too narrow (model.float())"
