@@ -31,6 +31,7 @@ from nanophi.cli import flag, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = 40
+LONG = 400  # tokens of the prompt of a first turn
 
 
 @dataclass(kw_only=True)
@@ -61,6 +62,11 @@ def main(cfg: Config) -> None:
             speed, first = asyncio.run(ask_all(url, clients, cfg.tokens))
             ratio = f"{speed / alone['speed']:.2f}"
             print_row(str(clients), f"{speed:,.0f}", ratio, f"{first * 1000:.0f}")
+        first, second = asyncio.run(two_turns(url))
+        print(
+            f"\nfirst token of a prompt of {LONG} tokens: {first * 1000:.0f} ms; of the next turn, "
+            f"which begins with it: {second * 1000:.0f} ms ({first / second:.1f} x faster)"
+        )
         if cfg.seconds:
             print(asyncio.run(stress(url, process.pid, cfg.seconds, cfg.tokens)))
     finally:
@@ -87,15 +93,16 @@ def start(cfg: Config, cores: list[int]) -> tuple[subprocess.Popen, str]:
 
 
 def prompt_of(number: int) -> list[int]:
+    number %= PROMPTS
     return [7 + (number * 31 + i * 13) % 900 for i in range(12 + number % 20)]
 
 
 # ---- what clients do
 
 
-async def ask(client: httpx2.AsyncClient, url: str, number: int, tokens: int) -> dict:
+async def ask(client: httpx2.AsyncClient, url: str, prompt: list[int], tokens: int) -> dict:
     """Ask for one answer, by a stream: its ids, its text, and when the first token came."""
-    body = {"prompt": prompt_of(number % PROMPTS), "max_tokens": tokens, "stream": True,
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True,
             "return_token_ids": True}  # fmt: skip
     began = time.perf_counter()
     said: dict = {
@@ -104,7 +111,6 @@ async def ask(client: httpx2.AsyncClient, url: str, number: int, tokens: int) ->
         "status": 0,
         "first": 0.0,
         "whole": False,
-        "number": number,
     }
     async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
         said["status"] = answer.status_code
@@ -129,10 +135,11 @@ async def ask_all(url: str, clients: int, tokens: int) -> tuple[float, float]:
     """Tokens a second while `clients` ask two or more questions each, and the median wait."""
     questions = max(2, 40 // clients)
     async with connections() as client:
-        await ask(client, url, 0, tokens)  # what is made at the first use
+        await ask(client, url, prompt_of(0), tokens)  # what is made at the first use
 
         async def one(number: int) -> list[dict]:
-            return [await ask(client, url, number + clients * i, tokens) for i in range(questions)]
+            asked = [prompt_of(number + clients * i) for i in range(questions)]
+            return [await ask(client, url, prompt, tokens) for prompt in asked]
 
         began = time.perf_counter()
         answers = [
@@ -142,6 +149,19 @@ async def ask_all(url: str, clients: int, tokens: int) -> tuple[float, float]:
     assert all(answer["whole"] for answer in answers)
     count = sum(len(answer["ids"]) for answer in answers)
     return count / seconds, statistics.median(answer["first"] for answer in answers)
+
+
+async def two_turns(url: str, times: int = 9) -> tuple[float, float]:
+    """The median wait for the first token of a long prompt, and of the turn behind it."""
+    waits: tuple[list[float], list[float]] = ([], [])
+    async with connections() as client:
+        for number in range(times):
+            prompt = [7 + (number * 997 + i * 31) % 1500 for i in range(LONG)]
+            for several in waits:
+                said = await ask(client, url, prompt, 8)
+                several.append(said["first"])
+                prompt = [*prompt, *said["ids"], *range(20, 40)]
+    return statistics.median(waits[0]), statistics.median(waits[1])
 
 
 @dataclass
@@ -167,12 +187,12 @@ class Stress:
 async def stress(url: str, pid: int, seconds: int, tokens: int) -> Stress:
     seen = Stress()
     async with connections() as client:
-        alone = [await ask(client, url, number, tokens) for number in range(PROMPTS)]
+        alone = [await ask(client, url, prompt_of(i), tokens) for i in range(PROMPTS)]
         ends_at = time.monotonic() + seconds
 
         async def good(number: int) -> None:
             while time.monotonic() < ends_at:
-                answer = await ask(client, url, number, tokens)
+                answer = await ask(client, url, prompt_of(number), tokens)
                 seen.refused += answer["status"] == 429
                 seen.errors += answer["status"] >= 500
                 if answer["status"] == 200:
@@ -186,7 +206,7 @@ async def stress(url: str, pid: int, seconds: int, tokens: int) -> Stress:
             dice = random.Random(number)
             while time.monotonic() < ends_at:
                 with contextlib.suppress(TimeoutError, httpx2.HTTPError):
-                    await asyncio.wait_for(ask(client, url, number, 400), dice.random())
+                    await asyncio.wait_for(ask(client, url, prompt_of(number), 400), dice.random())
 
         async def slow(number: int) -> None:
             """Reads one byte a second."""

@@ -538,3 +538,9 @@ def test_defaults_hold_where_a_client_says_nothing(model_and_tok):
         assert ANSWER.startswith(done["choices"][0]["message"]["content"])
     finally:
         serving.stop()
+
+
+def test_a_missing_package_is_one_line():
+    code = "import sys; sys.modules['uvicorn'] = None; import nanophi.infer.server"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "UserError: --serve needs the package uvicorn: pip install" in done.stderr
