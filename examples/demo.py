@@ -386,6 +386,7 @@ def print_summary(cfg: Config, trained: dict[str, list[Answer]], rephrased: list
     print(f"{ended} of {len(all_answers)} answers end with [EOS]")
     python = os.path.relpath(sys.executable)
     print(f"\nChat with it:  {python} generate.py --model {model} --chat")
+    print(f"in a browser:  {python} generate.py --model {model} --serve")
 
 
 # ---- the table of stages
