@@ -113,13 +113,13 @@ class Decoder:
             )
             attended = attended.transpose(1, 2).reshape(batch, time, queries)
             expanded = F.gelu(y[..., attended_end:], approximate="tanh")
-            x = x + layer.dense(attended) + layer.fc2(expanded)
+            x.add_(layer.dense(attended)).add_(layer.fc2(expanded))
         cache.lengths += time
         return self.normed(x, self.final_norm)
 
     def normed(self, x: Tensor, norm: Matrix) -> Tensor:
         weight, bias = norm
-        return F.layer_norm(x, weight.shape, weight, bias, self.cfg.layer_norm_eps)
+        return torch.layer_norm(x, weight.shape, weight, bias, self.cfg.layer_norm_eps)
 
 
 def as_pairs(cfg: PhiConfig) -> Tensor:

@@ -170,8 +170,7 @@ class KVCache:
             end = int(self.lengths.max()) + time
             rows = torch.arange(len(new), device=new.device)[:, None]
             held[:, rows, :, self.places] = new
-        keys, values = held[:, :, :, :end].unbind(0)
-        return keys, values
+        return held[0, :, :, :end], held[1, :, :, :end]
 
     def visible(self) -> Tensor | None:
         """What the queries of this pass see: bool (B or 1, 1, T, S); None for plain causal."""
