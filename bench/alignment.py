@@ -22,6 +22,7 @@ a second, frozen model computes them in each step, by both sides.
 """
 
 import contextlib
+import copy
 import json
 import os
 import statistics
@@ -199,8 +200,6 @@ def our_steps(model, loss_fn, batch_at, steps: int, count_of) -> Done:
 
 
 def dpo(side: str, name: str, reference: str, steps: int) -> Done:
-    import copy
-
     import torch
 
     from nanophi.train.losses import answer_logps, make_dpo_loss_fn
@@ -269,8 +268,10 @@ def trls_dpo(side: str, name: str, reference: str, steps: int) -> Done:
             precompute_ref_log_probs=reference == "before", **their_settings(BATCH, steps),
         )  # fmt: skip
         clock = clock_of(lambda: BATCH)
+        model = PhiForCausalLM(their_config())
+        frozen = copy.deepcopy(model) if reference == "along" else None
         trainer = Encoded(
-            PhiForCausalLM(their_config()), args=args, train_dataset=Dataset.from_list(rows),
+            model, frozen, args=args, train_dataset=Dataset.from_list(rows),
             processing_class=made_up_tokenizer(), callbacks=[clock],
         )  # fmt: skip
         trainer.train()
