@@ -127,6 +127,7 @@ def main(cfg: Config) -> None:
 
 
 def loaded(directory: str, cfg: Config) -> tuple[Phi, Tokenizer]:
+    """The model of a checkpoint, and its tokenizer, as the flags want them."""
     return load_with_tokenizer(directory, cfg.device, cfg.template, cfg.weights)
 
 
@@ -213,9 +214,7 @@ def prefer(cfg: Config) -> None:
         model, tok = loaded(cfg.model, cfg)
         second, second_tok = model, tok
         if cfg.compare is not None:
-            second, second_tok = load_with_tokenizer(
-                cfg.compare, cfg.device, cfg.template, cfg.weights
-            )
+            second, second_tok = loaded(cfg.compare, cfg)
         # One generator goes on through all answers, so that no two samples begin alike.
         generator = torch.Generator(model.device).manual_seed(cfg.seed)
         answers = (

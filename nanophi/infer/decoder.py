@@ -118,6 +118,7 @@ class Decoder:
         return self.normed(x, self.final_norm)
 
     def normed(self, x: Tensor, norm: Matrix) -> Tensor:
+        """LayerNorm of x (..., D)."""
         weight, bias = norm
         return torch.layer_norm(x, weight.shape, weight, bias, self.cfg.layer_norm_eps)
 

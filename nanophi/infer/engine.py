@@ -67,6 +67,10 @@ class Full(UserError):
 class Request:
     """A prompt, and how it is to be answered.
 
+    prompt:   its ids, as `chat_prompt` gives them
+    emit:     gets each Piece of the answer, in the thread of the engine
+    max_new_tokens: the longest answer, where the context does not end it before
+    how:      the filters of sampling.py, {"temperature": 0.8}; greedy by default
     stop:     strings at which the answer ends; they are not part of it
     logprobs: None, or of how many of the likeliest tokens each Token tells
     seed:     of the sampling
@@ -103,6 +107,7 @@ class Request:
 
     @property
     def answered(self) -> int:
+        """Tokens of the answer so far."""
         return len(self.ids) - len(self.prompt)
 
     def cancel(self) -> None:

@@ -141,5 +141,6 @@ def why_not(precision: str) -> str | None:
 
 
 def has_vnni() -> bool:
+    """Whether this CPU multiplies bytes into 32 bits, without saturation in between."""
     asked = getattr(torch.cpu, "_is_vnni_supported", None)
     return bool(asked is not None and asked())

@@ -120,6 +120,7 @@ class Reference:
     lost: bool = False
 
     def again(self) -> Phi | None:
+        """The model as it was at the start, read anew; None where that cannot be."""
         if self.lost:
             return None
         try:

@@ -67,6 +67,11 @@ class Serving:
     def client(self, key="none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
+    def send(self, path, data):
+        """A body as it is, which may be no JSON."""
+        kind = {"Content-Type": "application/json"}
+        return httpx2.post(f"{self.url}{path}", content=data, headers=kind, timeout=60)
+
     def post(self, path, body=None, **how):
         return httpx2.post(f"{self.url}{path}", json=body, timeout=60, **how)
 
@@ -283,12 +288,7 @@ BAD = {
 
 @pytest.mark.parametrize(("data", "message"), BAD.values(), ids=BAD.keys())
 def test_bodies_that_are_no_question_are_refused(serving, data, message):
-    done = httpx2.post(
-        f"{serving.url}/v1/chat/completions",
-        content=data,
-        headers={"Content-Type": "application/json"},
-        timeout=60,
-    )
+    done = serving.send("/v1/chat/completions", data)
     assert done.status_code == 400
     error = done.json()["error"]
     assert message in error["message"]
@@ -311,12 +311,7 @@ WRONG = [
 @pytest.mark.parametrize(("changes", "param"), WRONG, ids=[str(c)[:40] for c, _ in WRONG])
 def test_wrong_values_are_refused_by_name(serving, changes, param):
     data = json.dumps({"messages": ASKED} | changes)
-    done = httpx2.post(
-        f"{serving.url}/v1/chat/completions",
-        content=data,
-        headers={"Content-Type": "application/json"},
-        timeout=60,
-    )
+    done = serving.send("/v1/chat/completions", data)
     assert done.status_code == 400
     assert done.json()["error"]["param"] == param
 
