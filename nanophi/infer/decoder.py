@@ -8,6 +8,7 @@
 What it leaves out is the work around the products, which for one token takes as long as they do:
 
     q, k, v and fc1 read the same input     one product in place of four
+    dense and fc2 are added                 one product in place of two
     the tables of the rotary embedding      computed once, for all positions
     q and k are turned                      in place, together, as complex numbers
     k and v lie side by side                one copy moves both into the cache
@@ -36,9 +37,8 @@ class Layer:
     """One block, prepared."""
 
     norm: Matrix
-    into: Product  # (.., D) -> (..., D + 2 * key heads * K + F): q, k, v, fc1
-    dense: Product
-    fc2: Product
+    into: Product  # (..., D) -> (..., D + 2 * key heads * K + F): q, k, v, fc1
+    out: Product  # (..., D + F) -> (..., D): dense + fc2
     q_norm: Matrix | None = None
     k_norm: Matrix | None = None
 
@@ -57,24 +57,20 @@ class Decoder:
         self.device = model.device
         self.embedding = model.model.embed_tokens.weight.detach()
         self.final_norm = vector_of(model.model.final_layernorm)
-        self.lm_head: Product = make([matrix_of(model.lm_head)])
+        self.lm_head: Product = make(*matrix_of(model.lm_head))
         self.layers = []
         block: Any
         pairs = as_pairs(cfg)
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
-            reads_input = [
+            into = one_below_the_other(
                 matrix_of(attention.q_proj, pairs),
                 matrix_of(attention.k_proj, pairs),
                 matrix_of(attention.v_proj),
                 matrix_of(mlp.fc1),
-            ]
-            layer = Layer(
-                vector_of(block.input_layernorm),
-                make(reads_input),
-                make([matrix_of(attention.dense)]),
-                make([matrix_of(mlp.fc2)]),
             )
+            out = side_by_side(matrix_of(attention.dense), matrix_of(mlp.fc2))
+            layer = Layer(vector_of(block.input_layernorm), make(*into), make(*out))
             if cfg.qk_layernorm:
                 layer.q_norm = vector_of(attention.q_layernorm, pairs)
                 layer.k_norm = vector_of(attention.k_layernorm, pairs)
@@ -113,7 +109,7 @@ class Decoder:
             )
             attended = attended.transpose(1, 2).reshape(batch, time, queries)
             expanded = F.gelu(y[..., attended_end:], approximate="tanh")
-            x.add_(layer.dense(attended)).add_(layer.fc2(expanded))
+            x.add_(layer.out(torch.cat((attended, expanded), -1)))
         cache.lengths += time
         return self.normed(x, self.final_norm)
 
@@ -148,6 +144,18 @@ def matrix_of(linear: Any, order: Tensor | None = None) -> Matrix:
     return weight, bias.view(-1, len(order))[:, order].flatten()
 
 
+def one_below_the_other(*parts: Matrix) -> Matrix:
+    """Layers that read the same input as one: their outputs stand side by side."""
+    weights, biases = zip(*parts, strict=True)
+    return torch.cat(weights), torch.cat(biases)
+
+
+def side_by_side(*parts: Matrix) -> Matrix:
+    """Layers whose outputs are added as one: their inputs stand side by side."""
+    weights, biases = zip(*parts, strict=True)
+    return torch.cat(weights, 1), torch.stack(biases).sum(0)
+
+
 def vector_of(norm: Any, order: Tensor | None = None) -> Matrix:
     """Weight and bias (D,) of a LayerNorm."""
     weight, bias = norm.weight.detach(), norm.bias.detach()
@@ -157,6 +165,7 @@ def vector_of(norm: Any, order: Tensor | None = None) -> Matrix:
 # ---- which model can be prepared
 
 PROBE = 6  # tokens on which both networks are compared
+SAMPLE = 64  # numbers of each weight that are looked at for changes
 CLOSE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.3}  # of the largest logit
 
 
@@ -217,11 +226,10 @@ def prepared(model: Phi, weights: str) -> "Decoder | str":
 
 def state_of(model: Phi) -> tuple:
     """Changes when any weight does, by an optimizer or by hand."""
-    parts = []
-    for p in model.parameters():
-        beginning = p.detach().flatten()[: max(len(p) // 16, 16)]
-        parts.append((p.data_ptr(), p._version, float(beginning.sum())))
-    return tuple(parts)
+    parameters = [p.detach() for p in model.parameters()]
+    beginnings = torch.cat([p.flatten()[:SAMPLE].float() for p in parameters])
+    places = tuple((p.data_ptr(), p._version) for p in parameters)
+    return (places, beginnings.numpy().tobytes())
 
 
 @torch.inference_mode()

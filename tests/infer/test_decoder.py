@@ -51,7 +51,7 @@ def test_states_are_those_of_the_network(shape):
 def test_a_product_is_close_and_other_rows_do_not_change_it(precision):
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 64), torch.randn(96)
-    product = PRODUCTS[precision]([(weight[:40], bias[:40]), (weight[40:], bias[40:])])
+    product = PRODUCTS[precision](weight, bias)
     x = torch.randn(9, 64) * torch.logspace(-3, 2, 9)[:, None]
     expected = nn.functional.linear(x, weight, bias)
     error = ((product(x) - expected).norm(dim=1) / expected.norm(dim=1)).max()
@@ -60,6 +60,11 @@ def test_a_product_is_close_and_other_rows_do_not_change_it(precision):
     if precision != "fp32":
         alone = torch.cat([product(row[None]) for row in x])
         assert torch.equal(product(x), alone)
+    nothing = torch.zeros(1, 64)
+    assert torch.allclose(product(nothing), bias) and torch.equal(
+        product(nothing.expand(2, -1)), product(nothing).expand(2, -1)
+    )
+    assert not product(nothing + torch.nan).isfinite().any()  # damage is not hidden
 
 
 @pytest.mark.parametrize("precision", ABLE)
