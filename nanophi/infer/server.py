@@ -21,6 +21,7 @@ import json
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,9 +62,9 @@ except ModuleNotFoundError as error:
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_BODY = 2**20  # bytes
-# Tokens that come within so many seconds go out together: no reader sees the difference, and each
-# event costs a part of the time that the model takes for a token.
-PAUSE = 0.02
+# An answer is sent so often, in seconds: all tokens that came in between go out together. No reader
+# sees the difference, and each event costs a part of the time that the model takes for a token.
+PAUSE = 1 / 30
 ALTERNATIVES = 10  # tokens that the microscope shows
 
 
@@ -408,9 +409,11 @@ class Answering:
         self.ask = ask
         self.counts = counts
         self.loop = asyncio.get_running_loop()
-        self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self.pieces: deque[tuple[int, Piece]] = deque()
         self.requests: list[Request] = []
-        self.has_ended = asyncio.Event()  # one choice, at least
+        self.has_news = asyncio.Event()  # a piece, where one is waited for
+        self.has_ended = asyncio.Event()  # a choice
+        self.waits = False
         self.began = time.monotonic()
         self.has_begun = False
         try:
@@ -432,15 +435,18 @@ class Answering:
             raise Refusal(str(error), "messages", code) from None
 
     def _emit(self, index: int) -> Any:
+        """What the engine's thread calls with each piece. It wakes the loop only where that waits:
+        otherwise each token would take the interpreter from the model.
+        """
+
         def emit(piece: Piece) -> None:
-            self.loop.call_soon_threadsafe(self._arrive, index, piece)
+            self.pieces.append((index, piece))
+            if piece.finish is not None:
+                self.loop.call_soon_threadsafe(self.has_ended.set)
+            if self.waits:
+                self.loop.call_soon_threadsafe(self.has_news.set)
 
         return emit
-
-    def _arrive(self, index: int, piece: Piece) -> None:
-        self.pieces.put_nowait((index, piece))
-        if piece.finish is not None:
-            self.has_ended.set()
 
     def __enter__(self) -> "Answering":
         return self
@@ -456,19 +462,16 @@ class Answering:
     async def stream(self) -> AsyncIterator[tuple[int, Said]]:
         """The parts of all choices, as they come. A Refusal where an answer fails."""
         going_on = len(self.requests)
-        sent_at = 0.0
         while going_on:
-            waiting = [await self.pieces.get()]
+            if self.has_begun:
+                await within(PAUSE, self.has_ended)
+            await self._piece()
+            self.has_ended.clear()
+            waiting = [self.pieces.popleft() for _ in range(len(self.pieces))]
             if not self.has_begun:
                 self.has_begun = True
                 self.counts.first_token_s += time.monotonic() - self.began
                 self.counts.first_tokens += 1
-            elif sent_at + PAUSE > time.monotonic():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.has_ended.wait(), PAUSE)
-            while not self.pieces.empty():
-                waiting.append(self.pieces.get_nowait())
-            sent_at = time.monotonic()
             parts: dict[int, Said] = {}
             for index, piece in waiting:
                 self._refuse_failed(piece)
@@ -481,6 +484,14 @@ class Answering:
                     going_on -= 1
                     self.counts.ended(part.finish)
                 yield index, part
+
+    async def _piece(self) -> None:
+        """Wait until there is a piece."""
+        self.has_news.clear()
+        self.waits = True
+        if not self.pieces:  # asked after `waits` is set: none can come unseen in between
+            await self.has_news.wait()
+        self.waits = False
 
     def _refuse_failed(self, piece: Piece) -> None:
         """A Refusal where the answer cannot go on."""
@@ -521,6 +532,12 @@ class Answering:
             yield event(error.body)
         finally:
             self.close()
+
+
+async def within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for an event, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
 
 
 def event(data: dict) -> str:
