@@ -36,6 +36,7 @@ import torch
 from nanophi.claims import Output, claim
 from nanophi.cli import UserError, flag, run_command
 from nanophi.infer.chat_modes import Reply, chatting, comparing, converse, each_line, retrieving
+from nanophi.infer.engine import Engine
 from nanophi.infer.generate import stream
 from nanophi.infer.prefer import Preferences, preferring
 from nanophi.infer.rag import build_index
@@ -182,7 +183,6 @@ def check_prefer(cfg: Config) -> None:
 
 def serve(cfg: Config) -> None:
     """Serve the model, and that of --compare, until Ctrl-C."""
-    from nanophi.infer.engine import Engine
     from nanophi.infer.openai_api import Defaults
     from nanophi.infer.server import Settings, listen, serve_at
 
@@ -232,8 +232,12 @@ def prefer(cfg: Config) -> None:
 def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]:
     """A function that starts a conversation: by --rag, by --compare, otherwise as a chat."""
 
+    engine = None
+    if cfg.chat and not cfg.lookup:  # it need not read again what the last turn has read
+        engine = Engine(model, tok, rows=1).start()
+
     def say(prompt: list[int]) -> str:
-        return answer(model, tok, prompt, cfg)
+        return answer(model, tok, prompt, cfg, engine=engine)
 
     if cfg.rag:
         index = build_index(cfg.rag, tok)
@@ -267,22 +271,28 @@ def answer(
     cfg: Config,
     show: bool = True,
     generator: torch.Generator | None = None,
+    engine: Engine | None = None,
 ) -> str:
     """Answer a prompt; with `show`, print each piece as it comes.
 
     generator: of random numbers; by default a new one, so that the same prompt has the same answer
+    engine: of the same model, which then answers; it remembers what it has read
     """
-    if generator is None:
-        generator = torch.Generator(model.device).manual_seed(cfg.seed)
-    stream_of_pieces = stream(
-        model,
-        tok,
-        prompt,
-        cfg.max_new_tokens,
-        generator=generator,
-        lookup=cfg.lookup,
-        **cfg.sampling,
-    )
+    if engine is not None:
+        how = cfg.sampling
+        stream_of_pieces = engine.stream(prompt, cfg.max_new_tokens, seed=cfg.seed, how=how)
+    else:
+        if generator is None:
+            generator = torch.Generator(model.device).manual_seed(cfg.seed)
+        stream_of_pieces = stream(
+            model,
+            tok,
+            prompt,
+            cfg.max_new_tokens,
+            generator=generator,
+            lookup=cfg.lookup,
+            **cfg.sampling,
+        )
     pieces: list[str] = []
     began = time.perf_counter()
     while True:

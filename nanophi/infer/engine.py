@@ -18,8 +18,9 @@ weights in fp16 or int8 the products are the same bit for bit.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -94,10 +95,8 @@ class Request:
         self.stop = stop
         self.logprobs = logprobs
         self.how = Sampling(**(how or {}))
-        self.generator: torch.Generator | None = None
-        if not self.how.greedy:
-            self.generator = torch.Generator()
-            self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self.seed = seed
+        self.generator: torch.Generator | None = None  # made by the engine, on the model's device
         self.ids = Ids(prompt)  # prompt and answer
         self.ends_at = float("inf") if seconds is None else time.monotonic() + seconds
         self.room = max_new_tokens
@@ -155,9 +154,13 @@ class Engine:
         self.tokens = 0  # that have been said
         self.thread = threading.Thread(target=self._run, name="nanophi engine", daemon=True)
 
-    def __enter__(self) -> "Engine":
+    def start(self) -> "Engine":
+        """Let the thread run; `with Engine(...) as engine:` also closes it at the end."""
         self.thread.start()
         return self
+
+    def __enter__(self) -> "Engine":
+        return self.start()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -179,6 +182,9 @@ class Engine:
                     f"{self.model.cfg.vocab_size - 1}"
                 )
         request.speaker = Speaker(self.tok.id_to_bytes, request.stop)
+        if not request.how.greedy:
+            dice = request.generator = torch.Generator(self.model.device)
+            dice.seed() if request.seed is None else dice.manual_seed(request.seed)
         with self.changed:
             if self.closing:
                 raise Full("the engine is closing")
@@ -186,6 +192,31 @@ class Engine:
                 raise Full(f"{len(self.waiting)} requests wait already")
             self.waiting.append(request)
             self.changed.notify()
+
+    def stream(
+        self, prompt: list[int], max_new_tokens: int = 256, **settings: Any
+    ) -> Generator[str, None, bool]:
+        """Yield an answer in pieces of whole characters, as `generate.stream` does; here what an
+        earlier prompt has in common with this one is not read again.
+
+        settings: of Request. The generator returns True where the answer ends because the context
+        is full. To close it, or to interrupt it, cancels the request.
+        """
+        pieces: SimpleQueue[Piece] = SimpleQueue()
+        request = Request(prompt, pieces.put, max_new_tokens, **settings)
+        self.submit(request)
+        try:
+            while True:
+                piece = pieces.get()
+                if piece.text:
+                    yield piece.text
+                if piece.finish is not None:
+                    break
+        finally:
+            request.cancel()
+        if piece.finish in ("error", "timeout", "cancelled"):
+            raise UserError(piece.error or f"the answer ended early: {piece.finish}")
+        return piece.finish == "length" and request.room < max_new_tokens
 
     def call(self, work: Callable[[], None]) -> None:
         """Let the model's thread do something between two steps."""

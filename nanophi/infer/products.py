@@ -38,9 +38,9 @@ LARGEST_HALF = 65504.0  # of fp16
 class Fp32:
     """The product as the model computes it, up to the order of its sums.
 
-        1 row      where there are more outputs than inputs, the weights are kept transposed: then
-                   memory is read in order, and sums go into many places at once
-        more       a copy in the order in which oneDNN reads it, made when it is first needed
+    1 row      where there are more outputs than inputs, the weights are kept transposed: then
+               memory is read in order, and sums go into many places at once
+    more       a copy in the order in which oneDNN reads it, made when it is first needed
     """
 
     def __init__(self, weight: Tensor, bias: Tensor):

@@ -262,3 +262,58 @@ def test_a_stream_ends_at_a_stop_string(model, tok):
     assert "".join(stream(model, tok, [7, 8, 9], 30, stop=["never to be said"])) == whole
     with pytest.raises(UserError, match="stop"):
         list(stream(model, tok, [7], 4, stop="text"))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "top_k": 30}])
+def test_its_stream_is_that_of_generate_and_reads_no_turn_twice(model, tok, how):
+    """The terminal's chat: each prompt begins with the last one and its answer."""
+    first, *_, second = prompts_of(5)
+    with Engine(model, tok, rows=1) as engine:
+        seen = spy_on_tokens_read(engine)
+        for prompt in (first, [*first, *second]):
+            dice = torch.Generator().manual_seed(3)
+            expected = "".join(stream(model, tok, prompt, 12, generator=dice, **how))
+            assert "".join(engine.stream(prompt, 12, seed=3, how=how)) == expected
+    assert max(seen) == max(len(first), len(second))
+
+
+def spy_on_tokens_read(engine):
+    """How many tokens each pass of the model reads."""
+    seen = []
+
+    class Spy:
+        device = engine.model.device
+        lm_head = staticmethod(engine.network.lm_head)
+
+        @staticmethod
+        def hidden(ids, cache):
+            seen.append(ids.shape[1])
+            return network.hidden(ids, cache=cache)
+
+    network, engine.network = engine.network, Spy
+    return seen
+
+
+def test_its_stream_says_why_it_ends(model, tok, monkeypatch):
+    prompt = [7, 50, 200]
+    with Engine(model, tok, rows=1) as engine:
+        engine.eos = set()
+        for most, is_full in ((5, False), (1000, True)):
+            answer = engine.stream(prompt, most)
+            with pytest.raises(StopIteration) as end:
+                drain(answer)
+            assert end.value.value is is_full
+        given_up = engine.stream(prompt, 80)
+        next(given_up)
+        given_up.close()  # Ctrl-C in the terminal
+        assert "".join(engine.stream(prompt, 5))
+        with pytest.raises(UserError, match="the model was made for 96"):
+            next(engine.stream([7] * 96))
+        monkeypatch.setattr("nanophi.infer.engine.choose", lambda *_: 1 / 0)
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            next(engine.stream(prompt, 5))
+
+
+def drain(answer):
+    while True:
+        next(answer)
