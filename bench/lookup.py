@@ -29,6 +29,7 @@ from nanophi.infer.products import PRODUCTS, why_not
 from nanophi.model.checkpoint import load, save
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
+from nanophi.train.optim import muon, peak_rates, set_rates
 
 ASK, EOS, FIRST = 7, 1, 20  # the end of the passage, that of the answer, the first of the passages
 MISTAKES, CORRECTED = range(20, 120), 400  # id 23 becomes 423
@@ -40,7 +41,7 @@ class Config:
     length: int = flag(60, at_least=4, help="ids of a passage")
     mistakes: float = flag(0.1, at_least=0, at_most=1, help="share of them that is corrected")
     layers: int = flag(2, at_least=1, help="of the model")
-    steps: int = flag(600, at_least=1, help="of teaching")
+    steps: int = flag(400, at_least=1, help="of teaching")
     repeats: int = flag(3, at_least=1, help="processes of each side, taking turns")
 
 
@@ -64,7 +65,7 @@ def compare(cfg: Config, core: list[int], folder: str, weights: str) -> None:
     runs: dict[int, list[dict]] = {}
     for _ in range(cfg.repeats):
         for guesses in (0, 1, 3, 7):
-            given = [folder, weights, str(guesses), str(cfg.length), str(cfg.mistakes)]
+            given = [folder, weights, str(guesses), str(cfg.length), str(cfg.mistakes), "1"]
             run = measured_alone(__file__, given, core)
             assert run is not None
             runs.setdefault(guesses, []).append(run)
@@ -93,7 +94,7 @@ def passages(rows: int, length: int, share: float, dice: torch.Generator) -> tor
 
 
 def taught(cfg: Config) -> Phi:
-    """A model that corrects passages of up to cfg.length ids."""
+    """A model that corrects passages of cfg.length ids."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     dice = torch.Generator().manual_seed(0)
@@ -106,15 +107,18 @@ def taught(cfg: Config) -> Phi:
         "max_position_embeddings": 2 * cfg.length + 2,
     }
     model = Phi(PhiConfig.preset("demo", **shape))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
+    optimizers = muon(model, lr=3e-3, weight_decay=0.01)
+    peaks = peak_rates(optimizers)
     for step in range(cfg.steps):
-        length = min(8 + step // 4, cfg.length)  # short ones first
-        ids = passages(24, length, cfg.mistakes, dice)
-        answers = model(ids[:, :-1])[:, length:]
-        loss = F.cross_entropy(answers.flatten(0, 1), ids[:, length + 1 :].flatten())
+        set_rates(optimizers, peaks, min(1, (step + 1) / 30))
+        ids = passages(16, cfg.length, cfg.mistakes, dice)
+        answers = model(ids[:, :-1])[:, cfg.length :]
+        loss = F.cross_entropy(answers.flatten(0, 1), ids[:, cfg.length + 1 :].flatten())
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 100 == 99:
             print(f"step {step + 1}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
     return model.eval()
@@ -123,9 +127,9 @@ def taught(cfg: Config) -> Phi:
 # ---- one run, in a process of its own
 
 
-def work(folder: str, weights: str, guesses: str, length: str, share: str) -> None:
+def work(folder: str, weights: str, guesses: str, length: str, share: str, cores: str) -> None:
     """Correct passages one after the other, and print the speed and the answers as JSON."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(cores))
     model, _ = load(folder, weights=weights)
     size = int(length)
     rows = passages(30, size, float(share), torch.Generator().manual_seed(1)).tolist()
