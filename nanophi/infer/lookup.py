@@ -10,6 +10,9 @@ would have chosen. The answer is the same as without.
     step       reads  土 高 原 的                the model says  高 原 上 ...
     kept       高 原 上                          three tokens for one step
 
+Where the last tokens are new, as behind a word that was corrected, the quotation is taken to go on
+where it was: 上 stands for 的, and 水 is guessed next.
+
 Source: Saxena 2023, "Prompt Lookup Decoding"; speculative decoding is Leviathan et al. 2023, whose
 draft model a look into the prompt replaces.
 """
@@ -25,19 +28,21 @@ from nanophi.model.phi import KVCache, Phi
 RUNS = (3, 2)  # how many of the last tokens are looked up; the longer run first
 
 
-def guess(ids: Ids, most: int) -> list[int]:
-    """What followed the last tokens where these stood before.
+def place_to_guess_from(ids: Ids, quoting: int | None) -> int | None:
+    """Where the guesses stand in ids: behind the latest run that is also the end of ids.
 
-    >>> guess(Ids([7, 8, 9, 4, 5, 7, 8]), most=3)
-    [9, 4, 5]
+    quoting: the place where the last quotation would go on; it counts where no run is found
+
+    >>> place_to_guess_from(Ids([7, 8, 9, 4, 5, 7, 8]), quoting=None)
+    2
+    >>> place_to_guess_from(Ids([7, 8, 9, 4, 5, 7, 6]), quoting=2)
+    2
     """
-    if most < 1:
-        return []
     for size in RUNS:
         place = ids.behind_latest(size)
         if place is not None:
-            return ids[place : place + most]
-    return []
+            return place
+    return quoting
 
 
 @torch.inference_mode()
@@ -50,18 +55,22 @@ def lookup_steps(
     ids = Ids(prompt)
     fed = list(prompt)  # what the step reads
     guesses: list[int] = []
+    place: int | None = None  # of the first guess
     while True:
         states = network.hidden(torch.tensor([fed], device=model.device), cache=cache)[0]
         logits = network.lm_head(states[-1 - len(guesses) :])  # behind the last token, each guess
         chosen = choose(logits, [ids] * len(logits), Sampling())
-        for place, token in enumerate(chosen):
+        before = len(ids)
+        for number, token in enumerate(chosen):
             ids.append(token)
             yield token
             if token in eos or len(ids) - len(prompt) == room:
                 return
-            if place == len(guesses) or token != guesses[place]:
+            if number == len(guesses) or token != guesses[number]:
                 break
         cache.lengths[0] = len(ids) - 1  # wrong guesses are forgotten
+        quoting = None if place is None else place + len(ids) - before
+        place = place_to_guess_from(ids, quoting)
         left = room - (len(ids) - len(prompt))
-        guesses = guess(ids, min(most, left - 1))
+        guesses = [] if place is None else ids[place : place + min(most, left - 1)]
         fed = [ids[-1], *guesses]
