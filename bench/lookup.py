@@ -24,6 +24,7 @@ from machine import cpu_has, cpu_name, measured_alone
 from table import print_head, print_row
 
 from nanophi.cli import flag, run_command
+from nanophi.infer.decoder import decoder_of
 from nanophi.infer.generate import generate
 from nanophi.infer.products import PRODUCTS, why_not
 from nanophi.model.checkpoint import load, save
@@ -31,7 +32,7 @@ from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.train.optim import muon, peak_rates, set_rates
 
-ASK, EOS, FIRST = 7, 1, 20  # the end of the passage, that of the answer, the first of the passages
+ASK, EOS = 7, 1  # the end of the passage, that of the answer
 MISTAKES, CORRECTED = range(20, 120), 400  # id 23 becomes 423
 VOCABULARY = 1024
 
@@ -161,8 +162,6 @@ def work(folder: str, weights: str, guesses: str, length: str, share: str, cores
 
 def count_steps(model: Phi):
     """A function that says how many passes the model has made since."""
-    from nanophi.infer.decoder import decoder_of
-
     network = decoder_of(model)
     hidden, count = network.hidden, 0
 

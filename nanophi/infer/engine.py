@@ -199,8 +199,10 @@ class Engine:
         """Yield an answer in pieces of whole characters, as `generate.stream` does; here what an
         earlier prompt has in common with this one is not read again.
 
-        settings: of Request. The generator returns True where the answer ends because the context
-        is full. To close it, or to interrupt it, cancels the request.
+        settings: of Request: stop, seed, seconds, how. The request is submitted with the first
+        `next`, which raises what `submit` raises; a UserError too where the answer fails or ends
+        early. The generator returns True where the answer ends because the context is full. To
+        close it, or to interrupt it, cancels the request.
         """
         pieces: SimpleQueue[Piece] = SimpleQueue()
         request = Request(prompt, pieces.put, max_new_tokens, **settings)
