@@ -11,6 +11,7 @@ random, the prompts 32 tokens long, and no answer ends early. A run reads the pr
     hf-dynamic           transformers with sdpa attention and its usual cache
     hf-static            the same with a static cache
     hf-compiled          the same, its forward pass by torch.compile (--compiled)
+    llama.cpp-f16, -q8_0 llama.cpp with the same weights as GGUF, by its server (--llama-cpp)
 
     python bench/decoding.py --checkpoint out/pretrain --text held-out.jsonl
 
@@ -24,7 +25,10 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from machine import cpu_has, cpu_name, measured_alone
 from table import print_head, print_row
@@ -40,6 +44,7 @@ MODELS = {  # name -> preset, changes
 }  # fmt: skip
 OURS = [name for name in PRODUCTS if why_not(name) is None]
 THEIRS = ("hf-dynamic", "hf-static")
+LLAMA_CPP = ("llama.cpp-f16", "llama.cpp-q8_0")
 PROMPT = 32
 
 
@@ -53,6 +58,7 @@ class Config:
     cores: int = flag(1, at_least=1, help="cores of each side")
     repeats: int = flag(3, at_least=1, help="processes of each side, taking turns")
     compiled: bool = flag(False, help="also transformers with torch.compile, which takes minutes")
+    llama_cpp: bool = flag(False, help="also llama.cpp (pip install xllamacpp)")
 
 
 def main(cfg: Config) -> None:
@@ -67,7 +73,11 @@ def main(cfg: Config) -> None:
     if not cfg.models:
         return
     print_head("model", "rows", "side", "tokens/s", "x transformers", "as fp32's")
-    sides = [*OURS, *THEIRS, *(["hf-compiled"] if cfg.compiled else [])]
+    sides = [*OURS, *THEIRS]
+    if cfg.compiled:
+        sides.append("hf-compiled")
+    if cfg.llama_cpp:
+        sides.extend(LLAMA_CPP)
     for name in cfg.models:
         with tempfile.TemporaryDirectory() as folder:
             make_model(name, folder)
@@ -115,10 +125,12 @@ def make_model(name: str, folder: str) -> None:
     from nanophi.model.checkpoint import save
     from nanophi.model.config import PhiConfig
     from nanophi.model.phi import Phi
+    from nanophi.tokenizer.bpe import train_bpe
 
     torch.manual_seed(0)
     preset, changes = MODELS[name]
-    save(folder, Phi(PhiConfig.preset(preset, **changes)))
+    tok = train_bpe(["春天来了，小草从土里探出头来。"], vocab_size=300)  # GGUF needs one
+    save(folder, Phi(PhiConfig.preset(preset, **changes)), tok)
 
 
 def compare(
@@ -151,7 +163,12 @@ def work(side: str, folder: str, rows: str, tokens: str, cores: str) -> None:
 
     torch.set_num_threads(int(cores))
     prompts = [[7 + (row * 31 + i * 13) % 4000 for i in range(PROMPT)] for row in range(int(rows))]
-    decode = transformers(side, folder) if side.startswith("hf") else nanophi(side, folder)
+    if side.startswith("hf"):
+        decode = transformers(side, folder)
+    elif side in LLAMA_CPP:
+        decode = llama_cpp(side, folder, int(rows), int(cores))
+    else:
+        decode = nanophi(side, folder)
     speeds = []
     answers: list[list[int]] = []
     for _ in range(4):
@@ -187,6 +204,43 @@ def transformers(side: str, folder: str):
             pad_token_id=0, **how,
         )  # fmt: skip
         return done[:, ids.shape[1] :].tolist()
+
+    return decode
+
+
+def llama_cpp(side: str, folder: str, rows: int, cores: int):
+    """Its server within this process, asked by as many clients as there are rows."""
+    import xllamacpp
+
+    from nanophi.infer.gguf import save_gguf
+    from nanophi.model.checkpoint import load
+
+    path = Path(folder) / f"{side}.gguf"
+    if not path.exists():
+        model, tok = load(folder)
+        save_gguf(path, model, tok, side.removeprefix("llama.cpp-"))
+    given = xllamacpp.CommonParams()
+    given.model.path = str(path)
+    given.n_ctx = 256 * rows
+    given.n_parallel = rows
+    given.cpuparams.n_threads = given.cpuparams_batch.n_threads = cores
+    given.verbosity = 0
+    given.port = 0
+    server = xllamacpp.Server(given)
+
+    def ask(prompt, tokens):
+        body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            server.listening_address + "/completion",
+            json.dumps(body | {"return_tokens": True, "cache_prompt": False}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)["tokens"]
+
+    def decode(prompts, tokens):
+        with ThreadPoolExecutor(rows) as clients:
+            return list(clients.map(lambda prompt: ask(prompt, tokens), prompts))
 
     return decode
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanophi.cli import UserError
@@ -45,21 +46,22 @@ class Fp32:
 
     def __init__(self, weight: Tensor, bias: Tensor):
         self.bias = bias
-        self.matrix = weight.t()  # (K, N)
+        self.weight = weight
         if len(weight) >= weight.shape[1]:
-            self.matrix = self.matrix.contiguous()
+            self.weight = weight.t().contiguous().t()  # the same numbers, in another order
 
     @cached_property
     def reordered(self) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(self.matrix.t().contiguous(), TYPICAL_ROWS)
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), TYPICAL_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if rows > 1 and HAS_ONEDNN and torch.backends.mkldnn.enabled:
             linear = torch.ops.mkldnn._linear_pointwise
             return linear(x, self.reordered, self.bias, "none", [], "")
-        y = torch.addmm(self.bias, x.reshape(rows, x.shape[-1]), self.matrix)
-        return y.view(*x.shape[:-1], y.shape[1])
+        if rows > 1:
+            return F.linear(x, self.weight, self.bias)
+        return torch.addmv(self.bias, self.weight, x.flatten()).view(*x.shape[:-1], -1)
 
 
 class Fp16:
