@@ -10,7 +10,8 @@ plot = ["matplotlib>=3.8"]
 zst = ["backports.zstd; python_version < '3.14'"]
 parquet = ["pyarrow"]
 serve = ["starlette>=0.49", "uvicorn>=0.38"]
-oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0", "openai>=2"]
+oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0", "openai>=2", "gguf>=0.17"]
+llama_cpp = ["xllamacpp; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 
 setup(
     name="nanophi",
@@ -39,7 +40,7 @@ setup(
         "serve": serve,
         "test": [
             *("pytest>=8", "pytest-cov>=6", "hypothesis>=6", "ruff", "mypy"),
-            *(*oracles, *plot, *zst, *parquet, *serve),
+            *(*oracles, *llama_cpp, *plot, *zst, *parquet, *serve),
         ],
     },
 )

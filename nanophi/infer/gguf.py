@@ -1,4 +1,4 @@
-r"""GGUF: weights, tokenizer and chat template in one file, as llama.cpp and Ollama read it.
+"""GGUF: weights, tokenizer and chat template in one file, as llama.cpp and Ollama read it.
 
     python -m nanophi.infer.gguf --model out/demo/dpo --out demo.gguf --type q8_0
 
@@ -14,7 +14,7 @@ How weights are stored (`FORMATS`); vectors, such as biases, stay in fp32:
     f32     4 bytes      as they are
     f16     2 bytes      11 bits of precision, numbers up to 65504
     bf16    2 bytes      8 bits of precision, any number
-    q8_0    1.06 bytes   blocks of 32 numbers: a scale in fp16, and 32 whole numbers from -127 to 127
+    q8_0    1.06 bytes   blocks of 32 numbers: a scale in fp16, and 32 whole numbers
 
         block       0.50  -1.00   0.26  ...      the largest is 1.00
         scale       1.00 / 127 = 0.00787
@@ -225,7 +225,7 @@ UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # kinds of value
 
 
 def packed_text(text: str) -> bytes:
-    """The length in bytes, and the bytes.
+    r"""The length in bytes, and the bytes.
 
     >>> packed_text("好")
     b'\x03\x00\x00\x00\x00\x00\x00\x00\xe5\xa5\xbd'

@@ -22,16 +22,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanophi.cli import SHOWN, UserError
+from nanophi.cli import SHOWN, UserError, row_named
 from nanophi.expect import Expected, check, check_fields, path_of, read_json, shown
 from nanophi.files import finish, replacing, together, write_json
+from nanophi.model import older
 from nanophi.model.config import PHI, PhiConfig
 from nanophi.model.phi import DECODING_WEIGHTS, MASKED_BIAS, Phi
 from nanophi.tokenizer.template import template_named
 from nanophi.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"  # transformers splits large models
+# A large model is split: model-00001-of-00003.safetensors and so on, and an index says where each
+# tensor is.
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PARTS = "model-*-of-*.safetensors"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # ---- save
@@ -42,13 +48,19 @@ def save(
     model: Phi,
     tok: Tokenizer | None = None,
     weights: dict[str, Tensor] | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write a model, and the tokenizer where given, as AutoModelForCausalLM and AutoTokenizer read
     them.
 
-    weights: in place of the model's own state_dict(), whose tensors may be distributed over ranks.
+    weights: in place of the model's own state_dict(), whose tensors may be distributed over ranks
+    dtype:   a name of DTYPES
+    max_shard_bytes: split the weights into files of at most so many bytes; a tensor stays whole
     """
     check_architecture(model)
+    kind = row_named(DTYPES, dtype, "dtype")
+    check(max_shard_bytes, Expected(int, at_least=1, optional=True), "max_shard_bytes")
     directory = path_of(directory, "the directory of a model")
     cfg = model.cfg
     ids = {
@@ -58,21 +70,61 @@ def save(
     }
     if weights is None:
         weights = model.state_dict()
-    state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
+    weights = {name: tensor.detach() for name, tensor in weights.items()}
+    shards = shards_of(weights, kind.itemsize, max_shard_bytes)
     with together(directory) as files:
-        write_json(directory / "config.json", cfg.to_dict(model.architecture))
+        write_json(directory / "config.json", cfg.to_dict(model.architecture, dtype))
         write_json(directory / "generation_config.json", ids)
         if tok is not None:
             tok.save(directory)
-        with replacing(directory / WEIGHTS) as beside:
-            try:
-                save_file(state, beside, metadata={"format": "pt", "crc32": NO_CHECKSUM})
-            except SafetensorError as error:  # such as a full disk
-                raise UserError(f"cannot write {directory / WEIGHTS}: {error}") from None
-            add_checksum(beside)
-        if (directory / WEIGHTS_INDEX).exists():
-            # The index of a split model that stood here would be read first.
-            files.delete(directory / WEIGHTS_INDEX)
+        for name, own in shards.items():
+            _write_weights(directory / name, {key: weights[key] for key in own}, kind)
+        if len(shards) > 1:
+            places = {key: name for name, own in shards.items() for key in own}
+            size = sum(tensor.numel() for tensor in weights.values()) * kind.itemsize
+            index = {"metadata": {"total_size": size}, "weight_map": places}
+            write_json(directory / WEIGHTS_INDEX, index)
+        # An index of a split model that stood here would be read first.
+        written = {*shards, WEIGHTS_INDEX} if len(shards) > 1 else {WEIGHTS}
+        for old in (directory / WEIGHTS, directory / WEIGHTS_INDEX, *directory.glob(PARTS)):
+            if old.name not in written and old.exists():
+                files.delete(old)
+
+
+def shards_of(weights: dict[str, Tensor], itemsize: int, limit: int | None) -> dict[str, list[str]]:
+    """The files of a model: {name of the file: names of its tensors}.
+
+    >>> weights = {"a": torch.zeros(6), "b": torch.zeros(3), "c": torch.zeros(3)}
+    >>> shards_of(weights, itemsize=4, limit=None)
+    {'model.safetensors': ['a', 'b', 'c']}
+    >>> shards_of(weights, itemsize=4, limit=24)
+    {'model-00001-of-00002.safetensors': ['a'], 'model-00002-of-00002.safetensors': ['b', 'c']}
+    """
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in weights.items():
+        size = tensor.numel() * itemsize
+        if not shards or (limit is not None and size > room):
+            shards.append([])
+            room = limit or 0
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    count = len(shards)
+    return {
+        f"model-{number:05}-of-{count:05}.safetensors": own for number, own in enumerate(shards, 1)
+    }
+
+
+def _write_weights(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    state = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in weights.items()}
+    with replacing(path) as beside:
+        try:
+            save_file(state, beside, metadata={"format": "pt", "crc32": NO_CHECKSUM})
+        except SafetensorError as error:  # such as a full disk
+            raise UserError(f"cannot write {path}: {error}") from None
+        add_checksum(beside)
 
 
 # A tiny network that uses all of Phi: grouped queries, several rotary frequencies, far positions.
@@ -99,7 +151,7 @@ def check_architecture(model: Phi) -> None:
     """
     if model.architecture != PHI:
         return
-    expected = torch.tensor(PROBE_LOGITS)
+    expected = torch.tensor(PROBE_LOGITS, dtype=torch.float32)
     problem = None
     try:
         same = all(
@@ -124,7 +176,8 @@ def _probe(network: type[Phi], backend: str) -> Tensor:
         model = network(PROBE, attention=backend)
     model = model.to_empty(device="cpu").float().eval()
     for number, (_, p) in enumerate(sorted(model.named_parameters())):
-        wave = (torch.arange(p.numel()) * 0.7 + number).sin() * 0.5
+        steps = torch.arange(p.numel(), dtype=torch.float32)
+        wave = (steps * 0.7 + number).sin() * 0.5
         p.copy_(wave.view(p.shape))
     ids = torch.arange(48)[None] % 7
     with torch.autocast("cpu", enabled=False):
@@ -135,7 +188,7 @@ def _probe(network: type[Phi], backend: str) -> Tensor:
 
 CHECKSUM_MARK = "crc32:"
 NO_CHECKSUM = CHECKSUM_MARK + "00000000"
-BLOCK = 2**24  # bytes that are read at once
+BLOCK = 2**20  # bytes that are read at once
 
 
 def add_checksum(path: Path) -> None:
@@ -223,11 +276,14 @@ def load(
     device: str = "cpu",
     network: type[Phi] = Phi,
     weights: str = "fp32",
+    dtype: str | None = "float32",
 ) -> tuple[Phi, Tokenizer | None]:
     """Read any PhiForCausalLM directory with safetensors -> (model, tokenizer or None).
 
-    The model is in fp32 and in eval mode.
+    The model is in eval mode. Where its dtype is that of the files, the weights lie in their
+    memory map and take no other memory.
 
+    dtype:   a name of DTYPES; None for that of the files
     device:  as `pick_device` takes it, for example "auto"
     network: the class that computes it; a changed one reads what it has saved
     weights: how `generate` keeps them, one of phi.DECODING_WEIGHTS. "fp16" decodes several times as
@@ -238,21 +294,28 @@ def load(
     """
     device = pick_device(device)
     check(weights, Expected(str, choices=DECODING_WEIGHTS), "weights")
+    if dtype is not None:
+        row_named(DTYPES, dtype, "dtype")
     directory = path_of(directory, "the directory of a model")
     finish(directory)  # what a killed `save` has left
-    cfg = _read_config(directory, network.architecture)
+    cfg, is_older = _read_config(directory, network.architecture)
     files = _weight_files(directory)
-    shapes = _read_shapes(files)
-    if cfg.num_hidden_layers > len(shapes):  # building layers takes time
+    found = _read_headers(files)
+    if cfg.num_hidden_layers > len(found):  # building layers takes time
         raise UserError(
-            f"{files[0]} does not fit its config.json: {len(shapes):,} tensors are too few for "
+            f"{files[0]} does not fit its config.json: {len(found):,} tensors are too few for "
             f"{cfg.num_hidden_layers:,} layers"
         )
     with torch.device("meta"):  # only shapes: the weights come from the file
         model = network(cfg)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_shapes(expected, shapes, directory / WEIGHTS)
-    model.load_state_dict(_read_weights(files), assign=True)
+    if is_older:
+        found = older.weights_of(found, cfg)
+    _check_shapes(model.state_dict(), found, directory / WEIGHTS)
+    stored = found["lm_head.weight"].dtype
+    tensors = _read_weights(files, stored if dtype is None else DTYPES[dtype])
+    if is_older:
+        tensors = older.weights_of(tensors, cfg)
+    model.load_state_dict(tensors, assign=True)
     tok = None
     if (directory / "tokenizer.json").exists():
         tok = Tokenizer.load(directory)
@@ -321,14 +384,19 @@ def rows_in_use(model: Phi) -> int:
     return int(possible.nonzero().max()) + 1 if possible.any() else 0
 
 
-def _read_config(directory: Path, architecture: str) -> PhiConfig:
+def _read_config(directory: Path, architecture: str) -> tuple[PhiConfig, bool]:
+    """The shape of a model, and whether its names are those of older.py."""
     path = directory / "config.json"
     if not path.exists():
         raise UserError(
             f"no model in {directory}: config.json is missing; pretrain.py, sft.py and dpo.py "
             "write one"
         )
-    return PhiConfig.from_dict(read_json(path), architecture, str(path))
+    config = read_json(path)
+    is_older = isinstance(config, dict) and config.get("model_type") == older.MODEL_TYPE
+    if is_older:
+        config = older.config_of(config, str(path))
+    return PhiConfig.from_dict(config, architecture, str(path)), is_older
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -365,19 +433,26 @@ def _weight_files(directory: Path) -> list[Path]:
 
 # The types of weights, as safetensors names them. Others hold no plain numbers: float8 weights
 # need scales that lie elsewhere.
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
-def _read_shapes(files: list[Path]) -> dict[str, list[int]]:
-    """The shapes of all tensors, by the headers of the files, whose checksums are looked at."""
-    shapes: dict[str, list[int]] = {}
+def _read_headers(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors without their numbers, by the headers of the files; their checksums are looked
+    at.
+    """
+    found: dict[str, Tensor] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 types = {name: tensor.get_dtype() for name, tensor in slices.items()}
-                here = {name: tensor.get_shape() for name, tensor in slices.items()}
+                shapes = {name: tensor.get_shape() for name, tensor in slices.items()}
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
         check_checksum(path, metadata)
@@ -387,18 +462,19 @@ def _read_shapes(files: list[Path]) -> dict[str, list[int]]:
                     f"{path}: {name[:SHOWN]} is of type {dtype}, expected one of "
                     f"{', '.join(FLOATS)}; convert the weights to float32 first"
                 )
-            if name in shapes:
+            if name in found:
                 raise UserError(f"{path}: {name[:SHOWN]} is in another file of the model too")
-        shapes |= here
-    return shapes
+            found[name] = torch.empty(shapes[name], dtype=FLOATS[dtype], device="meta")
+    return found
 
 
-def _check_shapes(expected: dict[str, list[int]], found: dict[str, list[int]], path: Path) -> None:
+def _check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
     """Refuse weights that do not fit: missing, of another shape, or of no layer."""
     faults = [f"{name} is missing" for name in expected if name not in found]
-    for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            faults.append(f"{name} has the shape {found[name]}, not {shape}")
+    for name, tensor in expected.items():
+        if name in found and found[name].shape != tensor.shape:
+            shapes = list(found[name].shape), list(tensor.shape)
+            faults.append(f"{name} has the shape {shapes[0]}, not {shapes[1]}")
     faults += [f"{name[:SHOWN]} is not of this model" for name in found if name not in expected]
     if faults:
         listed = "; ".join(faults[:6])
@@ -407,14 +483,16 @@ def _check_shapes(expected: dict[str, list[int]], found: dict[str, list[int]], p
         raise UserError(f"{path} does not fit its config.json: {listed}")
 
 
-def _read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors in fp32. A UserError names those with numbers that are not finite."""
+def _read_weights(files: list[Path], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors. A UserError names those with numbers that are not finite."""
     weights: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            here = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            here = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         for name, tensor in here.items():
-            wrong = tensor.numel() - int(tensor.isfinite().sum())
+            tensor = here[name] = tensor.to(dtype)
+            parts = tensor.flatten().split(2**20)  # so that what is computed takes little memory
+            wrong = tensor.numel() - sum(int(part.isfinite().sum()) for part in parts)
             if wrong:
                 raise UserError(
                     f"{path}: {wrong:,} of {tensor.numel():,} numbers of {name} are not finite: "

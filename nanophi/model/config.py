@@ -147,7 +147,7 @@ class PhiConfig:
         except UserError as error:
             raise UserError(f"{where}: {error}; {FIX}") from None
 
-    def to_dict(self, architecture: str = PHI) -> dict:
+    def to_dict(self, architecture: str = PHI, dtype: str = "float32") -> dict:
         """config.json for transformers 4.57 and 5.x, vLLM and llama.cpp.
 
         RoPE is written in both forms (5.x reads rope_parameters, 4.x the top-level keys), and the
@@ -171,7 +171,7 @@ class PhiConfig:
                 "rope_theta": self.rope_theta,
                 "partial_rotary_factor": self.partial_rotary_factor,
             },
-            "torch_dtype": "float32",
+            "torch_dtype": dtype,
         }
         if architecture != PHI:
             entries["model_type"] = f"nanophi-{architecture}"

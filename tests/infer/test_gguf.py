@@ -121,7 +121,9 @@ class LlamaCpp:
         given.use_jinja = True
         given.port = 0
         given.verbosity = 0
+        # In its usual state attention works in fp16.
         given.cache_type_k = given.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = xllamacpp.Server(given)
 
     def post(self, path, **body):

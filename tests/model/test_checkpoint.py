@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -447,3 +450,141 @@ def test_a_tokenizer_of_another_model_is_refused(tok, tmp_path):
         model.lm_head.bias.zero_()  # as in models from elsewhere, whose spare rows say nothing
     nanophi.save(tmp_path, model, tok)
     assert load_with_tokenizer(tmp_path)
+
+
+# ---- dtypes, and models in several files
+
+
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES)
+@pytest.mark.parametrize("limit", [None, 20_000])
+def test_a_model_goes_to_transformers_and_back(tmp_path, dtype, limit):
+    """In any dtype, whole or in parts: the same bytes of each tensor."""
+    model = tiny_model()
+    nanophi.save(tmp_path / "ours", model, dtype=dtype, max_shard_bytes=limit)
+    kind = checkpoint.DTYPES[dtype]
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert hf.dtype == kind
+    hf.save_pretrained(tmp_path / "theirs", max_shard_size="20KB" if limit else "5GB")
+    again, _ = nanophi.load(tmp_path / "theirs", dtype=None)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight.to(kind)), name
+    assert (hf.float()(IDS).logits - again.float()(IDS)).abs().max() < 1e-5
+
+
+def test_files_are_as_large_as_allowed(tmp_path):
+    nanophi.save(tmp_path, tiny_model(), max_shard_bytes=20_000)
+    paths = sorted(tmp_path.glob(checkpoint.PARTS))
+    assert len(paths) > 3
+    sizes = {path.name: sum(t.nbytes for t in load_file(path).values()) for path in paths}
+    largest_tensor = max(p.nbytes for p in tiny_model().parameters())
+    assert max(sizes.values()) <= max(20_000, largest_tensor)
+    index = json.loads((tmp_path / WEIGHTS_INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+def test_what_a_model_no_longer_needs_goes_with_it(tmp_path):
+    """Files of a split model stayed beside the new one, unread and as large."""
+    nanophi.save(tmp_path, tiny_model(), max_shard_bytes=20_000)
+    nanophi.save(tmp_path, tiny_model(seed=1), max_shard_bytes=40_000)
+    assert torch.equal(nanophi.load(tmp_path)[0](IDS), tiny_model(seed=1)(IDS))
+    count = len(list(tmp_path.glob(checkpoint.PARTS)))
+    assert all(
+        path.name.endswith(f"-of-{count:05}.safetensors") for path in tmp_path.glob("*-of-*")
+    )
+    nanophi.save(tmp_path, tiny_model(seed=2))
+    assert not list(tmp_path.glob(checkpoint.PARTS))
+    assert torch.equal(nanophi.load(tmp_path)[0](IDS), tiny_model(seed=2)(IDS))
+
+
+def test_logits_in_bf16_are_near_those_in_fp32(tmp_path):
+    model = tiny_model()
+    nanophi.save(tmp_path, model, dtype="bfloat16")
+    again, _ = nanophi.load(tmp_path, dtype="bfloat16")
+    assert again.device.type == "cpu"
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    assert (again(IDS).float() - model(IDS)).abs().max() < 0.15
+    assert nanophi.generate(again, [5, 6, 7], 4)
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", 16])
+def test_unknown_dtypes_are_named(tmp_path, dtype):
+    nanophi.save(tmp_path, tiny_model())
+    with pytest.raises(UserError, match="float32"):
+        nanophi.load(tmp_path, dtype=dtype)
+    with pytest.raises(UserError, match="float32"):
+        nanophi.save(tmp_path / "other", tiny_model(), dtype=dtype)
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    """A header whose tensors overlap could show a small file as a large model."""
+    nanophi.save(tmp_path, tiny_model())
+    path = tmp_path / WEIGHTS
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name.endswith("layernorm.bias")]
+    for name in names:
+        header[name]["data_offsets"] = header[names[0]]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(UserError, match="damaged"):
+        nanophi.load(tmp_path)
+
+
+MEASURE = """
+import sys, nanophi
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+nanophi.load(sys.argv[1])  # a tiny model: modules are imported that take memory themselves
+before = peak()
+model, _ = nanophi.load(sys.argv[2], dtype="bfloat16")
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured on Linux")
+def test_a_model_is_loaded_where_its_file_lies(tmp_path):
+    """200 MB in bf16: at most 1.2 times that in memory, as the file is mapped."""
+    model = tiny_model(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    nanophi.save(tmp_path / "large", model, dtype="bfloat16")
+    nanophi.save(tmp_path / "tiny", tiny_model(), dtype="bfloat16")
+    size = (tmp_path / "large" / WEIGHTS).stat().st_size
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny"), str(tmp_path / "large")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 1.2 * size
+
+
+@pytest.mark.parametrize("preset", sorted(nanophi.presets()))
+def test_other_engines_derive_the_shapes_from_config_alone(preset, tmp_path):
+    """As vLLM's phi.py does: head_dim is D / H, the MLP is n_inner, or 4 D without it."""
+    cfg = nanophi.PhiConfig.preset(preset)
+    config = cfg.to_dict()
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    mlp = config.get("n_inner") or 4 * width
+    assert config["num_key_value_heads"] == heads
+    assert config["rope_parameters"]["partial_rotary_factor"] * (width // heads) == cfg.rotary_dim
+    in_layer = {
+        **{f"self_attn.{part}": (width, width) for part in ("q_proj", "k_proj", "v_proj", "dense")},
+        "mlp.fc1": (mlp, width),
+        "mlp.fc2": (width, mlp),
+        "input_layernorm": (width,),
+    }
+    derived = {
+        f"model.layers.{n}.{part}.weight": shape
+        for n in range(config["num_hidden_layers"])
+        for part, shape in in_layer.items()
+    }
+    derived["model.embed_tokens.weight"] = (config["vocab_size"], width)
+    derived["lm_head.weight"] = (config["vocab_size"], width)
+    derived["model.final_layernorm.weight"] = (width,)
+    derived |= {
+        name.replace("weight", "bias"): shape[:1]
+        for name, shape in derived.items()
+        if "embed" not in name
+    }
+    with torch.device("meta"):
+        model = nanophi.Phi(cfg)
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == derived
