@@ -2,11 +2,13 @@
 
     python -m nanophi.infer.evaluate --model out/pretrain --data held-out.jsonl
     python -m nanophi.infer.evaluate --model out/sft --choices ceval/ --shots 3
+    python -m nanophi.infer.evaluate --model out/sft --questions asked.jsonl --report out/sft
 
 Bits per byte compare models of different tokenizers, and mean something at every size. A model that
 gives every byte the same probability needs 8 bits per byte; a text costs fewer, the better the
 model predicts it. Multiple choice (C-Eval, CMMLU) means nothing below some billion parameters:
-chance is 25 %, and the original project's models scored 23 to 28 %.
+chance is 25 %, and the original project's models scored 23 to 28 %. What answers are like, by
+answers.py, says something at every size too. --report leaves all figures as two files.
 
 Reading order: 1. bits per byte (`windows`, `score_text`), 2. multiple choice (`as_text`,
 `prompt_of`, `option_logprobs`), 3. the command.
@@ -17,13 +19,19 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanophi.cli import SHOWN, Progress, UserError, flag, run_command
+from nanophi.files import refuse_special
+from nanophi.infer.answers import answer_all, figures_of
+from nanophi.infer.generate import fits
+from nanophi.infer.pairs import questions_of
+from nanophi.infer.report import JSON_NAME, MARKDOWN_NAME, write_report
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
-from nanophi.text.corpus import expand, read_texts
+from nanophi.text.corpus import expand, read_rows, read_texts
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.tokenizer.template import template_flag
 from nanophi.tokenizer.tokenizer import Tokenizer
@@ -61,14 +69,25 @@ class Score:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
+    @property
+    def bits_per_character(self) -> float:
+        return self.nats / math.log(2) / max(self.characters, 1)
+
     def __str__(self) -> str:
-        bits_per_character = self.nats / math.log(2) / max(self.characters, 1)
         nats_per_token = self.nats / max(self.tokens, 1)
         perplexity = math.exp(nats_per_token) if nats_per_token < LARGEST_EXPONENT else math.inf
         return (
-            f"{self.bits_per_byte:8.3f} {bits_per_character:9.3f} {perplexity:11.2f} "
+            f"{self.bits_per_byte:8.3f} {self.bits_per_character:9.3f} {perplexity:11.2f} "
             f"{self.tokens:10,} {self.bytes:11,}"
         )
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_character": self.bits_per_character,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -296,13 +315,16 @@ def multiple_choice(
     total = sum(len(subject.questions) for subject in subjects)
     right = 0
     shown_total = 0
+    rows = []
     print(f"{'subject':44} {'questions':>9} {'right':>6}")
     with Progress("questions", total) as bar:
         for subject in subjects:
             right_here, shown = ask_subject(model, tok, subject, shots, in_chat, bar)
             right += right_here
             shown_total += shown
-            bar.say(f"{subject.name:44} {len(subject.questions):9} {right_here:6}")
+            asked = len(subject.questions)
+            rows.append({"subject": subject.name, "questions": asked, "right": right_here})
+            bar.say(f"{subject.name:44} {asked:9} {right_here:6}")
     share = right / total
     error = math.sqrt(share * (1 - share) / total)
     way = "leave one out" if subjects[0].left_out else "examples from dev"
@@ -313,7 +335,13 @@ def multiple_choice(
         f"examples: {shots} asked for ({way}), "
         f"{shown_total / total:.1f} fitted into the context on average"
     )
-    return {"accuracy": share, "standard_error": error, "questions": total}
+    return {
+        "accuracy": share,
+        "standard_error": error,
+        "questions": total,
+        "shots": shots,
+        "subjects": rows,
+    }
 
 
 def ask_subject(
@@ -350,6 +378,13 @@ class Config:
     in_chat: bool = flag(
         False, help="ask the choices in the chat template, each example as a turn; after sft.py"
     )
+    questions: list[str] | None = flag(
+        None, help="conversations whose first questions are answered: what are the answers like?"
+    )
+    max_new_tokens: int = flag(200, at_least=1, help="longest answer to one of --questions")
+    report: str | None = flag(
+        None, help="a folder, such as the model's own, for evaluation.json and evaluation.md"
+    )
     template: str | None = template_flag()
     stride: int | None = flag(
         None, at_least=1, help="tokens the window moves (default: half the context)"
@@ -359,11 +394,13 @@ class Config:
 
 
 def main(cfg: Config) -> dict:
-    """Score texts, or choices, or both; returns the figures it prints."""
-    if cfg.data is None and cfg.choices is None:
-        raise UserError("say what to evaluate: --data FILES or --choices FOLDER")
-    if cfg.template is not None and not cfg.in_chat:
-        raise UserError("--template goes with --in-chat, and --in-chat with --choices FOLDER")
+    """Score texts, choices and answers, whatever is given; returns the figures it prints."""
+    if cfg.data is None and cfg.choices is None and cfg.questions is None:
+        raise UserError("say what to evaluate: --data FILES, --choices FOLDER or --questions FILES")
+    if cfg.template is not None and not (cfg.in_chat or cfg.questions):
+        raise UserError(
+            "--template goes with --in-chat or --questions, and --in-chat with --choices FOLDER"
+        )
     if cfg.in_chat and cfg.choices is None:
         raise UserError("--in-chat goes with --choices FOLDER: texts are scored as they are")
     # All files are looked at first: a mistake in the last one should not cost the work before it.
@@ -372,13 +409,36 @@ def main(cfg: Config) -> dict:
         if not any(read_texts([path])):
             raise UserError(f"{path} holds no text to score")
     subjects = read_subjects(cfg.choices) if cfg.choices is not None else []
+    questions = [question for question, _ in read_rows(cfg.questions or [], use=questions_of)]
+    if cfg.questions and not questions:
+        raise UserError(f"no conversation in {', '.join(cfg.questions)}")
+    if cfg.report is not None:
+        for name in (JSON_NAME, MARKDOWN_NAME):
+            refuse_special(Path(cfg.report) / name)
     model, tok = load_with_tokenizer(cfg.model, cfg.device, cfg.template)
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {}
     if files:
         results |= score_files(model, tok, files, cfg.stride, cfg.documents)
     if subjects:
         results |= multiple_choice(model, tok, subjects, cfg.shots, cfg.in_chat)
+    if questions:
+        results |= look_at_answers(model, tok, questions, cfg.max_new_tokens)
+    if cfg.report is not None:
+        write_report(cfg.report, results)
+        print(f"{Path(cfg.report) / MARKDOWN_NAME}: all of this")
     return results
+
+
+def look_at_answers(model: Phi, tok: Tokenizer, questions: list[str], longest: int) -> dict:
+    """Answer questions, and print what the answers are like."""
+    fitting = [question for question in questions if fits(model, chat_prompt(question, tok))]
+    if not fitting:
+        raise UserError("all questions are longer than the context of the model")
+    answers = list(answer_all(model, tok, fitting, max_new_tokens=longest))
+    figures = figures_of(answers)
+    print("answers: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+    samples = [{"question": answer.question, "answer": answer.text} for answer in answers]
+    return {"answers": figures, "samples": samples}
 
 
 def score_files(
@@ -395,6 +455,7 @@ def score_files(
         f"{'bits/byte':>8} {'bits/char':>9} {'perplexity':>11} {'tokens':>9} {'bytes':>11}   file"
     )
     total = Score()
+    rows = []
     for path in files:
         score = Score()
         with Progress(path.name, None) as bar:
@@ -406,12 +467,13 @@ def score_files(
         if not score.tokens:
             raise UserError(f"{path} holds no text to score")
         total += score
+        rows.append({"file": path.name} | score.figures())
         print(f"{score}   {path}")
     print(
         f"{total}   all; context {context}, stride {stride}; "
         "a document's first token is not predicted"
     )
-    return {"bits_per_byte": total.bits_per_byte, "tokens": total.tokens}
+    return {"bits_per_byte": total.bits_per_byte, "tokens": total.tokens, "files": rows}
 
 
 if __name__ == "__main__":

@@ -12,21 +12,20 @@ similar than 0.9.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from nanophi.claims import claim
-from nanophi.cli import Progress, UserError, flag, run_command
-from nanophi.infer.generate import fits, generate
+from nanophi.cli import UserError, flag, run_command
+from nanophi.infer.answers import answer_all
+from nanophi.infer.generate import fits
 from nanophi.model.checkpoint import load_with_tokenizer
-from nanophi.model.phi import Phi
 from nanophi.text.corpus import expand, read_rows, write_rows
 from nanophi.text.outputs import rows_output
 from nanophi.text.schemas import messages_of
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.tokenizer.template import template_flag
-from nanophi.tokenizer.tokenizer import Tokenizer
 
 # ---- which pairs teach something
 
@@ -77,20 +76,6 @@ def questions_of(row: dict) -> tuple[str, str]:
     if [message["role"] for message in messages[:2]] != ["user", "assistant"]:
         raise UserError("a conversation gives a pair if it begins with user and assistant")
     return messages[0]["content"], messages[1]["content"]
-
-
-def answer_all(
-    model: Phi, tok: Tokenizer, prompts: list[str], batch: int, max_new_tokens: int
-) -> Iterator[str]:
-    """Greedy answers in the order of the prompts, `batch` prompts at a time."""
-    with Progress("answers", len(prompts)) as bar:
-        for first in range(0, len(prompts), batch):
-            ids = [chat_prompt(prompt, tok) for prompt in prompts[first : first + batch]]
-            for answer in generate(model, ids, max_new_tokens=max_new_tokens):
-                # A model may have more rows than there are tokens; such an id spells nothing.
-                known = [token for token in answer if token in tok.id_to_bytes]
-                yield tok.decode(known, skip_special_tokens=True).strip()
-                bar.update()
 
 
 def make_pairs(
@@ -144,9 +129,10 @@ def write_pairs(cfg: Config) -> dict:
     # 2. rejected answers
     prompts = [prompt for prompt, _ in fitting]
     answers = answer_all(model, tok, prompts, cfg.batch, cfg.max_new_tokens)
+    rejected = (answer.text for answer in answers)
 
     # 3. pairs
-    rows, dropped = make_pairs(fitting, answers, cfg.similar)
+    rows, dropped = make_pairs(fitting, rejected, cfg.similar)
     reasons = ", ".join(f"{dropped[reason]:,} {reason}" for reason in ("similar", "equal", "empty"))
     if len(fitting) < len(questions):
         dropped["long"] = len(questions) - len(fitting)
