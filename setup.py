@@ -1,10 +1,26 @@
 """Package metadata. pyproject.toml holds tool settings only."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+SCRIPTS = ["train_tokenizer", "pretrain", "sft", "dpo", "generate"]
+
+
+class WithScripts(build_py):
+    """Puts copies of the flat scripts into a wheel; see nanophi/installed.py."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib, "nanophi", "scripts")
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in SCRIPTS:
+                shutil.copy(HERE / f"{name}.py", folder)
+
 
 plot = ["matplotlib>=3.8"]
 zst = ["backports.zstd; python_version < '3.14'"]
@@ -23,6 +39,12 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["nanophi", "nanophi.*"]),
+    cmdclass={"build_py": WithScripts},
+    entry_points={
+        "console_scripts": [
+            f"nanophi-{name.replace('_', '-')} = nanophi.installed:{name}" for name in SCRIPTS
+        ]
+    },
     package_data={"nanophi": ["py.typed", "infer/page.html"]},
     install_requires=[
         "torch>=2.9",

@@ -24,6 +24,7 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     ("model/checkpoint.py", "nanophi.tokenizer.tokenizer"),  # a checkpoint carries its tokenizer
     ("model/checkpoint.py", "nanophi.tokenizer.template"),  # and the form of its conversations
+    ("model/card.py", "nanophi.tokenizer.tokenizer"),  # and a card says what that is
     ("infer/evaluate.py", "nanophi.train.losses"),
     ("train/loop.py", "nanophi"),  # its __version__, for run.json
 }

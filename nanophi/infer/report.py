@@ -35,12 +35,12 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
-    """A table of Markdown.
+    r"""A table of Markdown.
 
     >>> print(table(["a", "b"], [[1, "x|y"]]))
     | a | b |
     |---|---|
-    | 1 | x\\\\|y |
+    | 1 | x\|y |
     """
     cells = [[str(c).replace("|", "\\|").replace("\n", "⏎") for c in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]

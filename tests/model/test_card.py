@@ -34,7 +34,7 @@ def write(path, **settings) -> str:
 
 
 def test_the_card_tells_the_whole_way(tok, tmp_path):
-    first = run_dir(tmp_path / "pre", tok, LINES, preset="demo", data="/home/me/tokens")
+    first = run_dir(tmp_path / "pre", tok, LINES, preset="demo", data="/srv/me/tokens")
     run_dir(
         tmp_path / "sft", tok, LINES[:1], learn="all", init_from=str(first), data=["a.jsonl", "b"],
         compile=True, shard=False, template=None,
@@ -45,7 +45,7 @@ def test_the_card_tells_the_whole_way(tok, tmp_path):
     assert "# me/phi\n" in text
     assert "my diary" in text
     assert "python pretrain.py --lr 0.01 --seed 0 --preset demo --data tokens\n" in text
-    assert "/home/me" not in text
+    assert "/srv/me" not in text
     command = "python sft.py --lr 0.01 --seed 0 --learn all --init-from pre --data a.jsonl b "
     assert f"{command}--compile\n" in text
     assert "## Evaluation\n\n### Bits per byte\n\n2.5" in text
