@@ -1,0 +1,66 @@
+"""docs/several-machines.md: what it says to type works."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import RAW, write
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "several-machines.md"
+SMALL = (
+    "--preset demo --width 32 --layers 2 --heads 2 --mlp 64 --steps 6 --batch-tokens 128 "
+    "--micro-batch 1 --context 32 --warmup 1 --device cpu"
+)
+
+
+def block() -> str:
+    """The commands of the section that anybody can try."""
+    section = PAGE.read_text(encoding="utf-8").split("## Try it on one machine")[1]
+    (found,) = re.findall(r"```bash\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    return found
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def bash(script: str, cwd: Path) -> None:
+    launcher = f"{sys.executable} -m torch.distributed.run"
+    script = script.replace("torchrun", launcher).replace("pretrain.py", f"{ROOT / 'pretrain.py'}")
+    script = script.replace("29400", str(free_port()))
+    ran = subprocess.run(
+        ["bash", "-e", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_agents_train_as_one(tmp_path):
+    import train_tokenizer
+    from nanophi.text import shards
+
+    raw = write(tmp_path / "raw.jsonl", [{"text": text} for text in RAW])
+    tokenizer = str(tmp_path / "out" / "tokenizer")
+    train_tokenizer.main(train_tokenizer.Config(input=[raw], out=tokenizer, vocab_size=400))
+    shards.main(
+        shards.Config(input=[raw], tokenizer=tokenizer, out=str(tmp_path / "out" / "tokens"))
+    )
+    two = block().replace("--out out/two", f"--out out/two {SMALL}")
+    assert two.count(SMALL) == 2
+    bash(two, tmp_path)
+    one = two.splitlines()[1].replace("out/two", "out/one").replace("--nproc-per-node 1", "")
+    one = one.replace("--nnodes 2", "--nnodes 1 --nproc-per-node 2")
+    bash(one, tmp_path)
+    weights = load_file(tmp_path / "out" / "one" / "model.safetensors")
+    for name, found in load_file(tmp_path / "out" / "two" / "model.safetensors").items():
+        assert torch.equal(found, weights[name]), name
