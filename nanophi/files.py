@@ -86,9 +86,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
             held.close()
         else:
             _open.files.rename(beside, path, held)
-    except BaseException:  # also Ctrl-C
+    except BaseException as error:  # also Ctrl-C
         held.close()
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file it has no room for
         raise
 
 

@@ -7,17 +7,25 @@ or `sft` would be in the way of other packages.
 Several processes: torchrun --nproc-per-node 2 $(which nanophi-pretrain) ...
 """
 
-import runpy
+import importlib.util
+import sys
 from pathlib import Path
+
+from nanophi.cli import run_command
 
 PACKAGE = Path(__file__).parent
 
 
 def run(name: str) -> None:
-    """Run a script as `python name.py` would."""
+    """Do what `python name.py` does."""
     places = (PACKAGE / "scripts" / f"{name}.py", PACKAGE.parent / f"{name}.py")
     path = next(path for path in places if path.is_file())
-    runpy.run_path(str(path), run_name="__main__")
+    spec = importlib.util.spec_from_file_location(f"nanophi.scripts.{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    run_command(script.Config, script.main)
 
 
 def train_tokenizer() -> None:

@@ -1,5 +1,6 @@
 """A file appears when it is complete, a set all together, and nothing of a killed writer stays."""
 
+import errno
 import json
 import os
 import stat
@@ -142,3 +143,16 @@ def test_names_that_are_no_text_can_be_written(tmp_path):
     """run.json holds --out; a name with the byte FF ended the run in a UnicodeEncodeError."""
     write_json(tmp_path / "run.json", {"out": "x\udcff"})
     assert json.loads((tmp_path / "run.json").read_text()) == {"out": "x\udcff"}
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """It said `[Errno 28] No space left on device`, and nobody knew of what."""
+
+    def write():
+        with replacing(tmp_path / "a"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
