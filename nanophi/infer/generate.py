@@ -62,6 +62,9 @@ def generate(
         same, and comes sooner where it quotes its prompt; 3 costs little. For one greedy answer
     how: the filters of sampling.py, temperature=0.8, top_k=50 and so on; greedy by default
 
+    Several samples of one prompt: generate(model, [ids] * 4, temperature=0.8). Probabilities of the
+    tokens: a Request of engine.py with `logprobs`.
+
     Returns the new ids, [EOS] included, without the prompt; for many prompts a list of such lists.
     An answer also ends where the context is full. A UserError where a prompt is text, empty, as
     long as the context, or has ids that the model does not know.

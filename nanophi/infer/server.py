@@ -46,6 +46,7 @@ from nanophi.infer.openai_api import (
 )
 from nanophi.infer.prefer import Preferences
 from nanophi.infer.sampling import FILTERS, NEVER, Sampling
+from nanophi.tokenizer.report import describe
 
 try:
     import uvicorn
@@ -562,7 +563,8 @@ def look_at(
     probabilities = [None, *own.exp().tolist()]  # nothing predicts the first token
 
     def spelled(token: int) -> str:
-        return tok.id_to_bytes.get(token, b"").decode("utf-8", "replace")
+        """Its text; of a part of a character the bytes, <E5><BB>."""
+        return describe(tok, token)[0] if token in tok.id_to_bytes else ""
 
     tokens = [
         {"id": token, "text": spelled(token), "p": p, "answer": place >= prompt}
