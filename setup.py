@@ -27,6 +27,7 @@ zst = ["backports.zstd; python_version < '3.14'"]
 parquet = ["pyarrow"]
 serve = ["starlette>=0.49", "uvicorn>=0.38"]
 oracles = ["transformers>=4.57", "tokenizers>=0.22", "trl>=1.0", "openai>=2", "gguf>=0.17"]
+examples = ["langchain-core>=1.0"]  # lm-eval and ray are large: their tests skip without them
 llama_cpp = ["xllamacpp; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 
 setup(
@@ -60,9 +61,10 @@ setup(
         "zst": zst,
         "parquet": parquet,
         "serve": serve,
+        "examples": examples,
         "test": [
             *("pytest>=8", "pytest-cov>=6", "hypothesis>=6", "ruff", "mypy"),
-            *(*oracles, *llama_cpp, *plot, *zst, *parquet, *serve),
+            *(*oracles, *examples, *llama_cpp, *plot, *zst, *parquet, *serve),
         ],
     },
 )

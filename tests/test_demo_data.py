@@ -6,6 +6,7 @@ from statistics import median
 
 import pytest
 
+from nanophi.infer.rag import NOT_FOUND, QUESTION
 from nanophi.text.clean import clean
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of, preference_of, texts_of
@@ -94,3 +95,44 @@ def test_held_out_question_is_in_other_words(row):
 
 def test_there_are_twenty_of_them():
     assert len(rows("heldout")) == 20
+
+
+# ---- reading
+
+
+def background_and_question(row: dict) -> tuple[str, str]:
+    before, question = row["instruction"].split("\n问题：")
+    background = before.split("\n背景：")[1]
+    assert row["instruction"] == QUESTION.format(background=background, question=question)
+    return background, question
+
+
+def test_only_reading_tells_the_answers_apart():
+    """A passage has several questions with answers of its own."""
+    read = [(*background_and_question(row), row["output"]) for row in rows("reading")]
+    answers = Counter(background for background, _, _ in read)
+    assert len(read) == len({(background, question) for background, question, _ in read}) == 200
+    assert min(answers.values()) >= 2
+    told = [(background, answer) for background, _, answer in read if answer != NOT_FOUND]
+    assert len(told) == len(set(told)) == 170
+
+
+def test_answers_are_words_of_the_passage():
+    for row in rows("reading"):
+        background, _ = background_and_question(row)
+        pairs = grams(row["output"], 2)
+        if row["output"] != NOT_FOUND:
+            assert len(pairs & grams(background, 2)) >= 0.7 * len(pairs), row["output"]
+
+
+def test_held_out_passages_are_others():
+    taught = [background_and_question(row) for row in rows("reading")]
+    held_out = rows("reading-heldout")
+    assert len(held_out) == 20
+    for row in held_out:
+        assert all(key in row["output"] for key in row["keys"])
+        for background, question in taught:
+            mine, theirs = grams(row["background"], 2), grams(background, 2)
+            assert len(mine & theirs) <= 0.1 * len(mine)
+            mine, theirs = grams(row["question"], 2), grams(question, 2)
+            assert len(mine & theirs) <= 0.4 * len(mine)
