@@ -94,8 +94,8 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
     """Cut a document of `length` tokens into windows (start, first target, stop).
 
     Every token but the first is a target once. Before a target there are at least
-    context - stride tokens, where the document has them. With 10 tokens, context 4 and stride 2
-    (i: input, T: input and target, t: target only):
+    context - stride tokens (and at least one), where the document has them. With 10 tokens,
+    context 4 and stride 2 (i: input, T: input and target, t: target only):
 
         token       0 1 2 3 4 5 6 7 8 9
         (0, 1, 5)   i T T T t
@@ -107,7 +107,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
     """
     first = 1  # the first target of the window
     while first < length:
-        start = 0 if first == 1 else max(0, first - (context - stride))
+        start = 0 if first == 1 else max(0, first - max(1, context - stride))
         stop = min(start + context + 1, length)
         yield start, first, stop
         first = stop

@@ -29,6 +29,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,6 +62,7 @@ HEADER = struct.Struct(  # 64 bytes
     "4x"  # zeros
 )
 BEFORE_CRC = HEADER.size - 8  # bytes of the header that its own CRC-32 covers
+SHARD_TOKENS = 100_000_000  # after which a new shard begins
 COMMAND = "python -m nanophi.text.shards"  # what error messages advise
 
 
@@ -266,15 +268,30 @@ def write_shards(
     tok: Tokenizer,
     directory: str | Path,
     val_fraction: float,
-    shard_tokens: int = 100_000_000,
+    shard_tokens: int = SHARD_TOKENS,
     workers: int = 1,
 ) -> dict[str, ShardWriter]:
-    """Encode documents into a shard directory; returns the writers of "train" and "val", with their
-    counts.
+    """Encode documents into a shard directory, as `write_encoded` does with ids.
 
     val_fraction: share of the documents that go to "val"
-    shard_tokens: a shard ends with the document that makes it this long
     workers: processes that encode; the shards are the same with any number
+    """
+    work = partial(_encode, tok=tok, val_fraction=val_fraction)
+    encoded = chain.from_iterable(ordered(work, batches(texts, 500_000), workers))
+    return write_encoded(encoded, tok, directory, shard_tokens)
+
+
+def write_encoded(
+    encoded: Iterable[tuple[str, np.ndarray]],
+    tok: Tokenizer,
+    directory: str | Path,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict[str, ShardWriter]:
+    """Write documents into a shard directory; returns the writers of "train" and "val", with their
+    counts.
+
+    encoded: "train" or "val" and the ids of each document, without [EOS]
+    shard_tokens: a shard ends with the document that makes it this long
 
     Shards that are there already are replaced together, when all new ones are complete. An error
     before that leaves the old ones as they were.
@@ -285,7 +302,14 @@ def write_shards(
         shutil.rmtree(fresh)
     writers = {split: ShardWriter(fresh, split, tok, shard_tokens) for split in ("train", "val")}
     try:
-        _write_documents(texts, tok, val_fraction, workers, writers)
+        for split, ids in encoded:
+            writers[split].add(ids)
+        for writer in writers.values():
+            writer.close()
+        if not writers["train"].documents:
+            raise UserError(
+                "there is no document to train on: the input is empty, or all of it is validation"
+            )
     except BaseException:
         for writer in writers.values():
             writer.abandon()
@@ -293,25 +317,6 @@ def write_shards(
         raise
     _replace_shards(directory, fresh)
     return writers
-
-
-def _write_documents(
-    texts: Iterable[str],
-    tok: Tokenizer,
-    val_fraction: float,
-    workers: int,
-    writers: dict[str, ShardWriter],
-) -> None:
-    work = partial(_encode, tok=tok, val_fraction=val_fraction)
-    for encoded in ordered(work, batches(texts, 500_000), workers):
-        for split, ids in encoded:
-            writers[split].add(ids)
-    for writer in writers.values():
-        writer.close()
-    if not writers["train"].documents:
-        raise UserError(
-            "there is no document to train on: the input is empty, or all of it is validation"
-        )
 
 
 def _encode(texts: list[str], tok: Tokenizer, val_fraction: float) -> list[tuple[str, np.ndarray]]:
