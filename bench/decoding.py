@@ -25,11 +25,11 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama import LlamaCpp
 from machine import cpu_has, cpu_name, measured_alone
 from table import print_head, print_row
 
@@ -210,8 +210,6 @@ def transformers(side: str, folder: str):
 
 def llama_cpp(side: str, folder: str, rows: int, cores: int):
     """Its server within this process, asked by as many clients as there are rows."""
-    import xllamacpp
-
     from nanophi.infer.gguf import save_gguf
     from nanophi.model.checkpoint import load
 
@@ -219,24 +217,11 @@ def llama_cpp(side: str, folder: str, rows: int, cores: int):
     if not path.exists():
         model, tok = load(folder)
         save_gguf(path, model, tok, side.removeprefix("llama.cpp-"))
-    given = xllamacpp.CommonParams()
-    given.model.path = str(path)
-    given.n_ctx = 256 * rows
-    given.n_parallel = rows
-    given.cpuparams.n_threads = given.cpuparams_batch.n_threads = cores
-    given.verbosity = 0
-    given.port = 0
-    server = xllamacpp.Server(given)
+    server = LlamaCpp(path, rows=rows, cores=cores)
 
     def ask(prompt, tokens):
-        body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
-            server.listening_address + "/completion",
-            json.dumps(body | {"return_tokens": True, "cache_prompt": False}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)["tokens"]
+        how = {"n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        return server.post("/completion", prompt=prompt, return_tokens=True, **how)["tokens"]
 
     def decode(prompts, tokens):
         with ThreadPoolExecutor(rows) as clients:
