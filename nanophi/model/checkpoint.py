@@ -119,6 +119,10 @@ def shards_of(weights: dict[str, Tensor], itemsize: int, limit: int | None) -> d
 
 def _write_weights(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     state = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if tensor.isfinite().all() and not state[name].isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(f"{name} has numbers that {kind} cannot hold: take another dtype")
     with replacing(path) as beside:
         try:
             save_file(state, beside, metadata={"format": "pt", "crc32": NO_CHECKSUM})

@@ -516,6 +516,16 @@ def test_unknown_dtypes_are_named(tmp_path, dtype):
         nanophi.save(tmp_path / "other", tiny_model(), dtype=dtype)
 
 
+def test_numbers_beyond_a_dtype_are_refused_and_nothing_is_lost(tmp_path):
+    nanophi.save(tmp_path, tiny_model())
+    model = tiny_model(seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"lm_head\.weight .* float16"):
+        nanophi.save(tmp_path, model, dtype="float16")
+    assert torch.equal(nanophi.load(tmp_path)[0](IDS), tiny_model()(IDS))
+
+
 def test_tensors_that_share_bytes_are_refused(tmp_path):
     """A header whose tensors overlap could show a small file as a large model."""
     nanophi.save(tmp_path, tiny_model())
