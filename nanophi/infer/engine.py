@@ -15,6 +15,7 @@ Each row is what `generate` would give alone, token for token, up to the order o
 weights in fp16 or int8 the products are the same bit for bit.
 """
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -155,7 +156,12 @@ class Engine:
         self.thread = threading.Thread(target=self._run, name="nanophi engine", daemon=True)
 
     def start(self) -> "Engine":
-        """Let the thread run; `with Engine(...) as engine:` also closes it at the end."""
+        """Let the thread run; `with Engine(...) as engine:` also closes it at the end.
+
+        An engine that nobody closes is closed when Python ends: a thread that is torn away from
+        the middle of a step would abort the process.
+        """
+        atexit.register(self.close, seconds=0)
         self.thread.start()
         return self
 
@@ -228,6 +234,7 @@ class Engine:
 
     def close(self, seconds: float = 30.0) -> None:
         """Take no more requests, answer those that there are for so long, and cancel the rest."""
+        atexit.unregister(self.close)
         with self.changed:
             self.closing = True
             ends_at = time.monotonic() + seconds
