@@ -29,11 +29,12 @@ import dpo
 import pretrain
 import sft
 import train_tokenizer
+from examples import report
 from examples.picture import write_chat
 from nanophi import generate, load
 from nanophi.cli import flag, peak_memory_gb, run_command
+from nanophi.columns import side_by_side
 from nanophi.infer import pairs
-from nanophi.infer.columns import side_by_side
 from nanophi.infer.pairs import similarity
 from nanophi.text import clean, shards
 from nanophi.text.corpus import read_rows
@@ -42,6 +43,7 @@ from nanophi.tokenizer.chat import chat_prompt
 from nanophi.train.plot import draw, read_metrics
 
 TEXTS = ("documents", "sft", "rephrased", "dpo")  # files of data/demo that are trained on
+QUESTION = "月亮为什么有时圆，有时弯？"  # asked again and again while the model learns
 ALIKE = 0.9  # an answer counts as taught from this similarity on
 
 # Flags that all trainings have in common.
@@ -107,6 +109,7 @@ def main(cfg: Config) -> dict:
     print_differences(trained["sft"], trained["dpo"])
     print(stages.table())
     draw_pictures(cfg, rephrased)
+    write_page(cfg, stages.rows, rephrased)
     print_summary(cfg, trained, rephrased)
     return {"trained": trained, "rephrased": rephrased}
 
@@ -214,6 +217,8 @@ def fine_tune(cfg: Config) -> str:
         epochs=cfg.sft_epochs,
         batch_tokens=2048,
         keep_at=0.25,
+        sample=QUESTION,
+        eval_every=40,
         **TRAINING,
     )
     sft.main(settings)
@@ -365,8 +370,33 @@ def draw_pictures(cfg: Config, rephrased: list[Answer]) -> None:
     panels = {"pretraining": "pretrain", "SFT": "sft", "DPO": "dpo"}
     draw({title: [folder(cfg, name)] for title, name in panels.items()}, losses)
     chat = Path(cfg.out) / "answers.svg"
-    write_chat(chat, [(answer.question, answer.text) for answer in rephrased[:5]])
+    shown = [a for a in rephrased if a.as_taught][:4] + [a for a in rephrased if not a.as_taught][
+        :1
+    ]
+    write_chat(chat, [(answer.question, answer.text, answer.as_taught) for answer in shown])
     print(f"\nloss curves: {losses}; answers to questions in other words: {chat}")
+
+
+def write_page(cfg: Config, rows: "list[Row]", rephrased: list[Answer]) -> None:
+    """Write the page that shows how all of it came about; see examples/report.py."""
+    model, tok = load(folder(cfg, "dpo"))
+    taught = next(iter(read_rows([text_file(cfg, "sft")])))
+    runs = {"SFT": folder(cfg, "sft"), "DPO": folder(cfg, "dpo")}
+    page = Path(cfg.out) / "report.html"
+    report.write_report(
+        page,
+        report.both("一个小语言模型是怎样炼成的", "How a small language model is made"),
+        [
+            report.stages(rows),
+            report.losses({"pretraining": folder(cfg, "pretrain"), **runs}),
+            report.moments(QUESTION, folder(cfg, "pretrain"), *runs.values()),
+            report.tokenizer(tok, QUESTION),
+            report.mask(messages_of(taught), tok),
+            report.attention(model, tok, QUESTION),
+            report.answers(rephrased),
+        ],
+    )
+    print(f"the whole story on one page: {page}")
 
 
 def print_summary(cfg: Config, trained: dict[str, list[Answer]], rephrased: list[Answer]) -> None:

@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import os
 import signal
@@ -87,12 +88,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
-    """An argument parser with the flags of a dataclass, its own before inherited ones."""
-    parser = _Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """An argument parser with the flags of a dataclass, its own before inherited ones.
+
+    Its help is Chinese where `shows_chinese` says so.
+    """
+    chinese = _chinese()
+    if chinese is None:
+        parser = _Parser(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    else:
+        parser = _Parser(
+            description=chinese.description(description),
+            allow_abbrev=False,
+            formatter_class=chinese.Formatter,
+            add_help=False,
+        )
+        chinese.name_groups(parser)
     types_of_fields = typing.get_type_hints(cls)
     own = cls.__annotations__
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own):
@@ -176,8 +190,27 @@ def _flag_name(name: str) -> str:
 
 def _help(text: str, default: Any) -> str:
     """The help text with the default; argparse reads % as a placeholder, so it is doubled."""
-    shown = "" if default is None else f" (default: {default})"
+    chinese = _chinese()
+    if chinese is not None:
+        text = chinese.help_of(text)
+        shown = "" if default is None else f"（默认：{default}）"
+    else:
+        shown = "" if default is None else f" (default: {default})"
     return (text + shown).replace("%", "%%")
+
+
+def shows_chinese() -> bool:
+    """Whether `--help` is Chinese: NANOPHI_LANG says so, or else the locale."""
+    wanted = os.environ.get("NANOPHI_LANG")
+    if not wanted:
+        names = ("LC_ALL", "LC_MESSAGES", "LANG")  # in the order in which they count
+        wanted = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return wanted.lower().startswith("zh")
+
+
+def _chinese() -> types.ModuleType | None:
+    """The Chinese words of the command line, read only where they are wanted."""
+    return importlib.import_module("nanophi.chinese") if shows_chinese() else None
 
 
 LARGEST_WHOLE = 2**63 - 1  # of a flag without another limit: what 64 bits hold

@@ -8,6 +8,7 @@ import os
 # Before any oracle is imported: a test that needs a hub must fail, not wait.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["NANOPHI_LANG"] = "en"  # whatever the locale of whoever runs the tests
 # Before torch is imported, here and in subprocesses: a second thread waits for work by spinning,
 # and tiny models give it none. It doubled the CPU time of the tests.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,5 +1,8 @@
 """Flags from dataclasses, and what a person sees who makes a mistake."""
 
+import dataclasses
+import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +16,17 @@ import generate
 import pretrain
 import sft
 import train_tokenizer
-from nanophi.cli import Progress, UserError, duration, flag, parser_for, run_command
+from nanophi import chinese
+from nanophi.cli import (
+    Progress,
+    UserError,
+    duration,
+    flag,
+    parser_for,
+    run_command,
+    shows_chinese,
+)
+from nanophi.columns import display_width
 from nanophi.text import clean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,3 +183,78 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys):
 
 def test_durations():
     assert [duration(s) for s in (7, 738, 9000)] == ["7s", "12.3m", "2.5h"]
+
+
+# ---- help in Chinese
+
+COMMANDS = [
+    "train_tokenizer", "pretrain", "sft", "dpo", "generate", "examples.demo",
+    "nanophi.text.clean", "nanophi.text.corpus", "nanophi.text.dedup", "nanophi.text.shards",
+    "nanophi.text.stats", "nanophi.train.plot", "nanophi.model.card", "nanophi.infer.evaluate",
+    "nanophi.infer.gguf", "nanophi.infer.pairs",
+]  # fmt: skip
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+def helps_of(config: type) -> list[str]:
+    """The English help of every flag, those of tables too."""
+    helps = []
+    for field in dataclasses.fields(config):
+        rows = field.metadata.get("table")
+        if rows is None:
+            helps.append(field.metadata.get("help", ""))
+        else:
+            helps += [row.help for row in rows.values()]
+    return [text for text in helps if text]
+
+
+def test_every_command_is_known_here():
+    """A command that this list lacks would have no Chinese help, and nobody would notice."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("nanophi/*/*.py"), ROOT / "examples" / "demo.py"]
+    found = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sources
+        if "    run_command(Config, main)" in path.read_text(encoding="utf-8")
+    }
+    assert found == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_is_chinese_where_one_reads_chinese(name, monkeypatch):
+    monkeypatch.setenv("NANOPHI_LANG", "zh")
+    module = importlib.import_module(name)
+    for text in helps_of(module.Config):
+        assert CHINESE.search(chinese.help_of(text)), f"nanophi/chinese.py has no row for {text!r}"
+    text = parser_for(module.Config, module.__doc__).format_help()
+    assert "用法：" in text
+    assert "(default" not in text
+    assert CHINESE.search(chinese.description(module.__doc__)), "the description is English"
+    widest = max(text.splitlines(), key=display_width)
+    assert display_width(widest) <= 100, widest
+
+
+def test_no_row_of_the_chinese_tables_is_left_over():
+    modules = [importlib.import_module(name) for name in COMMANDS]
+    helps = {text for module in modules for text in helps_of(module.Config)}
+    known = helps | {text.partition(": ")[0] + ":" for text in helps}
+    assert set(chinese.HELP) - known == set()
+    firsts = {module.__doc__.split("\n")[0] for module in modules}
+    assert set(chinese.DESCRIPTIONS) - firsts == set()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"NANOPHI_LANG": "zh"}, True),
+        ({"NANOPHI_LANG": "en", "LANG": "zh_CN.UTF-8"}, False),
+        ({"LANG": "zh_CN.UTF-8"}, True),
+        ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, False),
+        ({}, False),
+    ],
+)
+def test_the_environment_chooses_the_language_of_the_help(environment, expected, monkeypatch):
+    for name in ("NANOPHI_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert shows_chinese() is expected

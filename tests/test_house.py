@@ -13,7 +13,10 @@ import nanophi
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nanophi"
-GROUND = {f"nanophi.{name}" for name in ("claims", "cli", "expect", "files", "lazy", "parallel")}
+GROUND = {
+    f"nanophi.{name}"
+    for name in ("chinese", "claims", "cli", "columns", "expect", "files", "lazy", "parallel")
+}
 MAY_IMPORT = {
     "tokenizer": {"tokenizer"},
     "text": {"tokenizer", "text"},

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 from nanophi.claims import refuse
 from nanophi.cli import UserError
+from nanophi.columns import side_by_side
 from nanophi.expect import Expected, check
-from nanophi.infer.columns import side_by_side
 from nanophi.infer.rag import NOT_FOUND, Index, question_with
 from nanophi.text.corpus import write_rows
 from nanophi.text.outputs import rows_output

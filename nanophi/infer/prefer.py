@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanophi.cli import UserError
+from nanophi.columns import side_by_side
 from nanophi.expect import parse_json
-from nanophi.infer.columns import side_by_side
 from nanophi.infer.pairs import fault
 from nanophi.text.formats import as_json
 from nanophi.text.schemas import preference_of, row_checker

@@ -1,5 +1,6 @@
-"""Cleaning: apply the rules of `rules.py` until nothing changes any more, then the filters of
-`filters.py`, and report what each of them did.
+"""Cleaning: rules change texts until nothing changes any more, filters drop documents.
+
+The rules stand in rules.py, the filters in filters.py. A report says what each of them did.
 
     python -m nanophi.text.clean --input raw/ --out clean.jsonl --dedup
     python -m nanophi.text.clean --input crawl/ --out clean.jsonl.zst --workers 8 \\

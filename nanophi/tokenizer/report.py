@@ -74,16 +74,12 @@ def describe(tok: Tokenizer, token_id: int) -> tuple[str, str, str]:
 
     kind: special, added, byte, character or merge.
     """
-    raw = tok.id_to_bytes[token_id]
+    text = tok.piece(token_id)
     if token_id in tok.added.values():
-        text = raw.decode()
         return text, "mixed", "special" if text in tok.specials else "added"
     kind = _kind_of(tok, tok.spelling[token_id])
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        return "".join(f"<{byte:02X}>" for byte in raw), PART, kind
-    return text, script_of(text), kind
+    is_part = tok.id_to_bytes[token_id] != text.encode()
+    return text, PART if is_part else script_of(text), kind
 
 
 def _kind_of(tok: Tokenizer, spelling: str) -> str:

@@ -405,6 +405,22 @@ class Tokenizer:
             numbers = [i for i in numbers if i not in hidden]
         return self._bytes_of(numbers).decode("utf-8", "replace")
 
+    def piece(self, token_id: int) -> str:
+        """One token as a person reads it. Bytes that are no text by themselves show as <E6><9C>."""
+        raw = self.decode_bytes([token_id])
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "".join(f"<{byte:02X}>" for byte in raw)
+
+    def pieces(self, text: str, specials: bool = False) -> list[str]:
+        """The tokens of a text, each as `piece` shows it.
+
+        A tokenizer that knows the word 月亮 and has seen no moon as a picture:
+        ["月亮", "<F0>", "<9F>", "<8C>", "<99>"] for 月亮🌙.
+        """
+        return [self.piece(token_id) for token_id in self.encode(text, specials)]
+
     def byte_lengths(self) -> list[int]:
         """For each id, how many bytes of text it stands for: 0 for special tokens and for gaps."""
         lengths = [0] * len(self)

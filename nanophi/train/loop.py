@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -54,7 +55,7 @@ except ModuleNotFoundError as error:  # if you delete that file, the plain netwo
             raise UserError("--recompute and --compile need the file nanophi/model/speed.py")
 
 
-Evaluate = Callable[[Phi], dict[str, float]]
+Evaluate = Callable[[Phi], dict[str, Any]]
 
 
 def train(
@@ -75,7 +76,7 @@ def train(
     batch_at(step)   gives the batch of a step, from 0
     loss_fn          gives its summed loss, see losses.py
     cfg              a TrainConfig, or the Setup that `begin` has made of one
-    evaluate(model)  gives numbers to log; the model with the lowest "val_loss" is kept
+    evaluate(model)  gives figures to log; the model with the lowest "val_loss" is kept
     resume           None, "yes" or "auto"; overrides cfg.resume
     data_id          names the data: a run is not resumed with other data
     stop_at          save and return when the run has reached this step
@@ -235,11 +236,11 @@ def open_run(run: RunDirectory, setup: Setup, steps: int) -> RunDirectory:
 def add_validation(
     model: Phi,
     evaluate: Evaluate,
-    line: dict[str, float],
+    line: dict[str, Any],
     setup: Setup,
     steps: int,
     say: Callable[[str], None],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Add what `evaluate` measures to the line of metrics, on rank 0, which also prints the line.
 
     All ranks of a sharded model compute it together. They take the numbers of rank 0, so that they
@@ -267,7 +268,7 @@ VALIDATION = {
 }
 
 
-def log_line(line: dict[str, float], steps: int | None = None) -> str:
+def log_line(line: dict[str, Any], steps: int | None = None) -> str:
     """The line of metrics for people; with the step and the validation where `steps` is given."""
     text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  grad {line['grad_norm']:.2f}"
     text += f"  {line['tokens_per_s']:,.0f} tok/s"

@@ -49,7 +49,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     a, b, c = NS_COEFFICIENTS
     has_bf16 = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
-    x = matrices.bfloat16() if has_bf16 else matrices.float()
+    dtype = torch.bfloat16 if has_bf16 else torch.promote_types(matrices.dtype, torch.float32)
+    x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:  # then x x^T below is the smaller product
         x = x.mT

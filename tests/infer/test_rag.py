@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
+from nanophi.columns import display_width, side_by_side, wrap
 from nanophi.infer.chat_modes import chatting, comparing, converse, retrieving
-from nanophi.infer.columns import display_width, side_by_side, wrap
 from nanophi.infer.rag import (
     BM25,
     NOT_FOUND,

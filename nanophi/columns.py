@@ -4,10 +4,13 @@ A terminal shows a Chinese character two columns wide, so `len` does not tell ho
 takes.
 """
 
+import re
 import shutil
 import unicodedata
 
+UNIT = re.compile(r"[!-~]+|.", re.DOTALL)
 CLOSING = "，。、；：？！）》」』”’…"  # marks that never begin a line
+OPENING = "（《「『“‘"  # marks that never end one
 
 
 def display_width(text: str) -> int:
@@ -28,24 +31,40 @@ def display_width(text: str) -> int:
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` columns, broken between characters as Chinese is.
 
-    A closing mark never begins a line; it takes the character before it to the new line:
+    A closing mark never begins a line, and takes the character before it to the new line; an
+    opening mark never ends one. A Latin word or a number stays whole where it fits into a line:
 
     >>> wrap("感冒了，快休息", width=6)
     ['感冒', '了，快', '休息']
+    >>> wrap("用一块 GPU 训练", width=8)
+    ['用一块', 'GPU 训练']
     """
     lines = []
     for paragraph in text.split("\n"):
-        line = ""
-        for char in paragraph:
-            if display_width(line + char) > width:
+        line: list[str] = []
+        for unit in units_of(paragraph, width):
+            if display_width("".join(line) + unit) > width:
                 keep = len(line)
-                if char in CLOSING and len(line) > 1:
+                if keep > 1 and (unit in CLOSING or line[-1] in OPENING):
                     keep -= 1
-                lines.append(line[:keep])
+                lines.append("".join(line[:keep]).rstrip())
                 line = line[keep:]
-            line += char
-        lines.append(line)
+            if line or unit != " " or not lines:
+                line.append(unit)
+        lines.append("".join(line))
     return lines
+
+
+def units_of(paragraph: str, width: int) -> list[str]:
+    """What is not broken: Latin words with their signs, if they fit, and other characters.
+
+    >>> units_of("用GPU 训练", width=6)
+    ['用', 'GPU', ' ', '训', '练']
+    """
+    units: list[str] = []
+    for unit in UNIT.findall(paragraph):
+        units += [unit] if display_width(unit) <= width else list(unit)
+    return units
 
 
 def side_by_side(titles: list[str], texts: list[str], width: int | None = None) -> str:
