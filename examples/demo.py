@@ -30,7 +30,7 @@ import pretrain
 import sft
 import train_tokenizer
 from examples import report
-from examples.picture import write_chat
+from examples.picture import write_chat, write_moving
 from nanophi import generate, load
 from nanophi.cli import flag, peak_memory_gb, run_command
 from nanophi.columns import side_by_side
@@ -374,7 +374,16 @@ def draw_pictures(cfg: Config, rephrased: list[Answer]) -> None:
         :1
     ]
     write_chat(chat, [(answer.question, answer.text, answer.as_taught) for answer in shown])
+    moving = Path(cfg.out) / "learning.svg"
+    sft_losses = [line["loss"] for line in read_metrics(folder(cfg, "sft"))]
+    write_moving(moving, QUESTION, sft_losses, samples(cfg))
     print(f"\nloss curves: {losses}; answers to questions in other words: {chat}")
+    print(f"an answer while the model learns: {moving}")
+
+
+def samples(cfg: Config) -> list[tuple[int, str]]:
+    """(step of SFT, the answer to QUESTION then)."""
+    return report.samples_of(folder(cfg, "sft"), QUESTION, before=folder(cfg, "pretrain"))
 
 
 def write_page(cfg: Config, rows: "list[Row]", rephrased: list[Answer]) -> None:
@@ -389,7 +398,7 @@ def write_page(cfg: Config, rows: "list[Row]", rephrased: list[Answer]) -> None:
         [
             report.stages(rows),
             report.losses({"pretraining": folder(cfg, "pretrain"), **runs}),
-            report.moments(QUESTION, folder(cfg, "pretrain"), *runs.values()),
+            report.moments(QUESTION, samples(cfg), report.answer_of(runs["DPO"], QUESTION)),
             report.tokenizer(tok, QUESTION),
             report.mask(messages_of(taught), tok),
             report.attention(model, tok, QUESTION),

@@ -1,4 +1,4 @@
-"""Questions and answers as a picture: an SVG of speech bubbles.
+"""Questions and answers as pictures: an SVG of speech bubbles, and one that moves.
 
 SVG is text, so the viewer draws the Chinese characters in a font of its own.
 
@@ -78,3 +78,76 @@ def write_chat(path: str | Path, turns: list[tuple[str, str, bool]]) -> None:
         "</svg>",
     ]
     write_text(path, "\n".join(picture) + "\n")
+
+
+# ---- the moving picture: a model learns to answer
+
+MOVING_HEIGHT = 330
+SECONDS = 14  # of one round
+LEARNING = 0.7  # share of a round in which the curve is drawn; then the last answer stays
+PLOT = (60, 96, 300, 190)  # left, top, width, height of the curve
+
+
+def write_moving(
+    path: str | Path, question: str, losses: list[float], moments: list[tuple[int, str]]
+) -> None:
+    """Write an SVG in which the loss of SFT is drawn, and the answer changes with it.
+
+    losses: of each step, from 1. moments: (step, the answer at that step), the first one before
+    training, at step 0, and the last one at the end
+
+    An SVG moves by itself (SMIL): the window through which the curve is seen becomes wider, and
+    texts appear and vanish at shares of the round.
+    """
+    left, top, width, height = PLOT
+    steps = len(losses)
+    highest = max(losses)
+    points = [
+        (left + width * i / (steps - 1), top + height * (1 - loss / highest))
+        for i, loss in enumerate(losses)
+    ]
+    curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {MOVING_HEIGHT}" '
+        f'font-family="{FONTS}" font-size="{SIZE}">',
+        f'<rect width="{WIDTH}" height="{MOVING_HEIGHT}" fill="#ffffff"/>',
+        bubble("question", question, MARGIN)[0],
+        f'<path d="M{left} {top} V{top + height} H{left + width}" fill="none" stroke="#8b949e"/>',
+        f'<text x="{left}" y="{top - 12}" fill="#59636e" font-size="13">loss</text>',
+        f'<text x="{left + width - 10}" y="{top + height + 22}" fill="#59636e" font-size="13">'
+        f"step {steps}</text>",
+        f'<clipPath id="seen"><rect x="{left}" y="0" width="{width}" height="{MOVING_HEIGHT}">'
+        f'<animate attributeName="width" values="0;{width};{width}" keyTimes="0;{LEARNING};1" '
+        f'dur="{SECONDS}s" repeatCount="indefinite"/></rect></clipPath>',
+        f'<polyline points="{curve}" fill="none" stroke="#1f6feb" stroke-width="2.5" '
+        'clip-path="url(#seen)"/>',
+    ]
+    begins = [LEARNING * step / steps for step, _ in moments]
+    ends = [*begins[1:], 1.0]
+    for number, ((step, answer), begin, end) in enumerate(zip(moments, begins, ends, strict=True)):
+        is_last = number == len(moments) - 1
+        parts.append(moment(step, answer, begin, end, stays=is_last))
+    parts.append("</svg>")
+    write_text(path, "\n".join(parts) + "\n")
+
+
+def moment(step: int, answer: str, begin: float, end: float, stays: bool) -> str:
+    """The answer of one step, seen from `begin` to `end`, shares of the round.
+
+    stays: whether it is what a viewer shows who does not move pictures
+    """
+    left = PLOT[0] + PLOT[2] + 48
+    lines = [f"step {step}", *wrap(answer, 46)][:7]
+    texts = []
+    for i, line in enumerate(lines):
+        colour = "#59636e" if i == 0 else "#1f2328"
+        y = PLOT[1] + 8 + LINE * i
+        texts.append(f'<text x="{left}" y="{y}" fill="{colour}">{escape(line)}</text>')
+    shown = "1;0" if begin == 0 else f"0;1;{1 if end == 1 else 0}"
+    times = f"0;{end:.3f}" if begin == 0 else f"0;{begin:.3f};{min(end, 0.999):.3f}"
+    return (
+        f'<g opacity="{int(stays)}"><animate attributeName="opacity" calcMode="discrete" '
+        f'values="{shown}" keyTimes="{times}" dur="{SECONDS}s" repeatCount="indefinite"/>\n'
+        + "\n".join(texts)
+        + "</g>"
+    )

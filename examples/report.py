@@ -134,17 +134,26 @@ def losses(panels: dict[str, str]) -> tuple[str, str, str]:
 # ---- one question, several moments
 
 
-def moments(question: str, pretrained: str, sft: str, dpo: str) -> tuple[str, str, str]:
-    """One question: what the pretrained model makes of it, what was answered at the evaluations of
-    SFT (trained with `--sample`), and at last.
+def samples_of(run: str, question: str, before: str) -> list[tuple[int, str]]:
+    """(step, answer) at each evaluation of a run trained with `--sample`.
 
-    pretrained, sft, dpo: run directories
+    Step 0 is what the model in `before` answers, from which the run began.
     """
-    rows = [(both("只预训练过", "pretraining alone"), answer_of(pretrained, question))]
-    for line in read_metrics(sft):
-        if "sample" in line:
-            rows.append((f"SFT, {line['step']:,}", escape(line["sample"])))
-    rows.append(("DPO", answer_of(dpo, question)))
+    told = [(line["step"], line["sample"]) for line in read_metrics(run) if "sample" in line]
+    return [(0, answer_of(before, question)), *told]
+
+
+def answer_of(directory: str, question: str) -> str:
+    """The greedy answer of a model, at most 60 tokens of it."""
+    model, tok = nanophi.load(directory)
+    ids = generate(model, chat_prompt(question, tok), 60)
+    return tok.decode(ids, skip_special_tokens=True)
+
+
+def moments(question: str, samples: list[tuple[int, str]], last: str) -> tuple[str, str, str]:
+    """One question, what was answered while the model learned (`samples_of`), and at last."""
+    rows = [(f"SFT, {step:,}", escape(text.replace("\n", "⏎"))) for step, text in samples]
+    rows.append(("DPO", escape(last)))
     return (
         both("看着它学会", "Watch it learn"),
         both(
@@ -153,13 +162,6 @@ def moments(question: str, pretrained: str, sft: str, dpo: str) -> tuple[str, st
         ),
         table(rows, [both("训练到第几步", "step"), both("回答", "answer")]),
     )
-
-
-def answer_of(directory: str, question: str) -> str:
-    """The greedy answer of a model, as HTML."""
-    model, tok = nanophi.load(directory)
-    ids = generate(model, chat_prompt(question, tok), 60)
-    return escape(tok.decode(ids, skip_special_tokens=True).replace("\n", "⏎"))
 
 
 # ---- tokenizer and mask

@@ -1,7 +1,9 @@
 """The page and the picture at the end of the demo."""
 
+import json
 import re
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -31,7 +33,7 @@ def page(house, tmp_path_factory):
     sections = [
         report.stages(STAGES),
         report.losses({"pretraining": runs[0], "DPO": runs[2]}),
-        report.moments(QUESTION, *runs),
+        report.moments(QUESTION, [(0, "\n"), (20, "不。")], report.answer_of(runs[2], QUESTION)),
         report.tokenizer(tok, QUESTION),
         report.mask(CONVERSATION, tok),
         report.attention(model, tok, QUESTION),
@@ -88,3 +90,22 @@ def test_the_picture_marks_what_is_wrong(tmp_path):
     svg = path.read_text(encoding="utf-8")
     assert svg.count(picture.WRONG) == 1
     assert svg.index("不知道。") < svg.index(picture.WRONG)
+
+
+def test_the_moving_picture_shows_each_answer_in_its_turn(tmp_path):
+    path = tmp_path / "learning.svg"
+    losses = [5.0, 2.5, 1.0, 0.5]
+    picture.write_moving(path, QUESTION, losses, [(0, "嗯<"), (2, "多喝水"), (4, ANSWER)])
+    svg = path.read_text(encoding="utf-8")
+    xml = ElementTree.fromstring(svg)
+    answers = [group for group in xml.iter() if group.tag.endswith("}g")]
+    assert [group.get("opacity") for group in answers] == ["0", "0", "1"]  # where nothing moves
+    begins = [group[0].get("keyTimes").split(";")[-2] for group in answers]
+    assert begins == ["0", "0.350", "0.700"]
+
+
+def test_samples_are_those_of_the_evaluations(house, tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "sample": "好"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = report.samples_of(str(tmp_path), QUESTION, before=str(house / "sft"))
+    assert told == [(0, ANSWER), (2, "好")]
