@@ -137,7 +137,7 @@ def test_every_room_is_installed():
 
 
 @pytest.mark.parametrize("name_of_readme", ["README.md", "README_zh.md"])
-def test_readme_tells_presets_and_files_as_they_are(name_of_readme):
+def test_readme_tells_presets_as_they_are(name_of_readme):
     from nanophi.model.config import PRESETS, PhiConfig
     from nanophi.model.phi import Phi
 
@@ -149,9 +149,25 @@ def test_readme_tells_presets_and_files_as_they_are(name_of_readme):
         numbers = (cfg.hidden_size, cfg.num_attention_heads, cfg.num_hidden_layers)
         shape = ", ".join(map(str, (*numbers, cfg.intermediate_size)))
         assert f"| `{name}` | {shape} | {cfg.vocab_size:,} | {parameters:,} |" in readme
+
+
+FILES = ["docs/en/files.md", "docs/zh/files.md"]
+
+
+@pytest.mark.parametrize("page", FILES)
+def test_the_table_of_files_is_complete(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     for path in PACKAGE.rglob("*.py"):
-        if path.parent != PACKAGE and path.name != "__init__.py":
-            assert f"`{path.name}`" in readme, f"README's table of files lacks {path.name}"
+        if path.name != "__init__.py":
+            assert f"`{path.name}`" in text, f"{page} lacks {path.name}"
+
+
+@pytest.mark.parametrize("name_of_readme", ["README.md", "README_zh.md"])
+def test_links_of_the_readmes_lead_somewhere(name_of_readme):
+    text = (ROOT / name_of_readme).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), f"{name_of_readme} links to {target}"
 
 
 def test_nothing_of_this_machine_is_in_the_repository():
@@ -189,9 +205,9 @@ def lines_to_read(file: str, read: str) -> int:
     return last - first
 
 
-@pytest.mark.parametrize("name_of_readme", ["README.md", "README_zh.md"])
-def test_the_reading_tour_names_what_is_there(name_of_readme):
-    rows = TOUR_ROW.finditer((ROOT / name_of_readme).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", FILES)
+def test_the_reading_tour_names_what_is_there(page):
+    rows = TOUR_ROW.finditer((ROOT / page).read_text(encoding="utf-8"))
     tour = [lines_to_read(row["file"], row["read"]) for row in rows]
     assert len(tour) == 12
     assert min(tour) > 20

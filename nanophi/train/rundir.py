@@ -143,8 +143,11 @@ class RunDirectory:
 
             self.board = SummaryWriter(str(self.out / BOARD), purge_step=self.step + 1)
 
-    def log(self, line: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl; keep the model if it is the best. All ranks call it."""
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl; keep the model if it is the best. All ranks call it.
+
+        line: numbers, and the text of a sample
+        """
         if line.get("val_loss", float("inf")) < self.best:
             # Do this first, on all ranks: writing the line can fail on rank 0 only, and then the
             # other ranks would have another `best`.
@@ -153,16 +156,20 @@ class RunDirectory:
         if self.world.first:
             self._write_line(line)
 
-    def _write_line(self, line: dict[str, float]) -> None:
+    def _write_line(self, line: dict[str, Any]) -> None:
         first = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
         ordered = {name: line[name] for name in first} | line
-        finite = {name: value if math.isfinite(value) else None for name, value in ordered.items()}
+        texts = {name: value for name, value in ordered.items() if isinstance(value, str)}
+        numbers = {name: value for name, value in ordered.items() if name not in texts}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with open(self.out / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")  # JSON has no nan: it is null
+            file.write(json.dumps(finite | texts) + "\n")  # JSON has no nan: it is null
         if self.board is not None:
             for name, value in finite.items():
                 if value is not None and name != "step":
                     self.board.add_scalar(name, value, self.step)
+            for name, text in texts.items():
+                self.board.add_text(name, text, self.step)
 
     # -- save
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 import sys
 
@@ -338,3 +339,5 @@ def test_a_terminal_without_the_signs_of_the_batch(house, tmp_path, monkeypatch)
         run_command(sft.Config, sft.main, common + flags)
         sys.stdout.flush()
         assert sign in written.getvalue().decode("gbk")
+    lines = (tmp_path / "--sample" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert isinstance(json.loads(lines[-1])["sample"], str)
