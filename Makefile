@@ -1,26 +1,33 @@
 # Two commands, both for a fresh machine with Python 3.11 or newer and nothing else set up:
 #   make demo   environment, then raw text -> tokenizer -> pretraining -> SFT -> DPO -> chat answers in out/demo
 #   make test   environment with the test extras, then the tests
-# Also: make coverage, make test-slow (everything, an hour), make lint, make format, make clean.
+# Also: make coverage, make test-slow (everything, an hour), make pictures, make lint, make format, make clean.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test coverage test-slow lint format clean
+# Tests run in as many processes as there are cores, but not more than four: each takes a gigabyte.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: demo test coverage test-slow pictures lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(WORKERS)
 
 coverage: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow" --cov=nanophi --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -m "not slow" $(WORKERS) --cov=nanophi --cov-report=term:skip-covered --cov-fail-under=92
 
 test-slow: $(VENV)/.installed-test $(VENV)-457/.installed
 	$(BIN)/python -m pytest -q
+
+# Every picture of docs/: those of the pages are computed, those of the demo come from out/demo.
+pictures: $(VENV)/.installed
+	$(BIN)/python -m docs.draw
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

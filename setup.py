@@ -63,7 +63,7 @@ setup(
         "serve": serve,
         "examples": examples,
         "test": [
-            *("pytest>=8", "pytest-cov>=6", "hypothesis>=6", "ruff", "mypy"),
+            *("pytest>=8", "pytest-cov>=6", "pytest-xdist>=3.6", "hypothesis>=6", "ruff", "mypy"),
             *(*oracles, *examples, *llama_cpp, *plot, *zst, *parquet, *serve),
         ],
     },

@@ -518,7 +518,7 @@ Jaccard 相似度；达到 --threshold 的归为一组，每组只留最前面�
 
 清洗是单独的一步，训练脚本从不清洗。
 """,
-    "Documents: the one door through which every room reads and writes rows.": """
+    "Documents: all reading and writing of rows goes through this file.": """
 读写文档：转换格式，切成小文件，下载公开文本。
 
     python -m nanophi.text.corpus --input raw/ --out corpus.jsonl.zst --rows-per-file 100000

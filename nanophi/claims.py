@@ -1,4 +1,4 @@
-"""The one door to what a command writes: it is claimed before any work.
+"""What a command writes is claimed here, before any work.
 
     with claim(inputs, Output("--out", "clean.jsonl"), Output("--dropped", None)):
         ...                              nobody else writes these files now

@@ -1,7 +1,7 @@
 """The command line, once for every script: flags from a dataclass, users' mistakes as one line,
 progress with an ETA.
 
-It needs the standard library only and stands below all rooms, so that each of them may use it:
+It needs the standard library only, so that every part of the package may use it:
 
     @dataclass
     class Config:

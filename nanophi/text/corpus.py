@@ -1,4 +1,4 @@
-"""Documents: the one door through which every room reads and writes rows.
+"""Documents: all reading and writing of rows goes through this file.
 
     for row in read_rows(["raw/", "more.csv"]): ...         rows of any format and schema
     for text in read_texts(["news.jsonl.gz"]): ...          their texts

@@ -15,7 +15,7 @@ which row comes next. The settings beside them hold the flags that decide what i
 
     news.jsonl.settings    {"sample": 1.0, ..., "files": [["raw/a.jsonl", 20113]]}
 
-formats.py writes the rows; corpus.py, the door, offers `write_rows` to the other rooms.
+formats.py writes the rows; corpus.py offers `write_rows` to the other packages.
 """
 
 import json

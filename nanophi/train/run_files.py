@@ -1,6 +1,6 @@
 """Which files are a run's, and whether a run may begin in a directory.
 
-`claim` is the door: it refuses a directory in which a run would destroy something, and locks it.
+`claim` comes first: it refuses a directory in which a run would destroy something, and locks it.
 
     <out>/                the newest state: a checkpoint directory, train_state.pt, metrics.jsonl,
                           run.json
