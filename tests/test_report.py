@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -11,6 +12,7 @@ from examples import picture, report
 from nanophi import load
 from tests.conftest import ANSWER, QUESTION, SFT
 
+ROOT = Path(__file__).resolve().parents[1]
 STAGES = [
     SimpleNamespace(name="clean", seconds=1.25, peak_gb=0.5, key_figure="20 documents"),
     SimpleNamespace(name="sft", seconds=60.0, peak_gb=0.75, key_figure="loss < 0.1"),
@@ -109,3 +111,12 @@ def test_samples_are_those_of_the_evaluations(house, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = report.samples_of(str(tmp_path), QUESTION, before=str(house / "sft"))
     assert told == [(0, ANSWER), (2, "好")]
+
+
+def test_the_picture_of_the_readmes_is_honest():
+    """It shows right answers and one wrong one, which is marked; and no character is broken."""
+    svg = (ROOT / "docs" / "demo-answers.svg").read_text(encoding="utf-8")
+    assert "\ufffd" not in svg
+    questions = svg.count(picture.COLOURS["question"][0])
+    assert questions == 5
+    assert svg.count(picture.WRONG) == 1

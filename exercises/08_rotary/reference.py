@@ -1,0 +1,3 @@
+from nanophi.model.phi import rotary_tables, rotate
+
+__all__ = ["rotary_tables", "rotate"]

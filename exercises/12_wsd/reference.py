@@ -1,0 +1,5 @@
+from functools import partial
+
+from nanophi import schedule
+
+wsd = partial(schedule, "wsd")
