@@ -21,6 +21,7 @@ Whole numbers and words are compared exactly, numbers with a decimal point to ab
 machines round differently.
 """
 
+import codeop
 import contextlib
 import io
 import re
@@ -128,6 +129,28 @@ def caught():
         yield printed
 
 
+def fault_when_pasted(code: str) -> str | None:
+    """What Python's prompt would say to a block that is pasted line by line; None if nothing.
+
+    The prompt ends a loop or a function at the first empty line, and at no other:
+
+    >>> fault_when_pasted("for i in range(2):\\n    print(i)\\n\\nprint(7)\\n") is None
+    True
+    >>> fault_when_pasted("for i in range(2):\\n    print(i)\\nprint(7)\\n")
+    'invalid syntax: print(7)'
+    """
+    begun: list[str] = []
+    for line in [*code.splitlines(), ""]:
+        begun.append(line)
+        try:
+            is_complete = codeop.compile_command("\n".join(begun), "<page>", "single") is not None
+        except SyntaxError as error:
+            return f"{error.msg}: {line}"
+        if is_complete:
+            begun = []
+    return f"unfinished: {begun[0]}" if any(begun) else None
+
+
 # ---- comparing
 
 
@@ -183,7 +206,7 @@ def check_page(path: Path) -> None:
     for printed, said in zip(run_page(path), said_outputs(page), strict=True):
         assert alike(said, printed), (
             f"{path.name} says\n{said}\nbut its code prints\n{printed}\n"
-            f"python -m docs.pages docs/en/{path.name} --write mends it"
+            f"python -m docs.pages docs/{path.parent.name}/{path.name} --write mends it"
         )
 
 

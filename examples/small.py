@@ -12,6 +12,7 @@ fp64, where rounding is so small that every machine prints the same digits.
 import functools
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -160,7 +161,7 @@ def fingerprint() -> str:
 
 def train_all() -> None:
     """Pretraining, SFT and DPO, one after the other; about half a minute on one core."""
-    print(f"training the small model, once, into {OUT}")
+    print(f"training the small model, once, into {OUT}: half a minute or two", file=sys.stderr)
     model = untrained()
     curves = {}
     curves["pretrain"] = train(model, packed_documents(), steps=96, lr=6e-3)

@@ -36,9 +36,10 @@ class Exercise:
 
     @property
     def title(self) -> str:
-        """The first line of its README."""
-        first = (self.folder / "README.md").read_text(encoding="utf-8").splitlines()[0]
-        return first.lstrip("# ")
+        """The first lines of its READMEs: "Merge a pair  合并一对"."""
+        paths = [self.folder / name for name in ("README.md", "README_zh.md")]
+        firsts = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
+        return "  ".join(first.lstrip("# ") for first in firsts)
 
     @property
     def changes_library(self) -> bool:

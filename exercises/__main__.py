@@ -3,6 +3,7 @@
 import shutil
 import sys
 import traceback
+from pathlib import Path
 
 from exercises import Exercise, exercises
 
@@ -24,7 +25,9 @@ def main(words: list[str]) -> int:
         return 0 if all(passed) else 1
     for exercise in known.values():
         print(f"{state(exercise):8} {exercise.number:2}  {exercise.title}")
-    print("\npython -m exercises 1 begins the first one; the text is in its folder's README")
+    print(
+        "\npython -m exercises 1 begins the first one / 开始第一个；text / 题目: exercises/01_merge"
+    )
     return 0
 
 
@@ -58,10 +61,19 @@ def show(exercise: Exercise, reference: bool) -> bool:
     for name, error in results.items():
         print(f"   {'passes' if error is None else 'FAILS '}  {name}")
         if error is not None:
-            *_, last = traceback.extract_tb(error.__traceback__)
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            print(f"           {last.name}, line {last.lineno}: {reason}")
+            print(f"           {place_of(error)}: {reason}")
     return not any(results.values())
+
+
+def place_of(error: Exception) -> str:
+    """File and line: the last one in my.py, if the error came through it, else that in test.py."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for name in ("my.py", "test.py"):
+        for frame in reversed(frames):
+            if Path(frame.filename).name == name:
+                return f"{name}:{frame.lineno}"
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import dpo
 import pretrain
 import sft
 import train_tokenizer
+from examples import small
 from nanophi.model.config import PhiConfig
 from nanophi.model.phi import Phi
 from nanophi.text import clean, shards
@@ -138,3 +139,20 @@ def house(tmp_path_factory):
         )
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """A directory with the trained small model in out/small, and data/ as in the repository."""
+    folder = tmp_path_factory.mktemp("learning")
+    (folder / "data").symlink_to(small.ROOT / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        small.model("dpo")
+    return folder
+
+
+@pytest.fixture
+def at_small(small_folder, monkeypatch):
+    monkeypatch.chdir(small_folder)
+    return small_folder

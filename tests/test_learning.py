@@ -1,5 +1,6 @@
 """What one learns from cannot rot: pages run, exercises fail and pass, both languages agree."""
 
+import doctest
 import inspect
 import json
 import re
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from docs import draw, pages
-from examples import small
 from exercises import exercises
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,29 +26,27 @@ def name_of(exercise) -> str:
     return exercise.folder.name
 
 
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory):
-    """A directory with the trained small model in out/small, and data/ as in the repository."""
-    folder = tmp_path_factory.mktemp("learning")
-    (folder / "data").symlink_to(ROOT / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        small.model("dpo")
-    return folder
-
-
-@pytest.fixture
-def at_small(small_folder, monkeypatch):
-    monkeypatch.chdir(small_folder)
-    return small_folder
-
-
 # ---- the pages
+
+
+def test_examples_in_docstrings_of_the_tools_are_true():
+    assert doctest.testmod(pages).failed == 0
 
 
 @pytest.mark.parametrize("name", ENGLISH)
 def test_a_page_prints_what_it_says(name, at_small):
     pages.check_page(pages.DOCS / "en" / name)
+
+
+@pytest.mark.parametrize("name", ENGLISH)
+def test_the_blocks_of_a_page_can_be_pasted_into_python(name):
+    """A learner's prompt answered the first `with` block with a SyntaxError: no empty line followed
+    it.
+    """
+    page = (pages.DOCS / "en" / name).read_text(encoding="utf-8")
+    codes = [block.text for block in pages.blocks_of(page) if block.language == "python"]
+    faults = [fault for fault in map(pages.fault_when_pasted, codes) if fault]
+    assert faults == []
 
 
 def test_a_page_whose_output_is_wrong_is_found(tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import nanophi
 from examples import small
+from nanophi.tokenizer.levels import ByteLevel
 
 
 def test_the_best_rank_goes_first_and_not_the_leftmost_pair(mine):
@@ -50,6 +51,14 @@ def test_the_ids_are_those_of_nanophi_and_of_hf_tokenizers(mine):
     theirs = Tokenizer.from_str(json.dumps(tok.to_dict()))
     for text in questions:
         agrees(text, tok.encode(text), theirs.encode(text).ids, "HF tokenizers")
+
+
+def test_a_text_is_normalized_before_it_is_split(mine):
+    tok = nanophi.train_bpe(["café " * 3], vocab_size=7 + 256 + 4)
+    composing = ByteLevel(nfc=True)  # Qwen's: e and an accent become the one character é
+    found = mine.encode("cafe\u0301", composing, tok.vocab, tok.merges)
+    expected = tok.encode("caf\u00e9")
+    assert found == expected, f"level.normalized makes {expected} of it; {found} came"
 
 
 def agrees(text, found, expected, library):
