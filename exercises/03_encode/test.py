@@ -58,7 +58,9 @@ def test_a_text_is_normalized_before_it_is_split(mine):
     composing = ByteLevel(nfc=True)  # Qwen's: e and an accent become the one character é
     found = mine.encode("cafe\u0301", composing, tok.vocab, tok.merges)
     expected = tok.encode("caf\u00e9")
-    assert found == expected, f"level.normalized makes {expected} of it; {found} came"
+    assert found == expected, (
+        f"level.normalized makes café, one é, of cafe and an accent: {expected}; {found} came"
+    )
 
 
 def agrees(text, found, expected, library):

@@ -47,6 +47,21 @@ def test_another_document_changes_not_a_bit(mine):
     assert (changes[0, :2] > 0).all(), "the document that was changed has the same result as before"
 
 
+def test_a_token_that_sees_only_itself_gets_its_own_value(mine):
+    """The visible scores are far below any number that could be filled in for the hidden ones."""
+    q, _, v = random_heads()
+    visible = same_document(BOUNDARIES, ROWS, TIME)
+    found = mine.attention(q, -1e12 * q, v, visible)
+    for start in BOUNDARIES[:-1].tolist():
+        row, token = divmod(start, TIME)
+        difference = (found[row, :, token] - v[row, :, token]).abs().max().item()
+        assert difference < 1e-12, (
+            f"row {row}: token {token} begins a document and sees only itself, but its result is "
+            f"up to {difference:.1e} away from its own v. Its score is below -1e9: only -inf hides "
+            "the other keys from it"
+        )
+
+
 def test_in_a_model_the_logits_of_a_document_are_those_it_has_alone(mine):
     torch.manual_seed(0)
     cfg = nanophi.PhiConfig(
