@@ -77,6 +77,9 @@ class Config:
         help="earlier turns that --chat shows the model; 0 suits single-turn teaching",
     )
     chunks: int = flag(2, at_least=1, help="--rag: best chunks given to the model")
+    chunk_tokens: int = flag(
+        96, at_least=16, help="--rag: longest chunk; the demo's model wants one of 32, a sentence"
+    )
     threshold: float = flag(
         0.21, at_least=0, help="--rag: best score (0 to 1) below which nothing counts as found"
     )
@@ -240,7 +243,7 @@ def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]
         return answer(model, tok, prompt, cfg, engine=engine)
 
     if cfg.rag:
-        index = build_index(cfg.rag, tok)
+        index = build_index(cfg.rag, tok, cfg.chunk_tokens)
         return lambda: retrieving(say, tok, index, cfg.chunks, cfg.threshold, cfg.bos)
     if cfg.compare:
         second, second_tok = loaded(cfg.compare, cfg)

@@ -2,13 +2,15 @@
 
     make demo                       or, where nanophi is installed:   python examples/demo.py
 
-    text ─> tokenizer ─> token ids ─> pretraining ─> SFT ─> preference pairs ─> DPO ─> answers
+    text ─> tokenizer ─> token ids ─> pretraining ─> copying ─> SFT ─> preference pairs ─> DPO
+         ─> answers
 
 `main` is the recipe, and the functions below it are its steps in the same order. Each step calls
 the `main` of a script with the flags a person would give it, and leaves its result in out/demo.
 
 The text is small, so the model knows what it was taught and nothing else: it answers trained
-questions as it was taught, and other questions fluently and wrongly.
+questions as it was taught, and other questions fluently and wrongly. What stands in a text before
+it, it can say: for that it learns to copy.
 """
 
 import os
@@ -29,13 +31,14 @@ import dpo
 import pretrain
 import sft
 import train_tokenizer
-from examples import report
+from examples import lessons, report
 from examples.picture import write_chat, write_moving
 from nanophi import generate, load
 from nanophi.cli import flag, peak_memory_gb, run_command
 from nanophi.columns import side_by_side
 from nanophi.infer import pairs
 from nanophi.infer.pairs import similarity
+from nanophi.infer.rag import NOT_FOUND, Index, question_with
 from nanophi.text import clean, shards
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of
@@ -43,7 +46,9 @@ from nanophi.tokenizer.chat import chat_prompt
 from nanophi.train.plot import draw, read_metrics
 
 TEXTS = ("documents", "sft", "rephrased", "dpo")  # files of data/demo that are trained on
+CLEANED = (*TEXTS, "reading")  # and questions about texts, of which lessons.py makes rows
 QUESTION = "月亮为什么有时圆，有时弯？"  # asked again and again while the model learns
+FOUND = 0.21  # the score of a sentence from which it is thought to answer: generate.py --threshold
 ALIKE = 0.9  # an answer counts as taught from this similarity on
 
 # Flags that all trainings have in common.
@@ -57,12 +62,15 @@ TRAINING = {
 @dataclass(kw_only=True)
 class Config:
     data: str = flag(
-        str(ROOT / "data" / "demo"), help="documents, sft, rephrased, dpo and heldout .jsonl"
+        str(ROOT / "data" / "demo"),
+        help="documents, sft, rephrased, dpo, reading and both heldout .jsonl",
     )
     out: str = flag("out/demo", help="where everything goes")
     vocab_size: int = flag(2048, help="tokens")
     pretrain_epochs: float = flag(3, help="passes over the documents")
-    sft_epochs: float = flag(10, help="passes over the questions")
+    copying: int = flag(5900, help="rows in which a text comes again and again")
+    sentences: int = flag(4000, help="sentences that are asked for, among the questions")
+    sft_epochs: int = flag(8, help="passes over the questions")
     dpo_epochs: float = flag(2, help="passes over the preference pairs")
 
 
@@ -86,32 +94,37 @@ def main(cfg: Config) -> dict:
     with stages.stage("pretrain") as row:
         row.key_figure = pretrain_model(cfg)
 
-    # 5. supervised fine-tuning (SFT): it learns to answer questions
+    # 5. it learns to copy what stands before it
+    with stages.stage("copying") as row:
+        row.key_figure = learn_to_copy(cfg)
+
+    # 6. supervised fine-tuning (SFT): it learns to answer questions, by heart or from a text
     with stages.stage("sft") as row:
         row.key_figure = fine_tune(cfg)
 
-    # 6. preference pairs: a half-taught model writes the answers to reject
+    # 7. preference pairs: a half-taught model writes the answers to reject
     with stages.stage("pairs") as row:
         row.key_figure = make_pairs(cfg)
 
-    # 7. DPO: it learns to prefer the good answers
+    # 8. DPO: it learns to prefer the good answers
     with stages.stage("dpo") as row:
         row.key_figure = prefer(cfg)
 
-    # 8. answers to all trained questions, before and after DPO
+    # 9. answers to all trained questions, before and after DPO
     with stages.stage("answers") as row:
         trained = answer_trained_questions(cfg)
         row.key_figure = as_taught_figure(trained)
 
-    # 9. what has come of it
+    # 10. what has come of it
     print_answers(cfg, trained["dpo"])
     rephrased = print_rephrased(cfg)
+    read = print_reading(cfg)
     print_differences(trained["sft"], trained["dpo"])
     print(stages.table())
     draw_pictures(cfg, rephrased)
-    write_page(cfg, stages.rows, rephrased)
-    print_summary(cfg, trained, rephrased)
-    return {"trained": trained, "rephrased": rephrased}
+    write_page(cfg, stages.rows, rephrased, read)
+    print_summary(cfg, trained, rephrased, read)
+    return {"trained": trained, "rephrased": rephrased, "reading": read}
 
 
 # ---- where things are
@@ -131,9 +144,9 @@ def folder(cfg: Config, name: str) -> str:
 
 
 def clean_texts(cfg: Config) -> str:
-    """Clean the four files of TEXTS. Documents that repeat another one are dropped."""
+    """Clean the files of CLEANED. Documents that repeat another one are dropped."""
     counts = {}
-    for name in TEXTS:
+    for name in CLEANED:
         settings = clean.Config(
             input=[str(Path(cfg.data) / f"{name}.jsonl")],
             out=text_file(cfg, name),
@@ -200,21 +213,57 @@ def pretrain_model(cfg: Config) -> str:
     return f"validation {last['val_bits_per_byte']:.2f} bits per byte"
 
 
-# ---- 5. SFT
+# ---- 5. copying
+
+
+def learn_to_copy(cfg: Config) -> str:
+    """Write the lessons, and train the pretrained model on those of copying.
+
+    The rows have 128 tokens: in longer ones it takes more steps to notice that a text comes again.
+    """
+    texts = str(Path(cfg.out) / "text")
+    lessons.main(
+        lessons.Config(
+            data=texts,
+            out=texts,
+            copying=cfg.copying,
+            sentences=cfg.sentences,
+            times=cfg.sft_epochs,
+        )
+    )
+    settings = sft.Config(
+        init_from=folder(cfg, "pretrain"),
+        data=[text_file(cfg, "copying")],
+        out=folder(cfg, "copying"),
+        lr=6e-3,
+        warmup=10,
+        decay=0.15,
+        epochs=1,
+        batch_tokens=2048,
+        context=128,
+        **TRAINING,
+    )
+    sft.main(settings)
+    last = read_metrics(settings.out)[-1]
+    return f"loss {last['loss']:.3f}"
+
+
+# ---- 6. SFT
 
 
 def fine_tune(cfg: Config) -> str:
-    """Train the pretrained model on questions and answers.
+    """Train the model on questions and answers, sft_epochs times, and on sentences asked for.
 
     `keep_at` also keeps the model of a quarter of the steps, in out/demo/sft-early.
     """
     settings = sft.Config(
-        init_from=folder(cfg, "pretrain"),
-        data=[text_file(cfg, "sft"), text_file(cfg, "rephrased")],
+        init_from=folder(cfg, "copying"),
+        data=[text_file(cfg, "lessons")],
         out=folder(cfg, "sft"),
         lr=5e-3,
         warmup=10,
-        epochs=cfg.sft_epochs,
+        decay=0.4,
+        epochs=1,
         batch_tokens=2048,
         keep_at=0.25,
         sample=QUESTION,
@@ -226,7 +275,7 @@ def fine_tune(cfg: Config) -> str:
     return f"loss {last['loss']:.3f}"
 
 
-# ---- 6. preference pairs
+# ---- 7. preference pairs
 
 
 def make_pairs(cfg: Config) -> str:
@@ -241,11 +290,11 @@ def make_pairs(cfg: Config) -> str:
     return f"{report['pairs']} of {report['prompts']} kept"
 
 
-# ---- 7. DPO
+# ---- 8. DPO
 
 
 def prefer(cfg: Config) -> str:
-    """Train the SFT model on preference pairs: those of data/demo and those of stage 6."""
+    """Train the SFT model on preference pairs: those of data/demo and those of stage 7."""
     settings = dpo.Config(
         init_from=folder(cfg, "sft"),
         data=[text_file(cfg, "dpo"), text_file(cfg, "pairs")],
@@ -263,7 +312,7 @@ def prefer(cfg: Config) -> str:
     return f"held-out margin {last['val_margin']:.2f}, accuracy {last['val_accuracy']:.0%}"
 
 
-# ---- 8. answers
+# ---- 9. answers
 
 
 @dataclass
@@ -331,7 +380,7 @@ def as_taught_figure(trained: dict[str, list[Answer]]) -> str:
     return f"as taught: {', '.join(counts)} of {len(trained['dpo'])}"
 
 
-# ---- 9. what has come of it
+# ---- 10. what has come of it
 
 
 def print_answers(cfg: Config, answers: list[Answer]) -> None:
@@ -351,6 +400,44 @@ def print_rephrased(cfg: Config) -> list[Answer]:
     print(f"== The {len(answers)} questions in other words, which it was never taught\n")
     for row, answer in zip(held_out, answers, strict=True):
         print(f"{answer}（taught as：{row['rephrases']}）\n")
+    return answers
+
+
+@dataclass
+class FromText:
+    """A question about a text, and what was made of it."""
+
+    question: str
+    sentence: str  # that the search has found
+    text: str  # the answer
+    is_right: bool  # it holds all words that count
+
+
+def print_reading(cfg: Config) -> list[FromText]:
+    """Ask about texts that the model has never seen, and print and return what it answers.
+
+    The search finds a sentence of one of the texts, and the model answers from it. Where no
+    sentence has enough to do with the question, the answer is NOT_FOUND.
+    """
+    held_out = list(read_rows([Path(cfg.data) / "reading-heldout.jsonl"]))
+    texts = dict.fromkeys(row["background"] for row in held_out)
+    model, tok = load(folder(cfg, "dpo"))
+    sentences = [sentence for text in texts for sentence in lessons.sentences_of(text)]
+    index = Index([("", sentence) for sentence in sentences], tok)
+    answers = []
+    print(f"== {len(held_out)} questions about {len(texts)} texts, which it has never seen\n")
+    for row in held_out:
+        found = index.search(row["question"], k=1)
+        sentence = found[0][1].text if found and found[0][0] >= FOUND else ""
+        text = NOT_FOUND
+        if sentence:
+            turns = [{"role": "user", "content": question_with(found, row["question"])}]
+            ids = generate(model, chat_prompt(turns, tok), max_new_tokens=100)
+            text = tok.decode(ids, skip_special_tokens=True)
+        is_right = all(key in text for key in row["keys"])
+        answers.append(FromText(row["question"], sentence, text, is_right))
+        mark = "" if is_right else "（wrong）"
+        print(f"提问：{row['question']}\n回答：{text}{mark}\n")
     return answers
 
 
@@ -383,10 +470,12 @@ def draw_pictures(cfg: Config, rephrased: list[Answer]) -> None:
 
 def samples(cfg: Config) -> list[tuple[int, str]]:
     """(step of SFT, the answer to QUESTION then)."""
-    return report.samples_of(folder(cfg, "sft"), QUESTION, before=folder(cfg, "pretrain"))
+    return report.samples_of(folder(cfg, "sft"), QUESTION, before=folder(cfg, "copying"))
 
 
-def write_page(cfg: Config, rows: "list[Row]", rephrased: list[Answer]) -> None:
+def write_page(
+    cfg: Config, rows: "list[Row]", rephrased: list[Answer], read: list[FromText]
+) -> None:
     """Write the page that shows how all of it came about; see examples/report.py."""
     model, tok = load(folder(cfg, "dpo"))
     taught = next(iter(read_rows([text_file(cfg, "sft")])))
@@ -397,18 +486,26 @@ def write_page(cfg: Config, rows: "list[Row]", rephrased: list[Answer]) -> None:
         report.both("一个小语言模型是怎样炼成的", "How a small language model is made"),
         [
             report.stages(rows),
-            report.losses({"pretraining": folder(cfg, "pretrain"), **runs}),
+            report.losses(
+                {name: folder(cfg, name) for name in ("pretrain", "copying", "sft", "dpo")}
+            ),
             report.moments(QUESTION, samples(cfg), report.answer_of(runs["DPO"], QUESTION)),
             report.tokenizer(tok, QUESTION),
             report.mask(messages_of(taught), tok),
             report.attention(model, tok, QUESTION),
             report.answers(rephrased),
+            report.reading(read),
         ],
     )
     print(f"the whole story on one page: {page}")
 
 
-def print_summary(cfg: Config, trained: dict[str, list[Answer]], rephrased: list[Answer]) -> None:
+def print_summary(
+    cfg: Config,
+    trained: dict[str, list[Answer]],
+    rephrased: list[Answer],
+    read: list[FromText],
+) -> None:
     """Print how many answers are as taught and end properly, and how to chat with the model."""
     for name, answers in trained.items():
         print(
@@ -420,6 +517,8 @@ def print_summary(cfg: Config, trained: dict[str, list[Answer]], rephrased: list
         f"{model} answers {count_as_taught(rephrased)} of {len(rephrased)} questions in other "
         "words with what it was taught"
     )
+    right = sum(answer.is_right for answer in read)
+    print(f"and {right} of {len(read)} questions about texts that it has never seen")
     all_answers = trained["dpo"] + rephrased
     ended = sum(answer.ended for answer in all_answers)
     print(f"{ended} of {len(all_answers)} answers end with [EOS]")

@@ -285,3 +285,25 @@ def answers(asked: Sequence) -> tuple[str, str, str]:
         ),
         table(rows, [both("问题", "question"), both("回答", "answer")]),
     )
+
+
+def reading(asked: Sequence) -> tuple[str, str, str]:
+    """asked: answers of demo.py from texts, with question, sentence, text and is_right."""
+    rows = []
+    for answer in asked:
+        kind = "right" if answer.is_right else "wrong"
+        text = f'<span class="{kind}">{escape(answer.text)}</span>'
+        rows.append((escape(answer.question), escape(answer.sentence), text))
+    count = sum(answer.is_right for answer in asked)
+    return (
+        both("从文本里回答", "Answers from texts"),
+        both(
+            f"先搜索出一句话，再由模型回答。这些文本它没见过，{len(asked)} 个问题答对 {count} 个。",
+            f"A search finds a sentence, and the model answers from it. It has never seen these "
+            f"texts: {count} of {len(asked)} are right.",
+        ),
+        table(
+            rows,
+            [both("问题", "question"), both("找到的句子", "found"), both("回答", "answer")],
+        ),
+    )

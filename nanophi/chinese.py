@@ -254,6 +254,9 @@ HELP = {
         "--chat 让模型看到前面几轮对话；只用单轮对话训练过的模型宜用 0"
     ),
     "--rag: best chunks given to the model": "--rag：给模型看最相关的几段",
+    "--rag: longest chunk; the demo's model wants one of 32, a sentence": (
+        "--rag：一段最多多少 token；演示的模型宜用一段、32，大约一句话"
+    ),
     "--rag: best score (0 to 1) below which nothing counts as found": (
         "--rag：最高得分（0 到 1）低于它就算没有找到"
     ),
@@ -396,13 +399,15 @@ HELP = {
     "prompts answered at once": "一次回答几个提问",
     "longest rejected answer": "被拒的回答最多多少 token",
     # ---- examples/demo.py
-    "documents, sft, rephrased, dpo and heldout .jsonl": (
-        "documents、sft、rephrased、dpo、heldout 等 .jsonl 文件所在的目录"
+    "documents, sft, rephrased, dpo, reading and both heldout .jsonl": (
+        "documents、sft、rephrased、dpo、reading、heldout 等 .jsonl 文件所在的目录"
     ),
     "where everything goes": "所有结果放在哪里",
     "tokens": "词表大小",
     "passes over the documents": "文档过几遍",
     "passes over the questions": "问答过几遍",
+    "rows in which a text comes again and again": "一段文本反复出现的行数",
+    "sentences that are asked for, among the questions": "问答里夹着多少个“根据一句话回答”的题",
     "passes over the preference pairs": "偏好对过几遍",
 }
 
@@ -578,7 +583,7 @@ GGUF：把权重、分词器和对话模板写进一个文件，供 llama.cpp �
 
     make demo                       装好 nanophi 之后也可以：   python examples/demo.py
 
-    文本 ─> 分词器 ─> token id ─> 预训练 ─> SFT ─> 偏好对 ─> DPO ─> 回答
+    文本 ─> 分词器 ─> token id ─> 预训练 ─> 复制 ─> SFT ─> 偏好对 ─> DPO ─> 回答
 
 每一步都用平常的命令行参数调用一个脚本，结果留在 out/demo。语料很小，所以模型只知道教过的：教过
 的问题答得同教的一样，别的问题答得流畅，但不对。

@@ -21,6 +21,7 @@ ASKED = [
     SimpleNamespace(question=QUESTION, text=ANSWER, as_taught=True),
     SimpleNamespace(question="1 < 2 吗？", text="<b>不知道</b>", as_taught=False),
 ]
+READ = [SimpleNamespace(question="几天？", sentence="三天。", text="三天。", is_right=True)]
 CONVERSATION = [
     {"role": "user", "content": SFT[1]["instruction"]},
     {"role": "assistant", "content": SFT[1]["output"]},
@@ -40,6 +41,7 @@ def page(house, tmp_path_factory):
         report.mask(CONVERSATION, tok),
         report.attention(model, tok, QUESTION),
         report.answers(ASKED),
+        report.reading(READ),
     ]
     report.write_report(path, report.both("标题", "Title"), sections)
     return path

@@ -20,7 +20,7 @@ def forward(model: Phi, ids: list[int], cache: Any) -> Tensor:
     """The logits (T, V) of T new tokens, which follow those that the cache has seen.
 
     Afterwards the cache has seen them too. Only the new tokens are computed. Without a cache, the
-    network is, with attention from exercise 7 or 8:
+    network is, with attention as in chapter 6:
 
         x = model.model.embed_tokens(ids)
         for block in model.model.layers:

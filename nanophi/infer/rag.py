@@ -205,8 +205,8 @@ class Index:
         return [(mean[number], self.passages[number]) for number in best]
 
 
-def build_index(inputs: list[str], tok: Tokenizer) -> Index:
-    """Read documents (files, directories or globs) and index them."""
+def build_index(inputs: list[str], tok: Tokenizer, size: int = 96) -> Index:
+    """Read documents (files, directories or globs) and index passages of at most `size` tokens."""
     documents = []
     for path in expand(inputs):
         for number, text in enumerate(read_texts([path], "document"), start=1):
@@ -214,7 +214,7 @@ def build_index(inputs: list[str], tok: Tokenizer) -> Index:
                 documents.append((f"{path.name} #{number}", text))
     if not documents:
         raise UserError(f"{', '.join(inputs)}: no text to answer from")
-    return Index(documents, tok)
+    return Index(documents, tok, size)
 
 
 # ---- passages -> prompt
