@@ -267,7 +267,7 @@ def fine_tune(cfg: Config) -> str:
         batch_tokens=2048,
         keep_at=0.25,
         sample=QUESTION,
-        eval_every=40,
+        eval_every=100,
         **TRAINING,
     )
     sft.main(settings)

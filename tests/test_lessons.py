@@ -47,7 +47,8 @@ def test_other_questions_stand_in_the_lessons_several_times(tmp_path):
 
 
 def test_no_passage_that_is_held_out_is_taught():
-    held_out = {row["background"] for row in read_rows([lessons.DATA / "reading-heldout.jsonl"])}
+    files = [lessons.DATA / f"reading-{name}.jsonl" for name in ("heldout", "development")]
+    held_out = {row["background"] for row in read_rows(files)}
     taught = [row["instruction"] for row in read_rows([lessons.DATA / "reading.jsonl"])]
     taught += [row["text"] for row in read_rows([lessons.DATA / "documents.jsonl"])]
     sentences = {sentence for text in held_out for sentence in lessons.sentences_of(text)}
