@@ -110,8 +110,8 @@ HELP = {
     "passes over the data (1 where --steps is not given either)": (
         "数据过几遍（--steps 也没有给时是 1）"
     ),
-    "rows (or pairs) a device holds at once; changes memory use only": (
-        "一块设备一次算几行（或几对）；只影响显存或内存，不影响结果"
+    "rows (or pairs) a device holds at once: its memory, on a GPU its speed, not the result": (
+        "一块设备一次算几行（或几对）；影响内存，在 GPU 上也影响速度，不影响结果"
     ),
     "tokens of a row (default: the model's)": "一行多少 token（默认：同模型）",
     "put [BOS] before every document": "每篇文档前面加 [BOS]",
