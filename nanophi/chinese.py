@@ -110,7 +110,7 @@ HELP = {
     "passes over the data (1 where --steps is not given either)": (
         "数据过几遍（--steps 也没有给时是 1）"
     ),
-    "rows (or pairs) a device holds at once: its memory, on a GPU its speed, not the result": (
+    "rows (or pairs) a device holds at once: memory, on a GPU speed, not the result": (
         "一块设备一次算几行（或几对）；影响内存，在 GPU 上也影响速度，不影响结果"
     ),
     "tokens of a row (default: the model's)": "一行多少 token（默认：同模型）",

@@ -45,7 +45,7 @@ class TrainConfig:
         8,
         at_least=1,
         at_most=MOST_SAMPLES,
-        help="rows (or pairs) a device holds at once: its memory, on a GPU its speed, not the result",
+        help="rows (or pairs) a device holds at once: memory, on a GPU speed, not the result",
     )
     context: int | None = flag(
         None, at_least=2, at_most=LONGEST_CONTEXT, help="tokens of a row (default: the model's)"
