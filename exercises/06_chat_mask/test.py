@@ -82,4 +82,7 @@ def agree(name, found, expected):
 
 def learned(ids, mask):
     """The text that is learned."""
+    assert len(ids) == len(mask), (
+        f"{len(ids)} ids and {len(mask)} entries of the mask: one for each id, not for each segment"
+    )
     return tokenizer().decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
