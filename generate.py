@@ -39,7 +39,7 @@ from nanophi.infer.chat_modes import Reply, chatting, comparing, converse, each_
 from nanophi.infer.engine import Engine
 from nanophi.infer.generate import stream
 from nanophi.infer.prefer import Preferences, preferring
-from nanophi.infer.rag import build_index
+from nanophi.infer.rag import FOUND, build_index
 from nanophi.infer.sampling import FILTERS, FLAGS, Sampling
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import DECODING_WEIGHTS, Phi
@@ -81,7 +81,7 @@ class Config:
         96, at_least=16, help="--rag: longest chunk; the demo's model wants one of 32, a sentence"
     )
     threshold: float = flag(
-        0.21, at_least=0, help="--rag: best score (0 to 1) below which nothing counts as found"
+        FOUND, at_least=0, help="--rag: best score (0 to 1) below which nothing counts as found"
     )
     max_new_tokens: int = flag(256, at_least=1, help="longest answer")
     sampling: dict = flag(table=FLAGS)  # --temperature, --top-k ...: one flag for each filter

@@ -38,7 +38,7 @@ from nanophi.cli import flag, peak_memory_gb, run_command
 from nanophi.columns import side_by_side
 from nanophi.infer import pairs
 from nanophi.infer.pairs import similarity
-from nanophi.infer.rag import NOT_FOUND, Index, question_with
+from nanophi.infer.rag import FOUND, NOT_FOUND, Index, question_with
 from nanophi.text import clean, shards
 from nanophi.text.corpus import read_rows
 from nanophi.text.schemas import messages_of
@@ -48,7 +48,6 @@ from nanophi.train.plot import draw, read_metrics
 TEXTS = ("documents", "sft", "rephrased", "dpo")  # files of data/demo that are trained on
 CLEANED = (*TEXTS, "reading")  # and questions about texts, of which lessons.py makes rows
 QUESTION = "月亮为什么有时圆，有时弯？"  # asked again and again while the model learns
-FOUND = 0.21  # the score of a sentence from which it is thought to answer: generate.py --threshold
 ALIKE = 0.9  # an answer counts as taught from this similarity on
 
 # Flags that all trainings have in common.
@@ -243,6 +242,11 @@ def learn_to_copy(cfg: Config) -> str:
         context=128,
         **TRAINING,
     )
+    return last_loss(settings)
+
+
+def last_loss(settings: sft.Config) -> str:
+    """Run sft.py; the loss of its last step, for the table."""
     sft.main(settings)
     last = read_metrics(settings.out)[-1]
     return f"loss {last['loss']:.3f}"
@@ -270,9 +274,7 @@ def fine_tune(cfg: Config) -> str:
         eval_every=100,
         **TRAINING,
     )
-    sft.main(settings)
-    last = read_metrics(settings.out)[-1]
-    return f"loss {last['loss']:.3f}"
+    return last_loss(settings)
 
 
 # ---- 7. preference pairs

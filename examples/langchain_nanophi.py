@@ -40,7 +40,7 @@ from pydantic import Field, PrivateAttr
 
 from nanophi.cli import UserError, flag, run_command
 from nanophi.infer.generate import stream
-from nanophi.infer.rag import NOT_FOUND, QUESTION, Index, build_index, grams
+from nanophi.infer.rag import FOUND, NOT_FOUND, QUESTION, Index, build_index, grams
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.chat import chat_prompt
@@ -118,7 +118,7 @@ class NanophiRetriever(BaseRetriever):
 
     index: Index = Field(repr=False)
     k: int = Field(default=2, ge=1)
-    threshold: float = Field(default=0.21, ge=0)  # a passage below it has too little to do with it
+    threshold: float = Field(default=FOUND, ge=0)  # a passage below it has too little to do with it
 
     def _get_relevant_documents(self, query: str, *, run_manager) -> list[Document]:
         return [

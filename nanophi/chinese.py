@@ -9,14 +9,10 @@ finds them by a search.
 """
 
 import argparse
-import re
 
 from nanophi.columns import wrap
 
 WIDTH = 90  # columns of the help
-BREAKS = re.compile(
-    r"([ -~]+|.)"
-)  # Latin words with their spaces and signs, or one other character
 
 
 def description(english: str) -> str:
@@ -419,7 +415,7 @@ DESCRIPTIONS = {
     python train_tokenizer.py --input clean.jsonl --out out/tokenizer --vocab-size 8192
 
 字节级对任何文本都无损。字符级把全角字母变成半角，数字和标点各自成为 token；训练文本里没有的字变
-成[UNK]，加上 --byte-fallback 则拆成字节。
+成 [UNK]，加上 --byte-fallback 则拆成字节。
 """,
     "Pretrain a Phi model from scratch on token shards.": """
 用 token 分片从零预训练一个 Phi 模型。
@@ -435,7 +431,7 @@ DESCRIPTIONS = {
 
     python sft.py --init-from out/pretrain --data sft.jsonl --out out/sft --epochs 3
 
-数据的每一行：{"instruction", "input"?, "output"}、{"prompt", "response"}、{"messages": [...]}或
+数据的每一行：{"instruction", "input"?, "output"}、{"prompt", "response"}、{"messages": [...]} 或
 {"conversations": [...]}。只有回答和它的 [EOS] 计入损失。
 """,
     "Direct Preference Optimization: teach a fine-tuned model which of two answers is better.": """

@@ -42,6 +42,7 @@ def wrap(text: str, width: int) -> list[str]:
     lines = []
     for paragraph in text.split("\n"):
         line: list[str] = []
+        is_broken = False  # then a blank that would begin the next line is dropped
         for unit in units_of(paragraph, width):
             if display_width("".join(line) + unit) > width:
                 keep = len(line)
@@ -49,7 +50,8 @@ def wrap(text: str, width: int) -> list[str]:
                     keep -= 1
                 lines.append("".join(line[:keep]).rstrip())
                 line = line[keep:]
-            if line or unit != " " or not lines:
+                is_broken = True
+            if line or unit != " " or not is_broken:
                 line.append(unit)
         lines.append("".join(line))
     return lines

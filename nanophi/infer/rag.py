@@ -30,6 +30,7 @@ QUESTION = (
     "背景：{background}\n"
     "问题：{question}"
 )
+FOUND = 0.21  # the score, 0 to 1, from which a passage is thought to answer a question
 SEPARATORS = ("\n\n", "\n", "。")
 
 # ---- documents -> passages

@@ -39,8 +39,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Values above about 0.0015 end between 0.68 and 1.2, smaller ones stay smaller. A matrix formula
     does this, because x = U S V^T gives x x^T x = U S^3 V^T: only S changes.
 
-    It runs in bf16 on GPUs that have it, and in fp32 on a CPU: many CPUs compute bf16 several times
-    slower.
+    It runs in bf16 on GPUs that have it, and in fp32 on a CPU (fp64 stays fp64): many CPUs compute
+    bf16 several times slower.
 
     >>> x = torch.diag(torch.tensor([0.1, 1.0, 3.0]))
     >>> near_one = orthogonalize(x[None])[0].diagonal()

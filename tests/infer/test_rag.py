@@ -183,6 +183,8 @@ def test_terminal_commands(tmp_path, monkeypatch, capsys):
 def test_columns_line_up_with_wide_characters(capsys):
     assert display_width("感冒a") == 5
     assert wrap("感冒了\nab", 4) == ["感冒", "了", "ab"]
+    assert wrap("for x:\n    ok", 20) == ["for x:", "    ok"]  # an indented line stays so
+    assert wrap("感冒 了", 4) == ["感冒", "了"]
     assert wrap("感冒了，快休息", 6) == ["感冒", "了，快", "休息"]
     table = side_by_side(["甲", "B"], ["感冒了要休息", "ok"], width=23)
     assert table.splitlines() == [
