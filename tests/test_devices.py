@@ -107,10 +107,10 @@ def waits_of_a_step(micro_batch, attention="auto", loss_fn=next_token_loss, data
 
 
 @pytest.mark.parametrize("attention", ["auto", "manual", "causal", "varlen"])
-def test_a_step_waits_twice_however_many_micro_batches_it_has(attention, monkeypatch):
-    """Once for the loss and once for the norm: a wait in a micro-batch would leave a GPU idle."""
+def test_a_step_waits_once_however_many_micro_batches_it_has(attention, monkeypatch):
+    """For all of its numbers together: a wait in a micro-batch would leave a GPU idle."""
     monkeypatch.setattr(backends, "flash_kernel", lambda: flash)
-    assert waits_of_a_step(8, attention) == waits_of_a_step(2, attention) == 2
+    assert waits_of_a_step(8, attention) == waits_of_a_step(2, attention) == 1
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
@@ -146,7 +146,7 @@ def test_preferences_the_reference_and_the_loss(share):
     assert data.reference.shape == (len(data), 2)
     loss_fn = make_dpo_loss_fn(0.1)
     few = waits_of_a_step(7, loss_fn=loss_fn, data=data)
-    assert few == waits_of_a_step(2, loss_fn=loss_fn, data=data) == 2  # all sums, and the norm
+    assert few == waits_of_a_step(2, loss_fn=loss_fn, data=data) == 1
 
 
 @pytest.mark.parametrize("prompts", [[[7, 8, 9]], [[7, 8, 9], [5]]], ids=["one", "padded"])
@@ -169,7 +169,7 @@ def test_mistakes_are_seen():
         assert loss.item() > 0
         return loss, count, metrics
 
-    assert waits_of_a_step(2, loss_fn=reading) == 2 + 4
+    assert waits_of_a_step(2, loss_fn=reading) == 1 + 4
 
     def mixing(model, batch):
         loss, count, metrics = next_token_loss(model, batch)

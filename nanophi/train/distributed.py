@@ -17,11 +17,11 @@ written whole.
 """
 
 import atexit
+import contextlib
 import gc
-import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,6 +46,7 @@ class World:
     rank: int
     size: int
     device: str
+    reduce_dtype: torch.dtype | None = None  # of gradients on their way, where it is not theirs
 
     @property
     def first(self) -> bool:
@@ -59,59 +60,43 @@ class World:
         """
         return samples * self.rank // self.size, samples * (self.rank + 1) // self.size
 
-    def add_gradients(self, parameters: Iterable[Any]) -> None:
-        """Replace every gradient by its sum over the ranks."""
-        if self.size == 1:
-            return
-        bucket: list[Tensor] = []
-        elements = 0
-        for p in parameters:
-            if is_distributed(p):  # FSDP has taken the mean in backward
-                p.grad.mul_(self.size)
-                continue
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            bucket.append(p.grad)
-            elements += p.grad.numel()
-            if elements >= BUCKET:
-                sum_over_ranks(bucket)
-                bucket.clear()
-                elements = 0
-        sum_over_ranks(bucket)
+    @contextlib.contextmanager
+    def adding_gradients(self, model: Any, parameters: list[Any], last: bool) -> Iterator[None]:
+        """Backward runs in this context. After the last micro-batch of a step, every gradient is
+        its sum over the ranks.
 
-    def clip(self, parameters: Iterable[Any], largest: float) -> float:
-        """Scale the gradients so that their norm is at most `largest` (Pascanu et al. 2013); return
-        the norm before.
-
-        The norm of each row is computed in fp32 and that of all rows in fp64. Ranks hold whole rows
-        of a distributed model, so its factor is that of one process to the bit: a difference in the
-        last bit makes two runs diverge within 20 steps.
+        parameters: those that are trained
         """
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        local = [grad.to_local() if is_distributed(grad) else grad for grad in gradients]
-        squares = torch.stack([_square_norm(grad) for grad in local]).sum().item()
-        if is_distributed(gradients[0]):
-            squares = self.add([squares])[0]
-        norm = math.sqrt(squares)
-        factor = largest / (norm + 1e-6)
-        if factor < 1:
-            torch._foreach_mul_(local, factor)
-        return norm
-
-    def add(self, numbers: list[float]) -> list[float]:
-        """The sums over the ranks, in double precision."""
-        return self._reduced(numbers, dist.ReduceOp.SUM)
-
-    def largest(self, numbers: list[float]) -> list[float]:
-        """The largest of each number over the ranks."""
-        return self._reduced(numbers, dist.ReduceOp.MAX)
-
-    def _reduced(self, numbers: list[float], operation: Any) -> list[float]:
         if self.size == 1:
-            return numbers
-        together = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(together, operation)
-        return together.tolist()
+            yield
+        elif is_distributed(parameters[0]):
+            model.set_requires_gradient_sync(last)
+            yield
+            if last:  # FSDP has taken the mean
+                torch._foreach_mul_([local(p.grad) for p in parameters], self.size)
+        elif last:
+            with summed_over_ranks(parameters, self.reduce_dtype):
+                yield
+        else:
+            yield
+
+    def square_norm(self, gradients: list[Any]) -> Tensor:
+        """The sum of the squares of all gradients: () in fp64.
+
+        The squares of each row are summed in fp32, and those of all rows in fp64. Ranks hold whole
+        rows of a distributed model, so the norm is that of one process: a difference in the last
+        bit makes two runs diverge within 20 steps.
+        """
+        own = [local(gradient) for gradient in gradients]
+        rows = [g if g.dim() == 1 else torch.linalg.vector_norm(g, dim=-1) for g in own]
+        squares = torch.cat(rows).double().square().sum()
+        return self.add(squares) if is_distributed(gradients[0]) else squares
+
+    def add(self, numbers: Tensor) -> Tensor:
+        """The sums over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
 
     def gather(self, value: Any) -> list:
         """The value of every rank, in order, on every rank."""
@@ -121,21 +106,94 @@ class World:
         return values
 
 
-def _square_norm(grad: Tensor) -> Tensor:
-    """The sum of squares, rows first."""
-    rows = grad if grad.dim() == 1 else torch.linalg.vector_norm(grad, dim=-1)
-    return rows.double().square().sum()
+class GradientSums:
+    """Sums gradients over the ranks in the order in which backward completes them: from the head
+    down to the embedding.
+
+    Gradients are sent in buckets, one flat message for each. A bucket leaves as soon as all of its
+    gradients are there, and the buckets before it have left, so that all ranks send the same:
+
+        bucket 0    head            complete: sent     | backward goes on
+        bucket 1    layers 15, 14   complete: sent     v
+        bucket 2    layers 13, 12   13 is there, 12 is being computed
+    """
+
+    def __init__(self, parameters: list[Tensor], dtype: torch.dtype | None = None):
+        """dtype: that of the messages, where it is not that of the gradients"""
+        self.dtype = dtype
+        self.buckets = in_buckets(parameters[::-1])
+        self.bucket_of = {p: number for number, b in enumerate(self.buckets) for p in b}
+        self.missing = [len(bucket) for bucket in self.buckets]  # gradients
+        self.sent: list[tuple[Tensor, Any]] = []  # of each bucket: the message, and its transport
+
+    def take(self, p: Tensor) -> None:
+        """The gradient of p is complete."""
+        self.missing[self.bucket_of[p]] -= 1
+        while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+            self._send()
+
+    def _send(self) -> None:
+        bucket = self.buckets[len(self.sent)]
+        for p in bucket:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
+        message = flat.to(self.dtype or flat.dtype)
+        self.sent.append((message, dist.all_reduce(message, async_op=True)))
+
+    def finish(self) -> None:
+        """Send what is left, and put the sums in the place of the gradients."""
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        for bucket, (message, transport) in zip(self.buckets, self.sent, strict=True):
+            transport.wait()
+            sums = message.split([p.numel() for p in bucket])
+            shaped = [part.view_as(p) for part, p in zip(sums, bucket, strict=True)]
+            torch._foreach_copy_([p.grad for p in bucket], shaped)
 
 
-def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over the ranks, in one flat message for all."""
-    if not tensors:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+@contextlib.contextmanager
+def summed_over_ranks(parameters: list[Tensor], dtype: torch.dtype | None = None) -> Iterator[None]:
+    """The backward pass inside ends with gradients that are summed over the ranks."""
+    sums = GradientSums(parameters, dtype)
+    hooks = [p.register_post_accumulate_grad_hook(sums.take) for p in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sums.finish()
+
+
+def in_buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Cut a list into parts of at least BUCKET elements; only the last may have fewer."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if room <= 0:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
+
+
+def by_all_ranks(work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """work(stack), where each rank does its share of the first dimension and all get the whole.
+
+    Five matrices and two ranks: rank 0 does three of them, and rank 1 two and one of zeros.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if min(ranks, len(stack)) == 1:
+        return work(stack)
+    each = -(-len(stack) // ranks)
+    mine = stack[dist.get_rank() * each :][:each]
+    if len(mine) < each:
+        mine = torch.cat([mine, mine.new_zeros(each - len(mine), *stack.shape[1:])])
+    done = work(mine).contiguous()
+    whole_stack = done.new_empty(ranks * each, *done.shape[1:])
+    dist.all_gather_into_tensor(whole_stack, done)
+    return whole_stack[: len(stack)]
 
 
 # ---- one model over several ranks: --shard
@@ -165,9 +223,26 @@ def is_distributed(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a distributed tensor; another one as it is."""
+    return tensor.to_local() if is_distributed(tensor) else tensor
+
+
 def whole(tensor: Any) -> Tensor:
     """A distributed tensor put together (all ranks must call it); another one as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
+
+
+def whole_like(part: Tensor, like: Any) -> Tensor:
+    """The whole of a tensor of which each rank has a part, as it has of `like`."""
+    if not is_distributed(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, shape=shape, stride=stride
+    ).full_tensor()
 
 
 def part_like(full: Tensor, like: Any) -> Tensor:

@@ -14,6 +14,8 @@ varies).
 """
 
 import contextlib
+import inspect
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -32,7 +34,7 @@ from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train import preflight
 from nanophi.train.config import TrainConfig, total_steps
-from nanophi.train.distributed import distribute
+from nanophi.train.distributed import World, distribute
 from nanophi.train.faults import Faults, or_uncompiled
 from nanophi.train.interrupts import Interrupts
 from nanophi.train.losses import LossFn
@@ -100,6 +102,8 @@ def train(
     run = open_run(RunDirectory(model, optimizers, scale, setup, tok, data_id), setup, steps)
     mfu = preflight.mfu_by_speed(model, example, setup.world)
     faults = Faults()
+    end = steps if stop_at is None else stop_at
+    batches = Batches(batch_at, setup.world, len(example), end)
 
     with setup.locks, Interrupts() as interrupts, Progress("step", steps, run.step) as bar:
         clock = SaveClock(run, setup, interrupts)
@@ -111,13 +115,16 @@ def train(
             began = time.perf_counter()
             factor = schedule(cfg.schedule, run.step, steps, cfg.warmup, cfg.decay)
             lr = set_rates(optimizers, rates, factor)
-            batch = batch_at(run.step)
-            result = step(batch, scale=scale.value)
+            batch = batches.take(run.step)
+            along = [batch.real_tokens, *clock.votes()]
+            meanwhile = partial(batches.build, run.step + 1)
+            result = step(batch, scale=scale.value, along=along, meanwhile=meanwhile)
             scale.update(result.finite)
+            tokens, *votes = result.sums
 
             # 3. Log.
             line = result.means | {"grad_norm": result.grad_norm, "lr": lr}
-            line |= run.count(batch, result.finite, time.perf_counter() - began)
+            line |= run.count(int(tokens), result.finite, time.perf_counter() - began)
             line |= mfu(line["tokens_per_s"])
             faults.watch(line, result.finite, batch, run, bar.say)
             if evaluate is not None and (run.step % cfg.eval_every == 0 or run.step == steps):
@@ -127,7 +134,7 @@ def train(
             bar.update(1, log_line(line))
 
             # 4. Save.
-            clock.look()
+            clock.look(votes)
             save_what_is_due(run, cfg, steps, clock.due, bar.say)
         run.save()  # the state of the last step, or of the step at which the run was stopped
     clock.leave_if_stopped(steps)
@@ -228,6 +235,38 @@ def open_run(run: RunDirectory, setup: Setup, steps: int) -> RunDirectory:
         write_json(run.out / "run.json", description)
         run.open_board()
     return run
+
+
+class Batches:
+    """The samples of this rank, by step. A batch is built while the device computes the one before.
+
+    samples: of a step, over all ranks
+    end:     the step for which no batch is needed any more
+    """
+
+    def __init__(self, batch_at: Callable[..., Batch], world: World, samples: int, end: int):
+        self.batch_at = batch_at
+        self.part = None if world.size == 1 else world.part(samples)
+        self.takes_part = "part" in inspect.signature(batch_at).parameters
+        self.end = end
+        self.ahead: tuple[int, Batch] | None = None  # its step, and the batch
+
+    def take(self, step: int) -> Batch:
+        """The batch of a step, which is gone then."""
+        ahead, self.ahead = self.ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == step else self._batch(step)
+
+    def build(self, step: int) -> None:
+        """Build the batch of a later step, and keep it."""
+        if step < self.end:
+            self.ahead = (step, self._batch(step))
+
+    def _batch(self, step: int) -> Batch:
+        if self.part is None:
+            return self.batch_at(step)
+        if self.takes_part:
+            return self.batch_at(step, part=self.part)
+        return self.batch_at(step).cut(*self.part)
 
 
 # ---- log
@@ -334,17 +373,27 @@ class SaveClock:
         self.due = False  # after --save-every steps, or when --save-minutes have passed
         self.stop = 0  # the signal that ends the run, 0 where none has come
 
-    def look(self) -> None:
-        """Find out. Every rank must call it exactly once after each step: they agree here.
+    def votes(self) -> list[float]:
+        """What each rank has to say before a step; they are summed over the ranks on its way.
 
-        Each rank has a clock and signals of its own, and all act on the largest.
+        Each rank has a clock and signals of its own.
         """
         cfg = self.setup.cfg
         waited_s = time.monotonic() - self.saved_at
         late = cfg.save_minutes is not None and waited_s > 60 * cfg.save_minutes
-        stop, some_rank_is_late = self.setup.world.largest([self.interrupts.signal, late])
-        self.stop = int(stop)
-        self.due = self.run.step % cfg.save_every == 0 or bool(some_rank_is_late)
+        heard = self.interrupts.signal
+        return [heard == signal.SIGINT, heard == signal.SIGTERM, late]
+
+    def look(self, votes: list[float]) -> None:
+        """Decide after a step, by the summed votes: all ranks decide the same.
+
+        A rank that is alone need not ask what it said before the step.
+        """
+        if self.setup.world.size == 1:
+            votes = self.votes()
+        interrupted, ended, late = votes
+        self.stop = signal.SIGTERM if ended else signal.SIGINT if interrupted else 0
+        self.due = self.run.step % self.setup.cfg.save_every == 0 or bool(late)
         if self.due:
             self.saved_at = time.monotonic()
 

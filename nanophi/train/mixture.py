@@ -20,7 +20,7 @@ import torch
 
 from nanophi.cli import SHOWN, UserError
 from nanophi.expect import Expected, check
-from nanophi.train.packing import Batch, Packed, check_step, digest
+from nanophi.train.packing import Batch, Packed, Part, digest, places_of
 
 PERIOD = 10_000  # rows of the pattern, so shares are exact to 1/10,000
 
@@ -193,11 +193,10 @@ class Mixture:
             lines.append(f"{name} {share:.1%} of the rows = {count / len(source):.2f} epochs")
         return ", ".join(lines)
 
-    def batch_at(self, step: int) -> Batch:
-        """The batch of a step, from 0."""
-        check_step(step)
+    def batch_at(self, step: int, part: Part = None) -> Batch:
+        """The batch of a step, from 0. part: [start, stop) of its rows, by default all"""
         rows = []
-        for index in range(step * self.batch_rows, (step + 1) * self.batch_rows):
+        for index in places_of(step, self.batch_rows, part):
             number = self.pattern[index % PERIOD]
             source = self.sources[number]
             given_before = int(self.given(index)[number])

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from nanophi.cli import UserError, row_named
 from nanophi.expect import Expected, check
-from nanophi.train.distributed import part_like, whole
+from nanophi.train.distributed import by_all_ranks, local, part_like, whole, whole_like
 
 # ---- Muon
 
@@ -57,7 +57,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NS_STEPS):
         gram = x @ x.mT  # (n, A, A)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        # x = a x + (b gram + c gram gram) x. baddbmm(y, p, q) is beta y + alpha p q in one pass.
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     if tall:
         x = x.mT
     return x.to(matrices.dtype)
@@ -69,8 +71,7 @@ class Muon(Optimizer):
     The update is scaled to the size of AdamW's: 0.2 sqrt(max(A, B)) lr (Liu et al. 2025, "Muon is
     scalable", eq. 4). Parameters must be matrices; those of one shape are iterated together.
     Momentum grows from FIRST_MOMENTUM during the first `rising` steps, as gradients change quickly
-    then. An update needs its whole matrix: where it is distributed, every rank gathers it and does
-    the same work.
+    then. An update needs its whole matrix, and each rank iterates some of them.
     """
 
     def __init__(
@@ -106,9 +107,8 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     same_shape.setdefault(p.shape, []).append(p)
             for shape, params in same_shape.items():
-                at_once = max(NS_NUMBERS // shape.numel(), 1)
-                for first in range(0, len(params), at_once):
-                    self._update(params[first : first + at_once], group, momentum)
+                for part in in_equal_parts(params, at_most=max(NS_NUMBERS // shape.numel(), 1)):
+                    self._update(part, group, momentum)
 
     @staticmethod
     def _momentum_of(group: dict) -> float:
@@ -116,19 +116,35 @@ class Muon(Optimizer):
         return FIRST_MOMENTUM + (group["momentum"] - FIRST_MOMENTUM) * risen
 
     def _update(self, params: list[Tensor], group: dict, momentum: float) -> None:
-        updates = []
         for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            assert p.grad is not None
-            state["momentum"].lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov: ahead of it
-        orthogonal = orthogonalize(torch.stack([whole(update) for update in updates]))
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        # Each line is one operation for all matrices; a GPU takes them in few launches.
+        own = [local(p) for p in params]
+        gradients = [local(p.grad) for p in params]
+        momenta = [local(self.state[p]["momentum"]) for p in params]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, momenta, momentum)  # Nesterov: ahead of it
+
+        together = torch.stack([whole_like(u, p) for u, p in zip(updates, params, strict=True)])
+        orthogonal = by_all_ranks(orthogonalize, together)
+        parts = [local(part_like(x, p)) for x, p in zip(orthogonal, params, strict=True)]
         size = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
-        decay = 1 - group["lr"] * group["weight_decay"]
-        for p, update in zip(params, orthogonal, strict=True):
-            p.mul_(decay).add_(part_like(update, p), alpha=-size)
+        torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(own, parts, alpha=-size)
+
+
+def in_equal_parts(items: list, at_most: int) -> list[list]:
+    """A list in as few parts as possible of at most so many items, all of nearly one length.
+
+    A compiled kernel, and the work of each rank, suits parts of one length best.
+
+    >>> [len(part) for part in in_equal_parts(list(range(16)), at_most=10)]
+    [8, 8]
+    """
+    parts = -(-len(items) // at_most)
+    each = -(-len(items) // parts)
+    return [items[start : start + each] for start in range(0, len(items), each)]
 
 
 # ---- Adafactor

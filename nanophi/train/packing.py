@@ -263,10 +263,22 @@ def check_masks(masks: Sequence, lengths: np.ndarray) -> None:
             )
 
 
-def check_step(step: Any) -> None:
-    """Refuse what is no number of a step; numpy's whole numbers are some."""
+Part = tuple[int, int] | None  # [start, stop) of the samples of a step; None: all
+
+
+def places_of(step: Any, samples: int, part: Part = None) -> range:
+    """The places of a step's samples, or of a part of them, in the sequence of all epochs.
+
+    >>> places_of(2, samples=10), places_of(2, samples=10, part=(5, 10))
+    (range(20, 30), range(25, 30))
+
+    A step that is no whole number is refused; numpy's whole numbers are some.
+    """
     if not isinstance(step, Integral) or step < 0:
         raise UserError(f"a step is a whole number of at least 0, not {step!r}")
+    start, stop = part or (0, samples)
+    first = int(step) * samples
+    return range(first + start, first + stop)
 
 
 # ---- packed documents
@@ -379,11 +391,10 @@ class Packed:
             self._order_of_epoch = (epoch, shuffled(self.seed, epoch, len(self)))
         return int(self._order_of_epoch[1][place])
 
-    def batch_at(self, step: int) -> Batch:
-        """The batch of a step, from 0."""
-        check_step(step)
-        first = step * self.batch_rows
-        return self.batch([self.row_at(index) for index in range(first, first + self.batch_rows)])
+    def batch_at(self, step: int, part: Part = None) -> Batch:
+        """The batch of a step, from 0. part: [start, stop) of its rows, by default all"""
+        places = places_of(step, self.batch_rows, part)
+        return self.batch([self.row_at(index) for index in places])
 
     def in_order(self) -> Iterator[Batch]:
         """Every row once, in batches: for validation."""

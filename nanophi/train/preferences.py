@@ -28,11 +28,12 @@ from nanophi.model.attention import branches_of
 from nanophi.train.packing import (
     IGNORE,
     Batch,
+    Part,
     as_batch,
     check_ids,
-    check_step,
     digest,
     empty_rows,
+    places_of,
     shuffled,
 )
 
@@ -135,11 +136,7 @@ class Pairs:
     @property
     def longest(self) -> int:
         """The length of the longest row, as `batch` rounds it up."""
-        if self.share:
-            inputs = max(pair.inputs_when_shared for pair in self.pairs)
-        else:
-            inputs = max(len(ids) - 1 for pair in self.pairs for ids, _ in pair.sides)
-        return self._rounded_up(inputs)
+        return self.row_length(range(len(self.pairs)))
 
     def _rounded_up(self, inputs: int) -> int:
         return -(-inputs // self.multiple) * self.multiple
@@ -154,31 +151,40 @@ class Pairs:
         sides = [side for pair in self.pairs for side in (*pair.chosen, *pair.rejected)]
         return digest([self.batch_pairs, self.seed], *sides)
 
-    def batch_at(self, step: int) -> Batch:
-        """The batch of a step, from 0."""
-        check_step(step)
-        first = step * self.batch_pairs
-        places = range(first, first + self.batch_pairs)
+    def batch_at(self, step: int, part: Part = None) -> Batch:
+        """The batch of a step, from 0. part: [start, stop) of its pairs, by default all
+
+        Rows are as long as the longest of the whole step, so that a part has the bits of the whole.
+        """
+        places = places_of(step, self.batch_pairs)
         epochs = {place // len(self) for place in places}
         orders = {epoch: shuffled(self.seed, epoch, len(self)) for epoch in epochs}
         indices = [int(orders[place // len(self)][place % len(self)]) for place in places]
-        return self.batch(indices)
+        own = indices if part is None else indices[slice(*part)]
+        return self.batch(own, self.row_length(indices))
 
     def in_order(self) -> Iterator[Batch]:
         """Each pair once, in batches: for validation."""
         for first in range(0, len(self.pairs), self.batch_pairs):
             yield self.batch(range(first, min(first + self.batch_pairs, len(self.pairs))))
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """These pairs as one batch."""
+    def row_length(self, indices: Sequence[int]) -> int:
+        """How long a row must be for these pairs."""
+        pairs = [self.pairs[index] for index in indices]
+        if self.share:
+            return self._rounded_up(max(pair.inputs_when_shared for pair in pairs))
+        return self._rounded_up(max(len(ids) - 1 for pair in pairs for ids, _ in pair.sides))
+
+    def batch(self, indices: Sequence[int], time: int | None = None) -> Batch:
+        """These pairs as one batch. time: the length of its rows, by default that of the longest"""
         pairs = [self.pairs[index] for index in indices]
         reference = None
         if self.reference is not None:
             reference = self.reference[list(indices)].flatten()
+        time = time or self.row_length(indices)
         if self.share:
-            return self._shared(pairs, reference)
+            return self._shared(pairs, time, reference)
         rows = [side for pair in pairs for side in pair.sides]
-        time = self._rounded_up(max(len(tokens) for tokens, _ in rows) - 1)  # inputs
         ids, targets = empty_rows(len(rows), time)
         boundaries = [0]
         for i, (tokens, mask) in enumerate(rows):
@@ -190,9 +196,8 @@ class Pairs:
             boundaries.append((i + 1) * time)
         return as_batch(ids, targets, boundaries, rows_per_sample=2, reference=reference)
 
-    def _shared(self, pairs: list[Preference], reference: Tensor | None) -> Batch:
+    def _shared(self, pairs: list[Preference], time: int, reference: Tensor | None) -> Batch:
         """One row for each pair: prompt, chosen, rejected, and padding."""
-        time = self._rounded_up(max(pair.inputs_when_shared for pair in pairs))
         ids, targets = empty_rows(len(pairs), time)
         boundaries = [0]
         continues: list[int] = []

@@ -24,7 +24,6 @@ from nanophi.model.config import PHI
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.distributed import part_like, put_together
-from nanophi.train.packing import Batch
 from nanophi.train.plot import metrics_lines
 from nanophi.train.precision import LossScale
 from nanophi.train.run_files import (
@@ -118,9 +117,10 @@ class RunDirectory:
 
     # -- counters and metrics
 
-    def count(self, batch: Batch, finite: bool, seconds: float) -> dict[str, float]:
-        """Count one more step; returns the counters as the step's line of metrics has them."""
-        tokens = batch.real_tokens
+    def count(self, tokens: int, finite: bool, seconds: float) -> dict[str, float]:
+        """Count one more step of so many tokens; returns the counters as the line of the step in
+        metrics.jsonl has them.
+        """
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds

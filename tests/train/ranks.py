@@ -74,7 +74,7 @@ def gradients(out: Path, world: World) -> None:
     for dtype in DTYPES:
         for micro_batch in MICRO_BATCHES:
             model = tiny_model().to(dtype)
-            batch = documents().batch_at(0)
+            batch = documents().batch_at(0, part=world.part(8))
             means = training_step(model, [], next_token_loss, batch, micro_batch, world).means
             if world.first:
                 found = {name: p.grad for name, p in model.named_parameters()}
