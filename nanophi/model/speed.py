@@ -14,7 +14,7 @@ Four places know of this file: `MLP.contract`, which FrugalMLP computes again; l
 which asks the head how it multiplies; the estimate of memory; and the loop, which calls `speed_up`.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -39,8 +39,10 @@ def speed_up(model: Phi, recompute: bool = False, compile: bool = False) -> None
         if type(module) is MLP:
             module.__class__ = FrugalMLP
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not _is_recomputed(model, name):
-            module.__class__ = FastLinear
+        if type(module) is nn.Linear:
+            parent, _, leaf = name.rpartition(".")
+            of_frugal = leaf == "fc2" and isinstance(model.get_submodule(parent), FrugalMLP)
+            module.__class__ = FrugalLinear if of_frugal else FastLinear
     for block in model.model.layers:
         _mix_into(block, FastBlock)
         if hasattr(block, "input_layernorm"):
@@ -67,16 +69,6 @@ def _mixed(mixin: Any, plain: Any) -> type:
     compilation, and those beyond the eighth would not be compiled at all.
     """
     return type(mixin.__name__, (mixin, plain), {})
-
-
-def _is_recomputed(model: Phi, name: str) -> bool:
-    """Whether a layer stands inside of what FrugalMLP computes again.
-
-    There the plain layer is better. With nn.Linear, the recomputation stops before the product of
-    fc2, which backward does not need; with FastLinear it would compute that product too.
-    """
-    parent, _, leaf = name.rpartition(".")
-    return leaf == "fc2" and isinstance(model.get_submodule(parent), FrugalMLP)
 
 
 # ---- products by oneDNN
@@ -159,13 +151,87 @@ class FastLinear(nn.Linear):
 # ---- memory
 
 
+class _Frugal(torch.autograd.Function):
+    """A product that does not keep its input x for backward, but what x is made from.
+
+    again(*made_from) computes x once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, again: Any, *made_from: Tensor):
+        ctx.again = again
+        ctx.save_for_backward(weight, *made_from)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        weight, *made_from = ctx.saved_tensors
+        x = ctx.again(*made_from)
+        d_rows = d_out.flatten(0, -2)
+        d_x = product(d_out, weight.to(d_out.dtype).t())
+        d_weight = (d_rows.t() @ x.flatten(0, -2)).to(weight.dtype)
+        d_bias = d_rows.sum(0).to(weight.dtype)
+        return d_x, d_weight, d_bias, None, *(None for _ in made_from)
+
+
+class _Found(Exception):
+    """Carries what was looked for, out of a computation that is not needed any further."""
+
+
+class FrugalLinear(nn.Linear):
+    """The last layer of a FrugalMLP."""
+
+    made_from: tuple[Tensor, ...] | None = None  # what the next input is made from ...
+    again: Any = None  # ... and how
+    looks = False  # whether the next input is all that is wanted
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.looks:
+            raise _Found(x)
+        if self.made_from is None:
+            return super().forward(x)
+        return _Frugal.apply(x, self.weight, self.bias, self.again, *self.made_from)
+
+
 class FrugalMLP(MLP):
-    """Keeps the input of the gelu for backward, and not its result, which is as large."""
+    """Keeps the input of the gelu for backward, and not its result, which is as large.
+
+        x -> gelu -> e -> fc2 -> out        forward keeps x; e is let go
+        x -> gelu -> e                      backward computes e again, for the gradient of fc2
+
+    Whatever `contract` does between x and fc2 is computed again.
+    """
 
     def contract(self, *inputs: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        last = self.fc2
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().contract(*inputs)  # the compiler finds this by itself
+        last.made_from, last.again = inputs, partial(self.input_of_fc2, autocast_now(inputs[0]))
+        try:
             return super().contract(*inputs)
-        return checkpoint(super().contract, *inputs, use_reentrant=False, preserve_rng_state=False)
+        finally:
+            last.made_from = last.again = None
+
+    def input_of_fc2(self, autocast: AbstractContextManager, *inputs: Tensor) -> Tensor:
+        """Run `contract` until it comes to fc2."""
+        self.fc2.looks = True
+        try:
+            with torch.no_grad(), autocast:
+                super().contract(*inputs)
+        except _Found as found:
+            return found.args[0]
+        finally:
+            self.fc2.looks = False
+        raise AssertionError("contract did not come to fc2")
+
+
+def autocast_now(x: Tensor) -> AbstractContextManager:
+    """The autocast that is on now for the device of x, to be entered later."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 class CastingNorm(nn.Module):
