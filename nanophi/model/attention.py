@@ -201,6 +201,7 @@ class AttentionPlan:
     backend: str = "sdpa"
     visible: Tensor | None = None  # bool, broadcastable to (B, 1, T, S)
     cu_seqlens: Tensor | None = None  # (documents + 1,) int32, for backends.BY_BOUNDARIES
+    longest: int | None = None  # tokens of the longest of those documents, where it is known
     branches: Branches | None = None  # whose documents those boundaries cut, where there are some
     dropout: float = 0.0
     flash: Callable | None = None  # the kernel of "varlen"
@@ -216,6 +217,7 @@ def plan_attention(
     dropout: float = 0.0,
     weights: list[Tensor] | None = None,
     branches: Branches | None = None,
+    longest: int | None = None,
 ) -> tuple[Tensor, AttentionPlan]:
     """Before the first layer: positions of the tokens, (B or 1, T), and how all layers attend.
 
@@ -246,6 +248,7 @@ def plan_attention(
     if plan.backend in backends.BY_BOUNDARIES:
         plan.cu_seqlens = cu_seqlens if branches is None else branches.cu_seqlens
         plan.branches = branches
+        plan.longest = longest if branches is None else None
     elif branches is not None:
         plan.visible = same_branch(cu_seqlens, branches.continues, batch, time)
     else:
@@ -279,7 +282,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
             out = backends.per_document(q, k, v, plan.cu_seqlens, plan.dropout)
         else:
             assert plan.dropout == 0, "flash kernels are called without dropout"
-            out = backends.varlen(q, k, v, plan.cu_seqlens, plan.flash)
+            out = backends.varlen(q, k, v, plan.cu_seqlens, plan.flash, plan.longest)
         return out if plan.branches is None else back_in_rows(out, plan.branches.places, rows)
 
     if plan.backend == "manual":

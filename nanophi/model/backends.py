@@ -72,12 +72,18 @@ def per_document(
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    kernel: Callable | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """All documents of a batch in one call of a flash kernel.
 
-    The kernel asks for the length of the longest document. It gets T, which no document exceeds: to
-    read the true length, the CPU would wait for the GPU at every step.
+    The kernel starts work for `longest` queries of each document, so it must be at least the length
+    of the longest one. Without it T is taken, which no document exceeds: to read the true length
+    here, the CPU would wait for the GPU at every step.
     """
     batch, heads, time, width = q.shape
     q = q.to(v.dtype)  # under autocast, qk_layernorm gives fp32
@@ -85,7 +91,7 @@ def varlen(
     flat = [x.transpose(1, 2).reshape(batch * time, heads, width) for x in (q, k, v)]
     kernel = kernel or flash_kernel()
     assert kernel is not None, "the backend varlen needs flash-attn, or torch 2.10 or newer"
-    out = kernel(*pad_heads(*flat), cu_seqlens, time, width**-0.5)
+    out = kernel(*pad_heads(*flat), cu_seqlens, longest or time, width**-0.5)
     return out[..., :width].view(batch, time, heads, width).transpose(1, 2)
 
 

@@ -353,17 +353,21 @@ class Phi(nn.Module):
         cache: KVCache | None = None,
         record: Record | None = None,
         branches: Branches | None = None,
+        longest: int | None = None,
     ) -> Tensor:
-        """ids (B, T) -> states before the head (B, T, D). The arguments are those of `forward`."""
+        """ids (B, T) -> states before the head (B, T, D). The arguments are those of `forward`.
+
+        longest: no document of cu_seqlens has more tokens; flash attention is faster with it
+        """
         check_ids(ids)
         time = ids.shape[1]
-        longest = self.cfg.max_position_embeddings
-        if cache is None and cu_seqlens is None and time > longest:
+        positions = self.cfg.max_position_embeddings
+        if cache is None and cu_seqlens is None and time > positions:
             raise UserError(
-                f"a row has {time} tokens, the model was made for {longest} positions: cut the "
+                f"a row has {time} tokens, the model was made for {positions} positions: cut the "
                 "text, or make the model with a larger max_position_embeddings"
             )
-        positions, plan = plan_attention(
+        places, plan = plan_attention(
             self.attention,
             ids,
             cu_seqlens,
@@ -372,8 +376,9 @@ class Phi(nn.Module):
             dropout=self.cfg.attention_dropout if self.training else 0.0,
             weights=None if record is None else record.attention,
             branches=branches,
+            longest=longest,
         )
-        rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
+        rotary = rotary_tables(places, self.cfg.rotary_dim, self.cfg.rope_theta)
         try:
             x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
         except IndexError:  # only of the CPU: to ask a GPU would be to wait for it

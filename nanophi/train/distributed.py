@@ -147,9 +147,10 @@ class GradientSums:
             self._send()
         for bucket, (message, transport) in zip(self.buckets, self.sent, strict=True):
             transport.wait()
-            sums = message.split([p.numel() for p in bucket])
-            shaped = [part.view_as(p) for part, p in zip(sums, bucket, strict=True)]
-            torch._foreach_copy_([p.grad for p in bucket], shaped)
+            gradients = [p.grad for p in bucket if p.grad is not None]  # none is missing
+            sums = message.split([gradient.numel() for gradient in gradients])
+            shaped = [part.view_as(g) for part, g in zip(sums, gradients, strict=True)]
+            torch._foreach_copy_(gradients, shaped)
 
 
 @contextlib.contextmanager

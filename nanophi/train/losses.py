@@ -38,19 +38,29 @@ def next_token_loss(model: Phi, batch: Batch) -> tuple[Tensor, int, dict[str, Te
     """
     hidden, targets = learned_positions(model, batch)
     head = model.lm_head
-    loss = head_cross_entropy(hidden, head.weight, head.bias, targets, product_of(head))
+    loss = head_cross_entropy(
+        hidden, head.weight, head.bias, targets, product_of(head), softmax_loss_of(head)
+    )
     return loss, len(hidden), {}
 
 
 def learned_positions(model: Phi, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states (N, D) and targets (N,) of the positions with a target."""
-    hidden = model.hidden(batch.ids, batch.cu_seqlens, branches=batch.branches).flatten(0, 1)
-    return hidden.index_select(0, batch.learned), batch.targets.flatten()[batch.learned]
+    hidden = model.hidden(
+        batch.ids, batch.cu_seqlens, branches=batch.branches, longest=batch.longest
+    )
+    learned = hidden.flatten(0, 1).index_select(0, batch.learned)
+    return learned, batch.targets.flatten().index_select(0, batch.learned)
 
 
 def product_of(head: nn.Linear) -> Product:
     """How the head multiplies: by F.linear, or by what speed.py has put in its place."""
     return getattr(head, "product", F.linear)
+
+
+def softmax_loss_of(head: nn.Linear) -> "SoftmaxLoss":
+    """`softmax_loss`, or what speed.py has put in its place."""
+    return getattr(head, "softmax_loss", None) or softmax_loss
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -63,18 +73,28 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: T
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, product: Product = F.linear
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    product: Product = F.linear,
+    softmax: "SoftmaxLoss | None" = None,
 ) -> Tensor:
     """`plain_cross_entropy` in far less memory: the logits of one chunk of tokens at a time.
 
-    It can be differentiated once. product: how the head multiplies, x W^T + b.
+    It can be differentiated once.
+
+    product: how the head multiplies, x W^T + b
+    softmax: does what `softmax_loss` does
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         # Cast here, once; otherwise autocast casts the weight again for every chunk.
         hidden = hidden.to(torch.get_autocast_dtype(device))
     # Inside of `forward` autograd is always off, so whether a gradient is needed is asked here.
-    return _HeadCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled(), product)
+    needs_gradient = torch.is_grad_enabled()
+    softmax = softmax or softmax_loss
+    return _HeadCrossEntropy.apply(hidden, weight, bias, targets, needs_gradient, product, softmax)
 
 
 # Tokens whose logits exist at once on a CPU: 512 x 8192 of them take 16 MB and fit its cache.
@@ -95,15 +115,43 @@ def chunk_size(vocabulary: int, device: str, dtype: torch.dtype) -> int:
     return max(CHUNK, LOGITS_ON_GPU // vocabulary)
 
 
-class _HeadCrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(hidden W^T + b)[target], with the logits of one chunk at a time.
+SoftmaxLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
+
+
+def softmax_loss(
+    logits: Tensor, targets: Tensor, needs_gradient: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross entropy of logits (N, V), which it overwrites, and its gradients:
+
+        loss ()    d_logits (N, V)    and its sum over the tokens (V,), the gradient of the bias
 
     The gradient of cross entropy by the logits is softmax - onehot(target):
 
         softmax 0.2 0.5 0.3, target 1      gradient 0.2 -0.5 0.3
 
-    It is known as soon as the logits are. So forward computes all gradients too, and backward only
-    scales them: the logits exist once and are not recomputed.
+    Without `needs_gradient` both are empty.
+    """
+    dtype = logits.dtype
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    target = targets[:, None]
+    target_logit = logits.gather(1, target)
+    largest = logits.amax(-1, keepdim=True)
+    exps = logits.sub_(largest).exp_()  # in place: one tensor (N, V) is enough
+    total = exps.sum(-1, keepdim=True)
+    loss = (total.log() + largest - target_logit).sum()
+    if not needs_gradient:
+        return loss, logits.new_empty(0), logits.new_empty(0)
+    d_logits = exps.div_(total)  # softmax
+    minus_one = torch.full_like(target, -1, dtype=d_logits.dtype)
+    d_logits.scatter_add_(1, target, minus_one)  # - onehot(target)
+    return loss, d_logits.to(dtype), d_logits.sum(0)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The sum of -log softmax(hidden W^T + b)[target], with the logits of one chunk at a time.
+
+    The gradient is known as soon as the logits are, see `softmax_loss`. So forward computes all
+    gradients too, and backward only scales them: the logits exist once and are not recomputed.
     """
 
     @staticmethod
@@ -115,30 +163,26 @@ class _HeadCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         needs_gradient: bool,
         product: Product,
+        softmax: SoftmaxLoss,
     ) -> Tensor:
         cast_weight = weight.to(hidden.dtype)
-        softmax_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        cast_bias = bias.to(hidden.dtype)
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight)
         d_bias = torch.zeros_like(bias)
-        loss = torch.zeros((), dtype=softmax_dtype, device=hidden.device)
+        loss = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         chunk = chunk_size(len(weight), hidden.device.type, hidden.dtype)
         for start in range(0, len(hidden), chunk):
             rows = hidden[start : start + chunk]
-            target = targets[start : start + chunk, None]
-            logits = product(rows, cast_weight, bias.to(rows.dtype)).to(softmax_dtype)  # (chunk, V)
-            target_logit = logits.gather(1, target)
-            largest = logits.amax(-1, keepdim=True)
-            exps = logits.sub_(largest).exp_()  # in place: one tensor (chunk, V) is enough
-            total = exps.sum(-1, keepdim=True)
-            loss += (total.log() + largest - target_logit).sum()
+            logits = product(rows, cast_weight, cast_bias)  # (chunk, V)
+            part, d_logits, d_bias_part = softmax(
+                logits, targets[start : start + chunk], needs_gradient
+            )
+            loss += part
             if not needs_gradient:
                 continue
-            d_logits = exps.div_(total)  # softmax
-            minus_one = torch.full_like(target, -1, dtype=d_logits.dtype)
-            d_logits.scatter_add_(1, target, minus_one)  # - onehot(target)
-            d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(rows.dtype)
+            d_bias += d_bias_part
             d_hidden[start : start + chunk] = product(d_logits, cast_weight.t(), None)
             if rows.dtype == d_weight.dtype:
                 d_weight.addmm_(d_logits.t(), rows)  # without another tensor (V, D)
@@ -152,7 +196,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor):
         # In place: d_weight is as large as the head, and backward runs only once.
         d_hidden, d_weight, d_bias = (gradient.mul_(d_loss) for gradient in ctx.saved_tensors)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 # ---- preferences: DPO and its family

@@ -61,9 +61,11 @@ class Batch:
     branches: Branches | None = None
     learned: Tensor = field(init=False)  # (N,) places in the flattened batch that have a target
     answer: Tensor = field(init=False)  # (N,) the number of the answer that each belongs to
+    longest: int = field(init=False)  # no document has more tokens; a power of two, or T
 
     def __post_init__(self):
         # Computed here, on the CPU: otherwise the CPU would wait for the GPU that counts.
+        self.longest = next_power_of_two(int(self.cu_seqlens.diff().max()), self.ids.shape[1])
         self.learned = (self.targets.flatten() != IGNORE).nonzero()[:, 0]
         self.answer = self.learned // self.ids.shape[1]  # the row
         if self.branches is not None:
@@ -148,6 +150,17 @@ class Batch:
 
 
 # ---- helpers
+
+
+def next_power_of_two(length: int, at_most: int) -> int:
+    """What a flash kernel is told of the longest document: not its very length, because the
+    compiler makes a kernel for each value that it meets.
+
+    >>> [next_power_of_two(length, at_most=1500) for length in (5, 200, 256, 300, 1400)]
+    [128, 256, 256, 512, 1500]
+    """
+    power = 1 << max((length - 1).bit_length(), 7)
+    return min(power, at_most)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
