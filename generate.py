@@ -41,7 +41,7 @@ from nanophi.infer.generate import stream
 from nanophi.infer.prefer import Preferences, preferring
 from nanophi.infer.rag import FOUND, build_index
 from nanophi.infer.sampling import FILTERS, FLAGS, Sampling
-from nanophi.model.checkpoint import load_with_tokenizer
+from nanophi.model.checkpoint import DTYPES, load_with_tokenizer
 from nanophi.model.phi import DECODING_WEIGHTS, Phi
 from nanophi.tokenizer.chat import chat_prompt
 from nanophi.tokenizer.template import template_flag
@@ -99,6 +99,11 @@ class Config:
         choices=DECODING_WEIGHTS,
         help="how a CPU keeps them: fp16 and int8 are read faster; auto: fp16 where it can",
     )
+    dtype: str = flag(
+        "auto",
+        choices=("auto", *DTYPES),
+        help="of the weights; auto: bfloat16 on a GPU that has it, else float32",
+    )
     device: str = flag("auto", help="auto: cuda where there is one, else cpu")
 
 
@@ -132,7 +137,7 @@ def main(cfg: Config) -> None:
 
 def loaded(directory: str, cfg: Config) -> tuple[Phi, Tokenizer]:
     """The model of a checkpoint, and its tokenizer, as the flags want them."""
-    return load_with_tokenizer(directory, cfg.device, cfg.template, cfg.weights)
+    return load_with_tokenizer(directory, cfg.device, cfg.template, cfg.weights, cfg.dtype)
 
 
 def check(cfg: Config) -> None:
@@ -236,7 +241,9 @@ def way_to_reply(model: Phi, tok: Tokenizer, cfg: Config) -> Callable[[], Reply]
     """A function that starts a conversation: by --rag, by --compare, otherwise as a chat."""
 
     engine = None
-    if cfg.chat and not cfg.lookup:  # it need not read again what the last turn has read
+    # It need not read again what the last turn has read. A GPU reads that in no time, and `stream`
+    # makes it decode faster.
+    if cfg.chat and not cfg.lookup and model.device.type != "cuda":
         engine = Engine(model, tok, rows=1).start()
 
     def say(prompt: list[int]) -> str:

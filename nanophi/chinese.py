@@ -278,6 +278,9 @@ HELP = {
     "how a CPU keeps them: fp16 and int8 are read faster; auto: fp16 where it can": (
         "CPU 上权重怎样存放：fp16 和 int8 读得更快；auto：能用 fp16 就用"
     ),
+    "of the weights; auto: bfloat16 on a GPU that has it, else float32": (
+        "权重的精度；auto：GPU 支持就用 bfloat16，否则用 float32"
+    ),
     # ---- nanophi.model.card
     "the directory of a model; its README.md is written": "模型目录；在其中写出 README.md",
     "what the model is called (default: the directory's name)": "模型的名字（默认：目录名）",

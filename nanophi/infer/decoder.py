@@ -18,6 +18,7 @@ Skip this file at first reading: phi.py is the network. `decoder_of(model)` comp
 tokens, so that a network that somebody has changed is decoded by itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,8 +52,8 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: Phi, weights: str = "fp32"):
-        make = row_named(PRODUCTS, weights, "precision of weights")
         self.weights = weights
+        make = self.product()
         self.cfg = cfg = model.cfg
         self.device = model.device
         self.embedding = model.model.embed_tokens.weight.detach()
@@ -60,7 +61,7 @@ class Decoder:
         self.lm_head: Product = make(*matrix_of(model.lm_head))
         self.layers = []
         block: Any
-        pairs = as_pairs(cfg)
+        pairs = as_pairs(cfg).to(self.device)
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
             into = one_below_the_other(
@@ -75,9 +76,13 @@ class Decoder:
                 layer.q_norm = vector_of(attention.q_layernorm, pairs)
                 layer.k_norm = vector_of(attention.k_layernorm, pairs)
             self.layers.append(layer)
-        positions = torch.arange(cfg.max_position_embeddings)[:, None]
+        positions = torch.arange(cfg.max_position_embeddings, device=self.device)[:, None]
         cos, sin = rotary_tables(positions, cfg.rotary_dim, cfg.rope_theta)
         self.turns = torch.complex(cos, sin)[:, 0]  # (positions, 1, R/2)
+
+    def product(self) -> Callable[..., Product]:
+        """What makes a product of a weight and a bias."""
+        return row_named(PRODUCTS, self.weights, "precision of weights")
 
     def hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
         """The states (B, T, D) of the next T tokens of each row, as `Phi.hidden` gives them."""
@@ -100,23 +105,45 @@ class Decoder:
                 turned[:, :, :heads] = self.normed(turned[:, :, :heads], layer.q_norm)
                 turned[:, :, heads:] = self.normed(turned[:, :, heads:], layer.k_norm)
             first = turned[..., : cfg.rotary_dim].unflatten(-1, (-1, 2))
-            torch.view_as_complex(first).mul_(turns)
+            turn(first, turns)
             new = y[..., queries:attended_end].view(batch, time, 2, key_heads, size)
             keys, values = cache.append(number, new)
             q = turned[:, :, :heads].transpose(1, 2)  # (B, H, T, K)
-            attended = F.scaled_dot_product_attention(
-                q, keys, values, visible, is_causal=causal, enable_gqa=heads != key_heads
-            )
+            attended = self.attend(q, keys, values, visible, causal)
             attended = attended.transpose(1, 2).reshape(batch, time, queries)
             expanded = F.gelu(y[..., attended_end:], approximate="tanh")
             x.add_(layer.out(torch.cat((attended, expanded), -1)))
         cache.lengths += time
         return self.normed(x, self.final_norm)
 
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Attention: q (B, H, T, K), keys and values (B, key heads, S, K) -> (B, H, T, K)."""
+        grouped = self.cfg.num_attention_heads != self.cfg.key_heads
+        return F.scaled_dot_product_attention(
+            q, keys, values, visible, is_causal=causal, enable_gqa=grouped
+        )
+
     def normed(self, x: Tensor, norm: Matrix) -> Tensor:
         """LayerNorm of x (..., D)."""
         weight, bias = norm
         return torch.layer_norm(x, weight.shape, weight, bias, self.cfg.layer_norm_eps)
+
+
+def turn(pairs: Tensor, turns: Tensor) -> None:
+    """Turn points (..., R/2, 2) in place, as complex numbers.
+
+    >>> point = torch.tensor([[5.0, 1.0]])
+    >>> turn(point, torch.tensor([1j]))  # by a quarter
+    >>> point
+    tensor([[-1.,  5.]])
+    """
+    if pairs.dtype == torch.float32:
+        torch.view_as_complex(pairs).mul_(turns)
+    else:  # there are no complex numbers in bf16
+        turned = torch.view_as_complex(pairs.float()) * turns
+        pairs.copy_(torch.view_as_real(turned))
 
 
 def as_pairs(cfg: PhiConfig) -> Tensor:
@@ -215,7 +242,7 @@ def prepared(model: Phi, weights: str) -> "Decoder | str":
     """The Decoder of a model, or why there is none."""
     try:
         decoder = Decoder(model, weights)
-        if computes_the_same(decoder, model):
+        if computes_the_same(decoder, model, CLOSE[weights]):
             return decoder
     except AttributeError:  # a network with other parts
         pass
@@ -233,17 +260,26 @@ def state_of(model: Phi) -> tuple:
 
 
 @torch.inference_mode()
-def computes_the_same(decoder: Decoder, model: Phi) -> bool:
-    """Whether both give the same logits for some tokens, up to what the precision allows."""
-    ids = torch.arange(PROBE)[None] * 7 % model.cfg.vocab_size
+def computes_the_same(
+    network: "Decoder | Phi",
+    model: Phi,
+    close: float,
+    behind: Callable[[KVCache], KVCache] = lambda filled: filled,
+) -> bool:
+    """Whether two networks give the same logits for some tokens: one from a cache, and the model.
+
+    close: how far they may differ, as a share of the largest logit
+    behind: makes the cache of the last token out of that of the others
+    """
     time = min(PROBE, model.cfg.max_position_embeddings)
-    ids = ids[:, :time]
+    ids = torch.arange(time, device=model.device)[None] * 7 % model.cfg.vocab_size
+    first, last = ids.split([time - 1, 1], dim=1)
     cache = KVCache(model.cfg, 1, time, model.lm_head.weight)
-    ours = [decoder.hidden(part, cache) for part in ids.split([time - 1, 1], dim=1)]
-    logits = decoder.lm_head(torch.cat(ours, 1))
+    ours = [network.hidden(first, cache=cache), network.hidden(last, cache=behind(cache))]
+    logits = network.lm_head(torch.cat(ours, 1))
     expected = model(ids)
     if not expected.isfinite().all():
         return True  # damaged weights: `choose` will say so
     used = expected > MASKED_BIAS / 2
     difference = (logits - expected)[used].abs().max()
-    return bool(difference <= CLOSE[decoder.weights] * expected[used].abs().max())
+    return bool(difference <= close * expected[used].abs().max())

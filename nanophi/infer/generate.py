@@ -136,9 +136,18 @@ def steps_of(
     generator: torch.Generator | None,
     lookup: int,
 ) -> Iterator[dict[int, int]]:
-    """`decode_steps`, or the same by prompt lookup."""
+    """`decode_steps`, or the same by prompt lookup or from a recording."""
     check(lookup, Expected(int, at_least=0), "lookup")
+    if not isinstance(generator, torch.Generator | None):
+        raise UserError(
+            f"generator is {shown(generator)}, expected torch.Generator(device).manual_seed(0)"
+        )
     if not lookup:
+        if model.device.type == "cuda":
+            from nanophi.infer.static import static_steps, suits  # which imports this file
+
+            if suits(model, how):
+                return static_steps(model, prompts, rooms, eos, how, generator)
         return decode_steps(model, prompts, rooms, eos, how, generator)
     if len(prompts) > 1 or not how.greedy or how.chosen:
         raise UserError("lookup is for one answer, greedy and without filters: leave it out")
@@ -162,10 +171,6 @@ def decode_steps(
         rows    0 1 2 3      prompts 0 1 2 3
         1 ends               prompts 0 3 2        three rows are computed
     """
-    if not isinstance(generator, torch.Generator | None):
-        raise UserError(
-            f"generator is {shown(generator)}, expected torch.Generator(device).manual_seed(0)"
-        )
     network = decoder_of(model)
     longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
     cache = KVCache(model.cfg, len(prompts), longest, model.lm_head.weight)

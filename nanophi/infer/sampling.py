@@ -218,6 +218,7 @@ class Filter:
     above: float | None = None
     at_most: float | None = None
     greedy: bool = False  # whether the filter applies to greedy decoding too
+    on_device: bool = False  # whether it asks for logits alone: no history, no number of a GPU
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a value of another type or outside of the range with a UserError."""
@@ -268,6 +269,7 @@ FILTERS: dict[str, Filter] = {
         default=0.0,
         help="0 is greedy; higher is more varied",
         at_least=0,
+        on_device=True,
     ),
     "top_k": Filter(
         keep_top_k,
@@ -275,6 +277,7 @@ FILTERS: dict[str, Filter] = {
         default=0,
         help="sample from the k likeliest tokens; 0: from all",
         at_least=0,
+        on_device=True,
     ),
     "top_p": Filter(
         keep_top_p,
@@ -283,6 +286,7 @@ FILTERS: dict[str, Filter] = {
         help="sample from the likeliest tokens that together reach this probability",
         above=0,
         at_most=1,
+        on_device=True,
     ),
     "min_p": Filter(
         keep_min_p,
@@ -291,6 +295,7 @@ FILTERS: dict[str, Filter] = {
         help="drop tokens less likely than this share of the likeliest",
         at_least=0,
         at_most=1,
+        on_device=True,
     ),
 }
 
@@ -365,12 +370,33 @@ def choose(
         likeliest = logits.max(-1)
         if all(NEVER < logit < float("inf") for logit in likeliest.values.tolist()):
             return likeliest.indices.tolist()
-    are_numbers = (logits < float("inf")).all() & (logits > NEVER).any(-1).all()
-    if not are_numbers.tolist():  # no comparison with nan is true
-        raise UserError(
-            "the model computes no probabilities: some of its logits are nan or infinite, so its "
-            "weights are damaged or far too large, or their dtype is too narrow (model.float())"
-        )
+    if not are_numbers(logits).all().tolist():
+        raise no_probabilities()
+    logits = filtered(logits, history, how)
+    if how.greedy:
+        return logits.argmax(-1).tolist()
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+
+
+def are_numbers(logits: Tensor) -> Tensor:
+    """Whether the logits (B, V) of a row give probabilities: bool (B,).
+
+    >>> are_numbers(torch.tensor([[1.0, NEVER], [1.0, torch.nan], [NEVER, NEVER]]))
+    tensor([ True, False, False])
+    """
+    return (logits < float("inf")).all(-1) & (logits > NEVER).any(-1)  # nan is never smaller
+
+
+def no_probabilities() -> UserError:
+    """What is said where logits are no numbers."""
+    return UserError(
+        "the model computes no probabilities: some of its logits are nan or infinite, so its "
+        "weights are damaged or far too large, or their dtype is too narrow (model.float())"
+    )
+
+
+def filtered(logits: Tensor, history: History, how: Sampling) -> Tensor:
+    """The logits (B, V) behind all filters that a caller chose."""
     if how.chosen:  # ids that no tokenizer uses are nothing that a filter may leave
         logits = unless_nothing_is_left(logits.masked_fill(logits < MASKED_BIAS / 2, NEVER), logits)
     for name, value in how.chosen.items():
@@ -378,9 +404,7 @@ def choose(
         if row.greedy or not how.greedy:
             logits = unless_nothing_is_left(row.apply(logits, history, value), logits)
             logits = logits.clamp(max=torch.finfo(logits.dtype).max)  # two filters may overflow
-    if how.greedy:
-        return logits.argmax(-1).tolist()
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+    return logits
 
 
 def unless_nothing_is_left(filtered: Tensor, before: Tensor) -> Tensor:

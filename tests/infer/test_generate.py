@@ -295,6 +295,15 @@ def test_no_question_ends_the_chat_but_the_last(saved, capsys, monkeypatch):
     assert "tokens, the model was made for 64: shorten it" in printed
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_the_command_takes_a_dtype(saved, capsys, dtype):
+    command(saved, "--prompt", "你", "--raw", "--dtype", dtype, "--max-new-tokens", "3")
+    assert capsys.readouterr().err == ""
+    cfg = script.Config(model=str(saved), device="cpu", dtype=dtype)
+    expected = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    assert script.loaded(str(saved), cfg)[0].lm_head.weight.dtype == expected
+
+
 def test_a_chat_without_anybody_ends(saved, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     command(saved, "--chat")

@@ -471,6 +471,31 @@ def test_a_model_goes_to_transformers_and_back(tmp_path, dtype, limit):
     assert (hf.float()(IDS).logits - again.float()(IDS)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [
+        ("cpu", (9, 0), "float32"),
+        ("cuda", (9, 0), "bfloat16"),
+        ("cuda:1", (8, 0), "bfloat16"),
+        ("cuda", (7, 5), "float32"),
+    ],
+)
+def test_weights_that_are_only_read(device, capability, expected, monkeypatch):
+    """On a GPU they were fp32, which takes twice the time and the memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert checkpoint.pick_dtype(device) == expected
+
+
+def test_dtypes_by_name(tmp_path, monkeypatch):
+    nanophi.save(tmp_path, tiny_model())
+    for name, kind in (*checkpoint.DTYPES.items(), ("auto", torch.float32), (None, torch.float32)):
+        assert nanophi.load(tmp_path, dtype=name)[0].lm_head.weight.dtype == kind
+    monkeypatch.setattr(checkpoint, "pick_dtype", lambda device: "bfloat16")
+    assert nanophi.load(tmp_path, dtype="auto")[0].lm_head.weight.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="no dtype is called 'fp8'"):
+        nanophi.load(tmp_path, dtype="fp8")
+
+
 def test_files_are_as_large_as_allowed(tmp_path):
     nanophi.save(tmp_path, tiny_model(), max_shard_bytes=20_000)
     paths = sorted(tmp_path.glob(checkpoint.PARTS))
