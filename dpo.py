@@ -45,7 +45,7 @@ from nanophi.train.held_out import HeldOut, Reference, right_by_length
 from nanophi.train.loop import train
 from nanophi.train.losses import PREFERENCE_LOSSES, make_dpo_loss_fn
 from nanophi.train.preferences import Conversation, Pairs, Preference, share_of_prompts
-from nanophi.train.preflight import refuse_what_does_not_fit
+from nanophi.train.preflight import fit
 from nanophi.train.reference import add_reference, digest_of_weights
 from nanophi.train.setup import begin
 
@@ -107,6 +107,8 @@ def main(cfg: Config) -> Phi:
     refuse_contradictions(cfg)
     if cfg.beta is None:
         cfg = replace(cfg, beta=PREFERENCE_LOSSES[cfg.loss].beta)  # run.json says what it was
+    if cfg.compile is None:  # pairs that share their prompts have many forms, each compiled anew
+        cfg = replace(cfg, compile=False)
     setup = begin(cfg, starts_from=cfg.init_from)
 
     # 2. The fine-tuned model. It has no dropout, unless --dropout asks for it: dropout makes policy
@@ -121,9 +123,11 @@ def main(cfg: Config) -> Phi:
     multiple = max(128, context // 4) if cfg.compile else 1  # few lengths to compile
     share = shares_prompts(cfg, pairs)
     data = Pairs(pairs, cfg.batch_pairs, cfg.seed, multiple, share)
-    validation = Pairs(kept_back, cfg.micro_batch, cfg.seed, multiple, share) if kept_back else None
     rows_of_a_pair = 1 if share else 2
-    refuse_what_does_not_fit(model.cfg, setup, cfg.batch_pairs, data.longest, rows_of_a_pair, model)
+    setup = fit(model.cfg, setup, cfg.batch_pairs, data.longest, rows_of_a_pair, model)
+    validation = (
+        Pairs(kept_back, setup.micro_batch, cfg.seed, multiple, share) if kept_back else None
+    )
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-pairs", cfg.batch_pairs)
     weights = digest_of_weights(model)
 

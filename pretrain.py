@@ -23,7 +23,7 @@ from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
-from nanophi.train.preflight import refuse_what_does_not_fit
+from nanophi.train.preflight import fit, tokens_of_a_step
 from nanophi.train.setup import begin
 
 
@@ -36,11 +36,12 @@ class Config(TrainConfig):
         "news:0.3,poetry:0.1"
     )
     tokenizer: str = flag(help="the tokenizer they were made with")
-    batch_tokens: int = flag(
-        16384,
+    batch_tokens: int | None = flag(
+        None,
         at_least=1,
         at_most=MOST_TOKENS,
-        help="tokens of one optimizer step over all devices",
+        help="tokens of one optimizer step over all devices (default: 16,384; on GPUs, for more "
+        "than 100 M parameters, 131,072)",
     )
     preset: str = flag("phi2-chinese-0.2b", help=f"shape of the model: {', '.join(PRESETS)}")
     sample: str | None = flag(
@@ -75,14 +76,15 @@ def main(cfg: Config) -> Phi:
     tok = Tokenizer.load(cfg.tokenizer)
     shape = model_config(cfg, tok)
     context = shape.max_position_embeddings
-    rows = max(cfg.batch_tokens // context, 1)  # of a step
-    refuse_what_does_not_fit(shape, setup, rows, context)
+    batch_tokens = cfg.batch_tokens or tokens_of_a_step(shape, setup.world)
+    rows = max(batch_tokens // context, 1)  # of a step
+    setup = fit(shape, setup.changed(batch_tokens=batch_tokens), rows, context)
 
     # 3. The data: documents packed into rows. `data.batch_at(step)` gives the batch of a step, and
     #    `evaluate(model)` the loss on documents that were held out.
     data = training_data(cfg, tok, context, rows)
-    steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
-    evaluate = validation(cfg, tok, context)
+    steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", batch_tokens)
+    evaluate = validation(cfg, tok, context, setup.micro_batch)
     if cfg.sample is not None:
         evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
 
@@ -147,16 +149,16 @@ def training_data(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Packe
     return Mixture(sources, list(weights.values()), rows)
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
-    """A function of the model: its loss on the held-out documents of all sources. None where
-    nothing is held out.
+def validation(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Evaluate | None:
+    """A function of the model: its loss on the held-out documents of all sources, `rows` rows at a
+    time. None where nothing is held out.
     """
     bos_id = tok.bos_id if cfg.bos else None
     packed = []
     for name in parse_mixture(cfg.data):
         documents = TokenSet(name, "val", tok)
         if len(documents) and documents.lengths.max() > 1:
-            packed.append(Packed(documents, context, cfg.micro_batch, cfg.seed, bos_id=bos_id))
+            packed.append(Packed(documents, context, rows, cfg.seed, bos_id=bos_id))
     if not packed:
         return None
     byte_lengths = tok.byte_lengths()

@@ -33,7 +33,7 @@ from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
-from nanophi.train.preflight import refuse_what_does_not_fit
+from nanophi.train.preflight import fit
 from nanophi.train.setup import begin
 
 
@@ -74,7 +74,7 @@ def main(cfg: Config) -> Phi:
         model.set_dropout(cfg.dropout)
     context = context_of(cfg, model)
     rows = max(cfg.batch_tokens // context, 1)  # of a step
-    refuse_what_does_not_fit(model.cfg, setup, rows, context, model=model)
+    setup = fit(model.cfg, setup, rows, context, model=model)
 
     # 3. The data: whole conversations packed into rows. Only answers are targets: the mask comes
     #    from the template.
@@ -82,7 +82,7 @@ def main(cfg: Config) -> Phi:
     data = with_plain_text(cfg, taught, plain_text)
     epoch = taught.steps_per_epoch / (1 - sum(plain_text.values()))  # steps that read all of them
     steps = total_steps(cfg, epoch, "--batch-tokens", cfg.batch_tokens)
-    evaluate = validation(cfg, tok, context)
+    evaluate = validation(cfg, tok, context, setup.micro_batch)
     if cfg.sample is not None:
         prompt = chat_prompt(cfg.sample, tok, cfg.bos)
         evaluate = evaluating_aloud(evaluate, tok, prompt)
@@ -213,12 +213,14 @@ def with_plain_text(cfg: Config, taught: Packed, shares: dict[str, float]) -> Pa
     return mixture
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
-    """A function of the model: its loss on the answers of --val-data. None without --val-data."""
+def validation(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Evaluate | None:
+    """A function of the model: its loss on the answers of --val-data, `rows` rows at a time. None
+    without --val-data.
+    """
     if cfg.val_data is None:
         return None
     paths = [cfg.val_data]
-    data = pack(paths, tok, context, cfg.micro_batch, cfg.seed, cfg.bos, cfg.skip_bad, cfg.learn)
+    data = pack(paths, tok, context, rows, cfg.seed, cfg.bos, cfg.skip_bad, cfg.learn)
     byte_lengths = tok.byte_lengths()
 
     def evaluate(model: Phi) -> dict[str, float]:

@@ -106,8 +106,10 @@ HELP = {
     "passes over the data (1 where --steps is not given either)": (
         "数据过几遍（--steps 也没有给时是 1）"
     ),
-    "rows (or pairs) a device holds at once: memory, on a GPU speed, not the result": (
+    "rows (or pairs) a device holds at once: memory, on a GPU speed, not the result "
+    "(default: 8; on a GPU as many as fit)": (
         "一块设备一次算几行（或几对）；影响内存，在 GPU 上也影响速度，不影响结果"
+        "（默认：8；在 GPU 上能放下多少就多少）"
     ),
     "tokens of a row (default: the model's)": "一行多少 token（默认：同模型）",
     "put [BOS] before every document": "每篇文档前面加 [BOS]",
@@ -145,8 +147,10 @@ HELP = {
     "under torchrun, for large models: split weights and optimizer over ranks (FSDP)": (
         "在 torchrun 下训练大模型：把权重和优化器状态切分到各个进程（FSDP）"
     ),
-    "torch.compile the blocks; if that fails, print a note and go on without": (
-        "用 torch.compile 编译每一层；编译失败就提示一句，不编译继续"
+    "torch.compile the blocks and the loss; if that fails, print a note and go on without "
+    "(default: on a GPU, except in dpo.py)": (
+        "用 torch.compile 编译每一层和损失；编译失败就提示一句，不编译继续"
+        "（默认：在 GPU 上编译，dpo.py 除外）"
     ),
     "steps between checkpoints": "每隔多少步保存一次检查点",
     "also save when so many minutes have passed": "每过这么多分钟也保存一次",
@@ -177,6 +181,10 @@ HELP = {
     ),
     "the tokenizer they were made with": "生成这些分片所用的分词器",
     "tokens of one optimizer step over all devices": "每一步的 token 数，所有设备合计",
+    "tokens of one optimizer step over all devices (default: 16,384; on GPUs, for more than 100 M "
+    "parameters, 131,072)": (
+        "每一步的 token 数，所有设备合计（默认：16,384；在 GPU 上，参数超过 1 亿时是 131,072）"
+    ),
     "shape of the model:": "模型的形状，可选：",
     "a text to continue at each evaluation, so that you see the model learn": (
         "每次验证时让模型续写这段文本，看着它学会"

@@ -41,11 +41,12 @@ class TrainConfig:
     )
 
     # the batch
-    micro_batch: int = flag(
-        8,
+    micro_batch: int | None = flag(
+        None,
         at_least=1,
         at_most=MOST_SAMPLES,
-        help="rows (or pairs) a device holds at once: memory, on a GPU speed, not the result",
+        help="rows (or pairs) a device holds at once: memory, on a GPU speed, not the result "
+        "(default: 8; on a GPU as many as fit)",
     )
     context: int | None = flag(
         None, at_least=2, at_most=LONGEST_CONTEXT, help="tokens of a row (default: the model's)"
@@ -99,8 +100,10 @@ class TrainConfig:
         False,
         help="under torchrun, for large models: split weights and optimizer over ranks (FSDP)",
     )
-    compile: bool = flag(
-        False, help="torch.compile the blocks; if that fails, print a note and go on without"
+    compile: bool | None = flag(
+        None,
+        help="torch.compile the blocks and the loss; if that fails, print a note and go on without "
+        "(default: on a GPU, except in dpo.py)",
     )
 
     # what is kept, and when

@@ -79,21 +79,24 @@ def or_uncompiled(
     """A function that runs a compiled model, with a way back.
 
     The compiler works at the first call, and again where a later one has other shapes. If it fails
-    (no compiler, an operation that it does not know), the model is uncompiled and the call done
-    again. A training step and a validation are compiled each by itself, so both need it.
+    (no compiler, an operation that it does not know, a kernel that does not start), the model is
+    uncompiled and the call done again. A training step and a validation are compiled each by
+    itself, so both need it.
     """
     calls = 0
 
     def guarded(*args, **named) -> T:
         nonlocal calls
         calls += 1
+        graphs = graphs_made()
         try:
             return function(*args, **named)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            # At the first call each failure may be the compiler's: a kernel that does not start.
-            if calls > 1 and not _is_of_the_compiler(error):
+            # Where the compiler has just worked, any failure may be of what it made.
+            has_worked = calls == 1 or graphs_made() > graphs
+            if not (has_worked or _is_of_the_compiler(error)):
                 raise
             reason = str(error).strip().split("\n")[0][:200]
             say(f"torch.compile failed, going on without it: {type(error).__name__}: {reason}")
@@ -101,6 +104,11 @@ def or_uncompiled(
             return function(*args, **named)
 
     return guarded
+
+
+def graphs_made() -> int:
+    """How many graphs the compiler has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

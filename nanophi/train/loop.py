@@ -92,6 +92,11 @@ def train(
     check(steps, Expected(int, at_least=1), "steps")
     example = batch_at(0)
     check_batch(example, setup)
+    if cfg.micro_batch is None:
+        context = example.ids.shape[1]
+        setup = preflight.fit(
+            model.cfg, setup, len(example), context, example.rows_per_sample, model
+        )
     place(model, setup)
     if not setup.writes:
         return self_test(model, loss_fn, example, setup, tok)
@@ -99,6 +104,9 @@ def train(
     rates = peak_rates(optimizers)
     scale = LossScale(setup.dtype)
     print(preflight.outlook(model, optimizers, setup, example, steps))
+    few = preflight.note_on_few_tokens(model, example, setup.world)
+    if few is not None:
+        print(few)
     run = open_run(RunDirectory(model, optimizers, scale, setup, tok, data_id), setup, steps)
     mfu = preflight.mfu_by_speed(model, example, setup.world)
     faults = Faults()
@@ -174,7 +182,7 @@ def place(model: Phi, setup: Setup) -> None:
     if setup.cfg.attention != "auto":
         model.attention = setup.cfg.attention
     model.train()
-    speed_up(model, setup.cfg.recompute, setup.cfg.compile)
+    speed_up(model, setup.cfg.recompute, bool(setup.cfg.compile))
     if setup.cfg.shard:
         distribute(model, setup.world)
     else:
@@ -195,7 +203,7 @@ def prepared_step(
         model,
         optimizers,
         loss_fn,
-        micro_batch=cfg.micro_batch,
+        micro_batch=setup.micro_batch,
         world=setup.world,
         clip=cfg.clip,
         autocast=setup.autocast,

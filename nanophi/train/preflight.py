@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -233,37 +233,98 @@ def check_memory(
     )
 
 
-def refuse_what_does_not_fit(
+# Tokens computed at once beyond which a GPU is not faster. A third of them keep it busy.
+ENOUGH_TOKENS = 65_536
+# The share of the free memory that the default --micro-batch fills, as estimates are estimates.
+FILLED = 0.8
+
+
+def fit(
     shape: PhiConfig,
     setup: "Setup",
     samples: int,
     context: int,
     rows_per_sample: int = 1,
     model: Phi | None = None,
-) -> None:
-    """A UserError where the training of a run takes more memory than its device has.
+) -> "Setup":
+    """The setup with a --micro-batch where none is given. A UserError where the training of a run
+    takes more memory than its device has.
+
+    On a GPU it is as many samples as fill the memory or ENOUGH_TOKENS, so that all micro-batches of
+    a step are of one size:
+
+        a rank has 100 samples, 40 fit at once    ->    34, 34, 32
 
     samples: rows, or preference pairs, of a step over all ranks; rows_per_sample: 2 for pairs
     context: tokens of a row
     model:   where it is loaded already; the weights then are not to be counted twice
     """
     cfg = setup.cfg
+    device = setup.world.device
     samples_of_a_rank = -(-samples // setup.world.size)
     loaded = 0
-    if model is not None and setup.world.device.startswith(model.device.type):
+    if model is not None and device.startswith(model.device.type):
         loaded = 4 * model.num_parameters()
+    common: dict[str, Any] = {
+        "half": setup.dtype != "float32",
+        "recompute": cfg.recompute,
+        "device": device,
+        "shards": setup.ranks_of_model,
+        "attention": cfg.attention,
+    }
+    at_once = cfg.micro_batch
+    if at_once is None:
+        free = available_bytes(device)
+        at_once = max(ENOUGH_TOKENS // (context * rows_per_sample), 1)
+        while at_once > 1 and free is not None:
+            rows = at_once * rows_per_sample
+            if training_bytes(shape, cfg.optimizer, rows, context, **common) < FILLED * (
+                free + loaded
+            ):
+                break
+            at_once = at_once * 7 // 8
+        micro_steps = -(-samples_of_a_rank // at_once)
+        at_once = -(-samples_of_a_rank // micro_steps)
+    rows = min(at_once, samples_of_a_rank) * rows_per_sample
     check_memory(
         shape,
         cfg.optimizer,
-        min(cfg.micro_batch, samples_of_a_rank) * rows_per_sample,
+        rows,
         context,
-        half=setup.dtype != "float32",
-        recompute=cfg.recompute,
-        device=setup.world.device,
-        shards=setup.ranks_of_model,
-        attention=cfg.attention,
         fewest_rows=rows_per_sample,
         loaded=loaded,
+        **common,
+    )
+    return setup.changed(micro_batch=at_once)
+
+
+# Below so many tokens a step and GPU, the model being large, Python takes longer than the GPU.
+FEW_TOKENS = 32_768
+
+
+def tokens_of_a_step(shape: PhiConfig, world: World) -> int:
+    """The default of --batch-tokens: what a small model learns best with on a CPU; on GPUs so much
+    for a large one that each has enough to do.
+    """
+    large = size_of(shape).parameters >= 100e6
+    if not (large and world.device.startswith("cuda")):
+        return 16_384
+    return max(131_072, FEW_TOKENS * world.size)
+
+
+def note_on_few_tokens(model: Phi, batch: Batch, world: World) -> str | None:
+    """A warning where the GPUs of a run will mostly wait. batch: that of a whole step"""
+    each = batch.ids.numel() // world.size
+    is_large = tokens_of_a_step(model.cfg, world) > 16_384
+    if (
+        not world.device.startswith("cuda")
+        or each >= FEW_TOKENS
+        or not (is_large or world.size > 1)
+    ):
+        return None
+    return (
+        f"note: each GPU computes {each:,} tokens a step. Below {FEW_TOKENS:,} it waits for Python "
+        "most of the time: raise --batch-tokens (--batch-pairs), or start fewer ranks"
     )
 
 
@@ -307,7 +368,7 @@ def outlook(
     step_tokens = batch.ids.numel()
     work = steps * step_tokens * flops_per_token(model.cfg, context)
     speed = REACHED * matrix_flops(world.device, getattr(torch, setup.dtype)) * world.size
-    samples = min(cfg.micro_batch, -(-len(batch) // world.size))  # at once
+    samples = min(setup.micro_batch, -(-len(batch) // world.size))  # at once
     memory = training_bytes(
         model.cfg,
         cfg.optimizer,

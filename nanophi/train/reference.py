@@ -41,7 +41,7 @@ def add_reference(model: Phi, parts: list[Pairs], setup: Setup, weights: str) ->
     kept = setup.world.gather(kept)[0]
     if kept is None:
         with setup.autocast(cache=True):
-            kept = [reference_logps(model, part, setup.cfg.micro_batch) for part in parts]
+            kept = [reference_logps(model, part, setup.micro_batch) for part in parts]
         if reads:
             write_reference(path, of, kept)
     for part, logps in zip(parts, kept, strict=True):

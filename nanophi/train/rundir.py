@@ -46,7 +46,7 @@ from nanophi.train.state import (
 # Flags that a resumed run may have otherwise than the run it goes on with: where things lie, how
 # they are computed, how often they are saved, and how long the run is.
 MAY_DIFFER = {
-    *("out", "device", "micro_batch", "recompute", "shard"),
+    *("out", "device", "micro_batch", "recompute", "compile", "shard"),
     *(
         "steps",
         "epochs",
@@ -84,7 +84,7 @@ class RunDirectory:
         self.out = Path(cfg.out)
         self.early = early_of(self.out)
         self.keep = cfg.keep  # older states
-        self.micro_batch = cfg.micro_batch
+        self.micro_batch = setup.micro_batch
         # The settings that decide the result. They are strings, because
         # torch.load(weights_only=True) can read strings.
         self.settings = {

@@ -9,6 +9,7 @@ The scripts begin with it and pass the setup on.
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from nanophi.cli import UserError
 from nanophi.expect import check_settings, shown
@@ -34,9 +35,19 @@ class Setup:
         return not (self.cfg.show_batch or self.cfg.overfit_one_batch)
 
     @property
+    def micro_batch(self) -> int:
+        """Samples that a device computes at once."""
+        assert self.cfg.micro_batch is not None, "on a GPU preflight.fit finds it"
+        return self.cfg.micro_batch
+
+    @property
     def ranks_of_model(self) -> int:
         """Over how many ranks the model is split."""
         return self.world.size if self.cfg.shard else 1
+
+    def changed(self, **values: Any) -> "Setup":
+        """The same with other values of the config."""
+        return replace(self, cfg=replace(self.cfg, **values))
 
     def autocast(self, cache: bool = False) -> AbstractContextManager:
         """The context of forward passes; see precision.autocast."""
@@ -63,7 +74,15 @@ def begin(cfg: TrainConfig, resume: str | None = None, starts_from: str | None =
         raise UserError("; ".join(problems))
     locks = claim(cfg, starts_from)
     world = join(device)
+    on_cuda = world.device.startswith("cuda")
+    if cfg.compile is None:
+        cfg = replace(cfg, compile=on_cuda)
+    if cfg.micro_batch is None and not on_cuda:
+        cfg = replace(cfg, micro_batch=MICRO_BATCH)  # on a GPU `preflight.fit` finds one
     return Setup(cfg, world, precision.compute_dtype(cfg.dtype, world.device), locks)
+
+
+MICRO_BATCH = 8  # of a CPU
 
 
 def contradictions(cfg: TrainConfig, device: str) -> list[str]:

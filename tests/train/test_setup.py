@@ -7,18 +7,21 @@ import re
 import sys
 
 import pytest
+import torch
 
 import dpo
 import pretrain
 import sft
 from nanophi.cli import UserError, parser_for, run_command
 from nanophi.model.config import PhiConfig
+from nanophi.model.phi import Phi
 from nanophi.text.share import in_share
 from nanophi.train import config as settings
 from nanophi.train import distributed, preflight, setup
 from nanophi.train.config import BadRows, TrainConfig, total_steps
 from nanophi.train.distributed import launch
-from nanophi.train.preflight import refuse_what_does_not_fit, size_of
+from nanophi.train.packing import Batch
+from nanophi.train.preflight import fit, size_of
 from nanophi.train.setup import begin, contradictions
 from tests.conftest import ANSWER, QUESTION, SFT, tiny_model, write
 from tests.train.test_loop import config
@@ -114,7 +117,7 @@ def test_the_largest_that_the_flags_take_is_refused_for_its_memory(monkeypatch):
     )
     ready = setup.Setup(config("x", micro_batch=settings.MOST_SAMPLES), ALONE, "float32")
     with pytest.raises(UserError, match=r"GB, 8\.0 GB are free on cpu: take a smaller --preset"):
-        refuse_what_does_not_fit(shape, ready, settings.MOST_SAMPLES, settings.LONGEST_CONTEXT)
+        fit(shape, ready, settings.MOST_SAMPLES, settings.LONGEST_CONTEXT)
 
 
 ALONE = distributed.World(0, 1, "cpu")
@@ -133,15 +136,15 @@ def test_one_layer_stands_for_all():
 def test_weights_that_are_loaded_are_not_counted_twice(monkeypatch):
     """sft.py and dpo.py begin with a model in memory, so what is free is what it has left."""
     model = tiny_model()
-    ready = setup.Setup(config("x"), ALONE, "float32")
+    ready = setup.Setup(config("x", micro_batch=8), ALONE, "float32")
     needed = preflight.training_bytes(model.cfg, "muon", 8, 64, False, False)
     weights = 4 * model.num_parameters()
     monkeypatch.setattr(preflight, "available_bytes", lambda device: needed - weights)
-    refuse_what_does_not_fit(model.cfg, ready, 100, 64, model=model)
+    fit(model.cfg, ready, 100, 64, model=model)
     with pytest.raises(UserError, match="training this model takes about"):
-        refuse_what_does_not_fit(model.cfg, ready, 100, 64)
+        fit(model.cfg, ready, 100, 64)
     with pytest.raises(UserError, match="training this model takes about"):
-        refuse_what_does_not_fit(model.cfg, ready, 100, 64, rows_per_sample=2, model=model)
+        fit(model.cfg, ready, 100, 64, rows_per_sample=2, model=model)
 
 
 def test_epochs_of_too_many_steps_are_refused():
@@ -341,3 +344,77 @@ def test_a_terminal_without_the_signs_of_the_batch(house, tmp_path, monkeypatch)
         assert sign in written.getvalue().decode("gbk")
     lines = (tmp_path / "--sample" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert isinstance(json.loads(lines[-1])["sample"], str)
+
+
+# ---- what a GPU gets where nothing is said
+
+GPU = distributed.World(0, 1, "cuda")
+SMALL = PhiConfig.preset("phi2-chinese-0.2b")
+
+
+def begun_on(world, tmp_path, monkeypatch, **flags):
+    """The setup of a run on devices that are not there."""
+    monkeypatch.setattr(setup, "pick_device", lambda name: world.device)
+    monkeypatch.setattr(setup, "join", lambda device: world)
+    monkeypatch.setattr(setup.precision, "compute_dtype", lambda dtype, device: "bfloat16")
+    return setup.begin(TrainConfig(out=str(tmp_path / "out"), **flags))
+
+
+def test_a_gpu_compiles_and_finds_its_micro_batch_and_a_cpu_does_neither(tmp_path, monkeypatch):
+    """The defaults were those of a CPU: 8 rows, eager, 16,384 tokens a step. An H100 would have
+    waited nine tenths of the time.
+    """
+    ready = begun_on(GPU, tmp_path, monkeypatch)
+    assert (ready.cfg.compile, ready.cfg.micro_batch) == (True, None)
+    ready = begun_on(GPU, tmp_path, monkeypatch, compile=False, micro_batch=4)
+    assert (ready.cfg.compile, ready.micro_batch) == (False, 4)
+    ready = begun_on(ALONE, tmp_path, monkeypatch)
+    assert (ready.cfg.compile, ready.micro_batch) == (False, 8)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "samples", "expected"),
+    [
+        (80, 256, 128),  # ENOUGH_TOKENS: 128 rows of 512
+        (80, 100, 100),  # a step has no more
+        (80, 130, 65),  # two of one size, not 128 and 2
+        (8, 256, 8),  # what fits
+    ],
+)
+def test_the_micro_batch_fills_a_gpu(free_gb, samples, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "available_bytes", lambda device: free_gb * 1e9)
+    ready = begun_on(GPU, tmp_path, monkeypatch)
+    micro_batch = fit(SMALL, ready, samples, 512).micro_batch
+    assert micro_batch == expected
+    needed = preflight.training_bytes(SMALL, "muon", micro_batch, 512, True, False, device="cuda")
+    assert needed < preflight.FILLED * free_gb * 1e9
+    of_eight = begun_on(dataclasses.replace(GPU, size=8), tmp_path, monkeypatch)
+    assert fit(SMALL, of_eight, samples, 512).micro_batch <= -(-samples // 8)
+
+
+def test_a_model_too_large_for_a_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "available_bytes", lambda device: 2e9)
+    ready = begun_on(GPU, tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"takes about .* GB, 2\.0 GB are free on cuda"):
+        fit(SMALL, ready, 256, 512)
+
+
+def test_the_tokens_of_a_step_follow_the_model_and_the_gpus():
+    tiny = PhiConfig.preset("demo")
+    eight = dataclasses.replace(GPU, size=8)
+    found = [preflight.tokens_of_a_step(shape, w) for shape in (tiny, SMALL) for w in (GPU, eight)]
+    assert found == [16_384, 16_384, 131_072, 262_144]
+    assert preflight.tokens_of_a_step(SMALL, ALONE) == 16_384
+
+
+@pytest.mark.parametrize(("rows", "world", "warns"), [(256, GPU, False), (32, GPU, True),
+    (256, dataclasses.replace(GPU, size=8), True), (32, ALONE, False)])  # fmt: skip
+def test_ranks_with_too_little_to_do_are_warned_of(rows, world, warns):
+    with torch.device("meta"):
+        model = Phi(SMALL)
+    ids = torch.zeros(rows, 512, dtype=torch.int64)
+    batch = Batch(ids, ids, torch.arange(0, ids.numel() + 1, 512, dtype=torch.int32))
+    note = preflight.note_on_few_tokens(model, batch, world)
+    assert (note is not None) == warns
+    if note is not None:
+        assert f"each GPU computes {16_384:,} tokens a step" in note
