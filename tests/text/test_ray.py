@@ -71,12 +71,18 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def local_ray(monkeypatch):
-    """Ray ends with the test, asks nobody, and leaves nothing in the home or in /tmp."""
-    # The paths of its sockets may have 107 characters, and those of tmp_path are long already.
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+    """Ray ends with the test, asks nobody, and leaves nothing in the home or in /tmp.
+
+    Ray's workers run at niceness 15. Beside programs that kept every core busy they got a hundredth
+    of one: the test waited for minutes for a task of a second, and seemed to hang.
+    """
+    # The paths of its sockets may have 107 characters: tmp_path has too many, and so may TMPDIR.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise a token in ~/.ray
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        monkeypatch.setenv("RAY_worker_niceness", "0")
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)  # that of another cluster
         yield
         ray.shutdown()
 
@@ -112,6 +118,13 @@ def test_nothing_to_drop_and_nothing_at_all(tokenizer, local_ray, tmp_path):
 
 
 # ---- without Ray
+
+
+def test_workers_are_refused_where_a_ray_runs_already(monkeypatch):
+    """It was the traceback of a ValueError that spoke of num_cpus."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="leave --workers out"):
+        ray_text.start(workers=2)
 
 
 def sketched(texts, threshold):
