@@ -361,13 +361,13 @@ class Phi(nn.Module):
         """
         check_ids(ids)
         time = ids.shape[1]
-        positions = self.cfg.max_position_embeddings
-        if cache is None and cu_seqlens is None and time > positions:
+        limit = self.cfg.max_position_embeddings
+        if cache is None and cu_seqlens is None and time > limit:
             raise UserError(
-                f"a row has {time} tokens, the model was made for {positions} positions: cut the "
+                f"a row has {time} tokens, the model was made for {limit} positions: cut the "
                 "text, or make the model with a larger max_position_embeddings"
             )
-        places, plan = plan_attention(
+        positions, plan = plan_attention(
             self.attention,
             ids,
             cu_seqlens,
@@ -378,7 +378,7 @@ class Phi(nn.Module):
             branches=branches,
             longest=longest,
         )
-        rotary = rotary_tables(places, self.cfg.rotary_dim, self.cfg.rope_theta)
+        rotary = rotary_tables(positions, self.cfg.rotary_dim, self.cfg.rope_theta)
         try:
             x = self.model.embed_dropout(self.model.embed_tokens(ids))  # (B, T, D)
         except IndexError:  # only of the CPU: to ask a GPU would be to wait for it

@@ -16,7 +16,7 @@ new weights
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class StepResult:
     means: dict[str, float]  # the loss, and what else the loss function measures
     grad_norm: float  # before clipping
     finite: bool  # loss and gradient are finite; otherwise the weights were not changed
-    sums: list[float]  # of `along`, over the ranks
+    sums: list[float] = field(default_factory=list, repr=False)  # of `along`, over the ranks
 
 
 def training_step(
