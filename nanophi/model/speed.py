@@ -9,9 +9,11 @@ and the tests compare both. Each part is a plain module with another way to comp
     FrugalMLP     backward computes the gelu again, so forward need not keep its result
     CastingNorm   one half-precision copy of the normalised input for all layers that read it
     FastBlock     --recompute and --compile
+    softmax_loss  with --compile, the loss and its gradient in one pass over the logits
 
-Four places know of this file: `MLP.contract`, which FrugalMLP computes again; losses.product_of,
-which asks the head how it multiplies; the estimate of memory; and the loop, which calls `speed_up`.
+Four places know of this file: `MLP.contract`, which FrugalMLP computes again; losses.product_of and
+softmax_loss_of, which ask the head how it multiplies and compares; the estimate of memory; and the
+loop, which calls `speed_up`.
 """
 
 from collections.abc import Callable
@@ -201,7 +203,9 @@ class _Frugal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, again: Any, *made_from: Tensor):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, again: Any, *made_from: Tensor
+    ) -> Tensor:
         ctx.again = again
         ctx.save_for_backward(weight, *made_from)
         return product(x, weight, bias)
@@ -210,11 +214,16 @@ class _Frugal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):
         weight, *made_from = ctx.saved_tensors
-        x = ctx.again(*made_from)
+        x_needs_it, weight_needs_it, bias_needs_it = ctx.needs_input_grad[:3]
         d_rows = d_out.flatten(0, -2)
-        d_x = product(d_out, weight.to(d_out.dtype).t())
-        d_weight = (d_rows.t() @ x.flatten(0, -2)).to(weight.dtype)
-        d_bias = d_rows.sum(0).to(weight.dtype)
+        d_x = d_weight = d_bias = None
+        if x_needs_it:
+            d_x = product(d_out, weight.to(d_out.dtype).t())
+        if weight_needs_it:
+            x = ctx.again(*made_from)
+            d_weight = (d_rows.t() @ x.flatten(0, -2)).to(weight.dtype)
+        if bias_needs_it:
+            d_bias = d_rows.sum(0).to(weight.dtype)
         return d_x, d_weight, d_bias, None, *(None for _ in made_from)
 
 

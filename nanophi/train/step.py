@@ -108,8 +108,8 @@ def training_step(
         torch._foreach_mul_(own, factor)
 
     # 5. Update, unless a number has become infinite or nan.
-    totals, (counted_here, *along_sums) = read[: len(sums)], read[len(sums) :]
-    means = {name: total / max(counted_here, 1) for name, total in zip(sums, totals, strict=True)}
+    totals, (total_count, *along_sums) = read[: len(sums)], read[len(sums) :]
+    means = {name: total / max(total_count, 1) for name, total in zip(sums, totals, strict=True)}
     finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
     if finite:
         for optimizer in optimizers:

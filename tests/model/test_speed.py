@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nanophi.model.speed import HAS_BOTH, ROWS, FastLinear, speed_up
+from nanophi.model.phi import MLP
+from nanophi.model.speed import HAS_BOTH, ROWS, FastLinear, FrugalLinear, FrugalMLP, speed_up
 from nanophi.train.losses import next_token_loss
 from nanophi.train.packing import Packed
 from tests.conftest import tiny_model
@@ -191,3 +192,63 @@ def test_a_changed_mlp_is_not_overruled():
     before = model(ids)
     speed_up(model)
     assert torch.equal(model(ids), before)
+
+
+class Gated(MLP):
+    """What a learner may make of the MLP: another activation, and something behind fc2."""
+
+    def contract(self, x):
+        return self.fc2(torch.relu(x) * x.sigmoid()) * 2
+
+
+def mlp_of(kind, plain=False, dtype=torch.float64):
+    model = tiny_model()
+    for block in model.model.layers:
+        block.mlp.__class__ = kind
+    if not plain:
+        speed_up(model)
+        if kind is not MLP:  # speed_up leaves a class that it does not know
+            for block in model.model.layers:
+                block.mlp.__class__ = type("Frugal", (FrugalMLP, kind), {})
+                block.mlp.fc2.__class__ = FrugalLinear
+    return model.model.layers[0].mlp.to(dtype)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", [MLP, Gated])
+def test_the_mlp_computes_its_activation_again(kind, half):
+    """Gradients are those of the plain one, and of the two large tensors one is kept."""
+    x = torch.randn(3, 16, 32, dtype=torch.float32 if half else torch.float64)
+    results = []
+    for plain in (True, False):
+        mlp = mlp_of(kind, plain, x.dtype)
+        mine = x.clone().requires_grad_()
+        large: set[int] = set()
+        width = mlp.fc1.out_features
+
+        def keep(kept, large=large, width=width):
+            if kept.numel() == 48 * width and kept.shape[-1] == width:
+                large.add(kept.data_ptr())
+            return kept
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept),
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+        ):
+            out = mlp(mine)
+        out.float().square().sum().backward()
+        results.append([out, mine.grad, *(p.grad for p in mlp.parameters())])
+        if kind is MLP:
+            assert len(large) == (2 if plain else 1)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_frozen_mlp_has_no_gradient():
+    mlp = mlp_of(MLP)
+    mlp.fc2.weight.requires_grad_(False)
+    x = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
+    mlp(x).sum().backward()
+    assert mlp.fc2.weight.grad is None
+    assert x.grad is not None
+    assert mlp.fc2.bias.grad is not None
