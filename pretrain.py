@@ -19,6 +19,7 @@ from nanophi.model.phi import Phi
 from nanophi.text.shards import TokenSet
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train.config import MOST_TOKENS, TrainConfig, total_steps
+from nanophi.train.distributed import World
 from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
@@ -82,7 +83,7 @@ def main(cfg: Config) -> Phi:
     #    `evaluate(model)` the loss on documents that were held out.
     data = training_data(cfg, tok, context, rows)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", cfg.batch_tokens)
-    evaluate = validation(cfg, tok, context)
+    evaluate = validation(cfg, tok, context, setup.world)
     if cfg.sample is not None:
         evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
 
@@ -147,9 +148,9 @@ def training_data(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Packe
     return Mixture(sources, list(weights.values()), rows)
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
+def validation(cfg: Config, tok: Tokenizer, context: int, world: World) -> Evaluate | None:
     """A function of the model: its loss on the held-out documents of all sources. None where
-    nothing is held out.
+    nothing is held out. world: its ranks divide the documents
     """
     bos_id = tok.bos_id if cfg.bos else None
     packed = []
@@ -163,7 +164,7 @@ def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
 
     def evaluate(model: Phi) -> dict[str, float]:
         batches = chain.from_iterable(part.in_order() for part in packed)
-        return validation_loss(model, batches, byte_lengths)
+        return validation_loss(model, batches, byte_lengths, world)
 
     return evaluate
 

@@ -29,6 +29,7 @@ from nanophi.train.config import (
     context_of,
     total_steps,
 )
+from nanophi.train.distributed import World
 from nanophi.train.loop import Evaluate, train
 from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
@@ -82,7 +83,7 @@ def main(cfg: Config) -> Phi:
     data = with_plain_text(cfg, taught, plain_text)
     epoch = taught.steps_per_epoch / (1 - sum(plain_text.values()))  # steps that read all of them
     steps = total_steps(cfg, epoch, "--batch-tokens", cfg.batch_tokens)
-    evaluate = validation(cfg, tok, context)
+    evaluate = validation(cfg, tok, context, setup.world)
     if cfg.sample is not None:
         prompt = chat_prompt(cfg.sample, tok, cfg.bos)
         evaluate = evaluating_aloud(evaluate, tok, prompt)
@@ -213,8 +214,11 @@ def with_plain_text(cfg: Config, taught: Packed, shares: dict[str, float]) -> Pa
     return mixture
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
-    """A function of the model: its loss on the answers of --val-data. None without --val-data."""
+def validation(cfg: Config, tok: Tokenizer, context: int, world: World) -> Evaluate | None:
+    """A function of the model: its loss on the answers of --val-data. None without --val-data.
+
+    world: its ranks divide the conversations
+    """
     if cfg.val_data is None:
         return None
     paths = [cfg.val_data]
@@ -222,7 +226,7 @@ def validation(cfg: Config, tok: Tokenizer, context: int) -> Evaluate | None:
     byte_lengths = tok.byte_lengths()
 
     def evaluate(model: Phi) -> dict[str, float]:
-        return validation_loss(model, data.in_order(), byte_lengths)
+        return validation_loss(model, data.in_order(), byte_lengths, world)
 
     return evaluate
 

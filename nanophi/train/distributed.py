@@ -19,12 +19,13 @@ written whole.
 import atexit
 import contextlib
 import gc
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,10 @@ from nanophi.model.phi import Phi
 
 BUCKET = 25_000_000  # gradients summed in one message: 100 MB of fp32
 JOINING = timedelta(minutes=10)  # how long to wait until all ranks have come
-PATIENCE = timedelta(minutes=30)  # how long to wait for a rank, such as rank 0 while it evaluates
+PATIENCE = timedelta(minutes=30)  # how long to wait for a rank, such as rank 0 while it saves
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,24 @@ class World:
         [(0, 2), (2, 5), (5, 8)]
         """
         return samples * self.rank // self.size, samples * (self.rank + 1) // self.size
+
+    def turns(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Deal items to the ranks in turn: this rank's, and whether each of them counts.
+
+        All ranks have as many turns, because each has a part of a distributed model and takes part
+        in every pass through it. Where the items run out, a rank takes the last one once more:
+
+        >>> [list(World(rank, 2, "cpu").turns("abc")) for rank in range(2)]
+        [[('a', True), ('c', True)], [('b', True), ('c', False)]]
+        """
+        turn: list[T] = []
+        for item in items:
+            turn.append(item)
+            if len(turn) == self.size:
+                yield turn[self.rank], True
+                turn = []
+        if turn:
+            yield turn[min(self.rank, len(turn) - 1)], self.rank < len(turn)
 
     @contextlib.contextmanager
     def adding_gradients(self, model: Any, parameters: list[Any], last: bool) -> Iterator[None]:
@@ -104,6 +126,9 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+
+ALONE = World(0, 1, "cpu")
 
 
 class GradientSums:
@@ -197,6 +222,47 @@ def by_all_ranks(work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
     return whole_stack[: len(stack)]
 
 
+def by_ranks_of_rows(work: Callable[[Tensor], Tensor], rows: Tensor, length: int) -> Tensor:
+    """This rank's rows of work(stack), where each rank has some rows of every matrix.
+
+    rows:   (n, a, B), the a rows that this rank has of n matrices
+    length: the rows of a matrix on all ranks, which have them as `chunk_sizes` says
+
+    A rank does whole matrices. Three matrices of five rows, and two ranks:
+
+        rank 0    has rows 0 1 2    gets rows 3 4   of matrices 0 and 1, does them, sends these back
+        rank 1    has rows 3 4      gets rows 0 1 2 of matrix 2, does it, sends these back
+    """
+    n, a, width = rows.shape
+    ranks = dist.get_world_size()
+    rows_of = chunk_sizes(length, ranks)
+    matrices_of = chunk_sizes(n, ranks)
+    mine = matrices_of[dist.get_rank()]
+    pieces = exchange(rows.split(matrices_of), [(mine, count, width) for count in rows_of])
+    done = work(torch.cat(pieces, 1))  # (mine, A, B)
+    pieces = exchange(done.split(rows_of, 1), [(count, a, width) for count in matrices_of])
+    return torch.cat(pieces)
+
+
+def chunk_sizes(length: int, parts: int) -> list[int]:
+    """How torch.chunk, and so FSDP2, cuts a dimension.
+
+    >>> chunk_sizes(5, 4)
+    [2, 2, 1, 0]
+    """
+    each = -(-length // parts)
+    return [min(each, max(length - each * part, 0)) for part in range(parts)]
+
+
+def exchange(parts: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Send part r to rank r. What rank r has sent to this one comes back, in shapes[r]."""
+    sent = torch.cat([part.flatten() for part in parts])
+    sizes = [math.prod(shape) for shape in shapes]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
 # ---- one model over several ranks: --shard
 
 
@@ -232,18 +298,6 @@ def local(tensor: Any) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """A distributed tensor put together (all ranks must call it); another one as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
-
-
-def whole_like(part: Tensor, like: Any) -> Tensor:
-    """The whole of a tensor of which each rank has a part, as it has of `like`."""
-    if not is_distributed(like):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, shape=shape, stride=stride
-    ).full_tensor()
 
 
 def part_like(full: Tensor, like: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from nanophi.cli import UserError
 from nanophi.model.checkpoint import load
 from nanophi.train import distributed
-from nanophi.train.distributed import World, join, part_like, put_together, whole
+from nanophi.train.distributed import ALONE, World, join, part_like, put_together, whole
 from tests.train import ranks
 from tests.train.test_loop import state, tensors
 
@@ -25,7 +25,8 @@ from tests.train.test_loop import state, tensors
 def one(tmp_path_factory):
     """The work by one process: this one."""
     out = tmp_path_factory.mktemp("one")
-    ranks.gradients(out, World(0, 1, "cpu"))
+    ranks.gradients(out, ALONE)
+    ranks.divided(out, ALONE)
     for name in ranks.OPTIMIZERS:
         ranks.run(out / name, **ranks.sharded(name))
     for name, loss in ranks.PREFERENCES.items():
@@ -37,8 +38,22 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """The same work by two ranks, in one launch. One of them is killed and replaced."""
     out = tmp_path_factory.mktemp("two")
+    assert "resume:" in torchrun(2, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """The work that ranks divide, by four of them."""
+    out = tmp_path_factory.mktemp("four")
+    torchrun(4, out)
+    return out
+
+
+def torchrun(count, out):
+    """What so many ranks have printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--max-restarts", "1", ranks.__file__, str(out)]
+    command += ["--nproc-per-node", str(count), "--max-restarts", "1", ranks.__file__, str(out)]
     done = subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -47,8 +62,7 @@ def two(tmp_path_factory):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert "resume:" in done.stdout
-    return out
+    return done.stdout
 
 
 def largest_difference(a, b):
@@ -76,6 +90,49 @@ def test_two_ranks_end_where_one_process_does(one, two):
     assert len(lines[0]) == len(lines[1]) == 20
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-9) for a, b in zip(*lines, strict=True))
     assert json.loads((two / "plain" / "run.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_ranks_divide_has_the_bits_of_one_process(one, two, four, count):
+    """Validation, the thoughts of the reference, and Muon's matrices: whole, or in rows."""
+    expected = torch.load(one / "divided-0.pt")
+    for rank in range(count):
+        found = torch.load({2: two, 4: four}[count] / f"divided-{rank}.pt")
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("sums", ["sums", "sums in bf16"])
+def test_gradients_are_summed_while_backward_goes_on(two, four, count, sums):
+    """They leave from the last layer to the first, and the first message before backward ends. A
+    weight without a gradient holds up its bucket, not the run; a frozen one is not sent.
+    """
+    in_bf16 = sums == "sums in bf16"
+    expected = dict.fromkeys("abcd", torch.zeros(ranks.NUMBERS))
+    for rank in range(count):
+        weights, factors = ranks.weights_and_factors(rank)
+        factor = sum(factors) + (2 * ranks.ROUNDED if in_bf16 else 0)
+        product = torch.stack([weights[name] for name in ("a", "frozen", "b", "c", "d")]).prod(0)
+        for name in expected:
+            expected[name] = expected[name] + factor * product / weights[name]
+    sent = torch.bfloat16 if in_bf16 else torch.float32
+    for rank in range(count):
+        found = torch.load({2: two, 4: four}[count] / f"divided-{rank}.pt")[sums]
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, rtol=2**-6 if in_bf16 else 0, atol=0)
+            assert torch.equal(found[name], found[name].to(sent).float())
+        assert not found["unused"].any()
+        assert found["events"] == [
+            *(f"gradient of {name}" for name in "dcba"),  # of the first micro-batch
+            "gradient of d",
+            "gradient of c",
+            f"120 of {sent}",
+            "gradient of b",
+            "gradient of a",
+            f"120 of {sent}",
+            f"60 of {sent}",
+        ]
 
 
 @pytest.mark.parametrize("name", ["whole-parts", "killed"])
