@@ -22,6 +22,7 @@ import gc
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -275,13 +276,18 @@ def distribute(model: Phi, world: World) -> None:
     call of `hidden` must not be under inference_mode: FSDP2 (torch 2.13) cannot train afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
     # DTensor's caches keep the mesh for good, and the mesh keeps the process group: see _leave.
     atexit.register(getattr(mesh, "_pg_registry", {}).clear)
+    policy = MixedPrecisionPolicy(reduce_dtype=world.reduce_dtype)
     for part in (*model.model.layers, model):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "hidden")
 
 
@@ -401,7 +407,7 @@ def join(device: str) -> World:
     if device == "cuda":
         device = _gpu_of_this_rank(launched.local_rank)
     if not dist.is_initialized():
-        _meet(launched, "nccl" if device.startswith("cuda") else "gloo")
+        _meet(launched, device)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -419,8 +425,8 @@ def _gpu_of_this_rank(number: int | None) -> str:
     return f"cuda:{number}"
 
 
-def _meet(launched: Launch, backend: str) -> None:
-    """Wait until all ranks have come, and make the process group."""
+def _meet(launched: Launch, device: str) -> None:
+    """Wait until all ranks have come, and make the process group. device: that of this rank"""
     # Imported before there is a group: the defaults of its functions would keep a group alive.
     from torch.distributed.nn import functional  # noqa: F401
 
@@ -435,13 +441,39 @@ def _meet(launched: Launch, backend: str) -> None:
         # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13). Without a
         # prefix of their own they would look for each other at the addresses of the dead ones.
         store = dist.PrefixStore(f"attempt {launched.attempt}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    if backend == "gloo":  # with nccl, a rank that fails alone would wait here for the others
+    backend, device_id = "gloo", None
+    if device.startswith("cuda"):
+        backend, device_id = "nccl", torch.device(device)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=device_id,
+    )
+    if backend == "gloo":
         atexit.register(_leave)
 
 
+def leave_together() -> None:
+    """Take the group down when Python ends. All ranks call it, once they have come to the same end.
+
+    nccl's ranks wait for each other there. So a rank that fails alone, before or after this call,
+    ends without.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        atexit.unregister(_leave_unless_failed)  # once is enough
+        atexit.register(_leave_unless_failed)
+
+
+def _leave_unless_failed() -> None:
+    if getattr(sys, "last_value", None) is None:  # the exception that has ended the interpreter
+        _leave()
+
+
 def _leave() -> None:
-    """End gloo's threads before the interpreter ends.
+    """Take the group down; for gloo, end its threads before the interpreter ends.
 
     A thread that releases a tensor after that needs a lock that it can no longer have, and the
     process aborts with all its work done. The threads end with the last reference to the group,

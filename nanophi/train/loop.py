@@ -34,7 +34,7 @@ from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train import preflight
 from nanophi.train.config import TrainConfig, total_steps
-from nanophi.train.distributed import World, distribute
+from nanophi.train.distributed import World, distribute, leave_together
 from nanophi.train.faults import Faults, or_uncompiled
 from nanophi.train.interrupts import Interrupts
 from nanophi.train.losses import LossFn
@@ -138,6 +138,7 @@ def train(
             clock.look(votes)
             save_what_is_due(run, cfg, steps, clock.due, bar.say)
         run.save()  # the state of the last step, or of the step at which the run was stopped
+    leave_together()
     clock.leave_if_stopped(steps)
     return model.eval()
 

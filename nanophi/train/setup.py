@@ -10,6 +10,8 @@ The scripts begin with it and pass the setup on.
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields, replace
 
+import torch
+
 from nanophi.cli import UserError
 from nanophi.expect import check_settings, shown
 from nanophi.model.checkpoint import pick_device
@@ -62,7 +64,8 @@ def begin(cfg: TrainConfig, resume: str | None = None, starts_from: str | None =
     if problems:
         raise UserError("; ".join(problems))
     locks = claim(cfg, starts_from)
-    world = join(device)
+    reduce_dtype = torch.bfloat16 if cfg.reduce_dtype == "bfloat16" else None
+    world = replace(join(device), reduce_dtype=reduce_dtype)
     return Setup(cfg, world, precision.compute_dtype(cfg.dtype, world.device), locks)
 
 

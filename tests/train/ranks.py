@@ -109,6 +109,10 @@ def whole_and_resumed(out: Path, *of, **options) -> None:
     run(parts, *of, **options, resume="yes")
 
 
+# Runs whose gradients travel in bf16.
+IN_BF16 = ("bf16", "bf16-shard")
+TRAVELLING = {"reduce_dtype": "bfloat16", "micro_batch": 4}
+
 # The runs of preferences: each loss with a model that is split, and one with a whole model.
 PREFERENCES = {f"{loss}-shard": loss for loss in PREFERENCE_LOSSES} | {"hinge": "hinge"}
 
@@ -243,6 +247,8 @@ def main(out: Path) -> None:
     whole_and_resumed(out / "whole", dropout=0.1)
     for name in OPTIMIZERS:
         whole_and_resumed(out / name, **sharded(name), shard=True)
+    for name in IN_BF16:
+        run(out / name, steps=4, optimizer="adamw", shard=name.endswith("shard"), **TRAVELLING)
     for name, loss in PREFERENCES.items():
         whole_and_resumed(out / name, *preferences(loss), **settings_of(name))
     # One rank hears of it, all save the same step.

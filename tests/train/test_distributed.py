@@ -2,6 +2,7 @@
 interrupted.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -12,11 +13,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanophi.cli import UserError
 from nanophi.model.checkpoint import load
 from nanophi.train import distributed
-from nanophi.train.distributed import ALONE, World, join, part_like, put_together, whole
+from nanophi.train.distributed import (
+    ALONE,
+    World,
+    join,
+    leave_together,
+    part_like,
+    put_together,
+    whole,
+)
 from tests.train import ranks
 from tests.train.test_loop import state, tensors
 
@@ -29,6 +39,7 @@ def one(tmp_path_factory):
     ranks.divided(out, ALONE)
     for name in ranks.OPTIMIZERS:
         ranks.run(out / name, **ranks.sharded(name))
+    ranks.run(out / "bf16", steps=4, optimizer="adamw", micro_batch=4)
     for name, loss in ranks.PREFERENCES.items():
         ranks.run(out / name, *ranks.preferences(loss), **ranks.settings_of("one process"))
     return out
@@ -177,6 +188,17 @@ def test_sharded_equals_one_process(one, two, name):
         assert largest_difference(a.state_dict(), b.state_dict()) < 1e-6
 
 
+@pytest.mark.parametrize("name", ranks.IN_BF16)
+def test_gradients_that_travel_in_bf16_are_rounded(one, two, name):
+    """Those of the first step have a hundredth of its norm to spare, and another last digit."""
+    exact, rounded = (
+        [line["grad_norm"] for line in lines_of(out)] for out in (one / "bf16", two / name)
+    )
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    assert rounded[0] != pytest.approx(exact[0], rel=1e-6)
+    assert state(two / name)["settings"]["reduce_dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("name", ranks.PREFERENCES)
 def test_each_preference_loss_is_that_of_one_process(one, two, name):
     """With prompts that are shared, whole and split models, and runs that go on."""
@@ -224,6 +246,39 @@ def test_a_missing_rank_ends_in_one_line(monkeypatch, variables):
         UserError, match=r"2 ranks should train together and did not all come: .*1/2 clients"
     ):
         join("cpu")
+
+
+def test_nccl_is_told_the_gpu_and_left_by_those_that_have_not_failed(monkeypatch, variables):
+    """It warned that `destroy_process_group` was not called, and guessed which GPU is whose."""
+    began, ended = [], []
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **named: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **named: began.append((*args, named))
+    )
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    variables(RANK="1", LOCAL_RANK="1")
+    assert join("cuda") == World(1, 2, "cuda:1")
+    ((backend, named),) = began
+    assert (backend, named["device_id"]) == ("nccl", torch.device("cuda:1"))
+
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    leave_together()
+    assert not registered  # there is no group
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("in order"))
+    leave_together()
+    (leave,) = registered
+    monkeypatch.setattr(sys, "last_value", RuntimeError("failed alone"), raising=False)
+    leave()
+    assert not ended
+    monkeypatch.setattr(sys, "last_value", None)
+    leave()
+    assert ended == ["in order"]
 
 
 def test_parts_cover_all_samples():
