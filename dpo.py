@@ -152,7 +152,8 @@ def main(cfg: Config) -> Phi:
             reference = Reference(cfg.init_from, cfg.template, cfg.attention, device, weights)
         by_length = right_by_length(pairs, kept_back)
         answer_tokens = answers_of(kept_back)
-        held_out = HeldOut(validation, loss_fn, by_length, reference, answer_tokens)
+        world = setup.world
+        held_out = HeldOut(validation, loss_fn, by_length, reference, answer_tokens, world)
         with setup.autocast(cache=True):
             held_out(model)
 

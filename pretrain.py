@@ -24,7 +24,7 @@ from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
 from nanophi.train.preflight import fit, tokens_of_a_step
-from nanophi.train.setup import begin
+from nanophi.train.setup import Setup, begin
 
 
 @dataclass(kw_only=True)
@@ -84,7 +84,7 @@ def main(cfg: Config) -> Phi:
     #    `evaluate(model)` the loss on documents that were held out.
     data = training_data(cfg, tok, context, rows)
     steps = total_steps(cfg, data.steps_per_epoch, "--batch-tokens", batch_tokens)
-    evaluate = validation(cfg, tok, context, setup.micro_batch)
+    evaluate = validation(cfg, tok, context, setup)
     if cfg.sample is not None:
         evaluate = evaluating_aloud(evaluate, tok, tok.encode(cfg.sample))
 
@@ -149,23 +149,23 @@ def training_data(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Packe
     return Mixture(sources, list(weights.values()), rows)
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Evaluate | None:
-    """A function of the model: its loss on the held-out documents of all sources, `rows` rows at a
-    time. None where nothing is held out.
+def validation(cfg: Config, tok: Tokenizer, context: int, setup: Setup) -> Evaluate | None:
+    """A function of the model: its loss on the held-out documents of all sources, which the
+    ranks divide. None where nothing is held out.
     """
     bos_id = tok.bos_id if cfg.bos else None
     packed = []
     for name in parse_mixture(cfg.data):
         documents = TokenSet(name, "val", tok)
         if len(documents) and documents.lengths.max() > 1:
-            packed.append(Packed(documents, context, rows, cfg.seed, bos_id=bos_id))
+            packed.append(Packed(documents, context, setup.micro_batch, cfg.seed, bos_id=bos_id))
     if not packed:
         return None
     byte_lengths = tok.byte_lengths()
 
     def evaluate(model: Phi) -> dict[str, float]:
         batches = chain.from_iterable(part.in_order() for part in packed)
-        return validation_loss(model, batches, byte_lengths)
+        return validation_loss(model, batches, byte_lengths, setup.world)
 
     return evaluate
 

@@ -34,7 +34,7 @@ from nanophi.train.losses import next_token_loss, validation_loss
 from nanophi.train.mixture import Mixture, parse_mixture
 from nanophi.train.packing import Packed
 from nanophi.train.preflight import fit
-from nanophi.train.setup import begin
+from nanophi.train.setup import Setup, begin
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ def main(cfg: Config) -> Phi:
     data = with_plain_text(cfg, taught, plain_text)
     epoch = taught.steps_per_epoch / (1 - sum(plain_text.values()))  # steps that read all of them
     steps = total_steps(cfg, epoch, "--batch-tokens", cfg.batch_tokens)
-    evaluate = validation(cfg, tok, context, setup.micro_batch)
+    evaluate = validation(cfg, tok, context, setup)
     if cfg.sample is not None:
         prompt = chat_prompt(cfg.sample, tok, cfg.bos)
         evaluate = evaluating_aloud(evaluate, tok, prompt)
@@ -213,18 +213,19 @@ def with_plain_text(cfg: Config, taught: Packed, shares: dict[str, float]) -> Pa
     return mixture
 
 
-def validation(cfg: Config, tok: Tokenizer, context: int, rows: int) -> Evaluate | None:
-    """A function of the model: its loss on the answers of --val-data, `rows` rows at a time. None
+def validation(cfg: Config, tok: Tokenizer, context: int, setup: Setup) -> Evaluate | None:
+    """A function of the model: its loss on the answers of --val-data, which the ranks divide. None
     without --val-data.
     """
     if cfg.val_data is None:
         return None
     paths = [cfg.val_data]
+    rows = setup.micro_batch
     data = pack(paths, tok, context, rows, cfg.seed, cfg.bos, cfg.skip_bad, cfg.learn)
     byte_lengths = tok.byte_lengths()
 
     def evaluate(model: Phi) -> dict[str, float]:
-        return validation_loss(model, data.in_order(), byte_lengths)
+        return validation_loss(model, data.in_order(), byte_lengths, setup.world)
 
     return evaluate
 

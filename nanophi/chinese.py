@@ -147,6 +147,9 @@ HELP = {
     "under torchrun, for large models: split weights and optimizer over ranks (FSDP)": (
         "在 torchrun 下训练大模型：把权重和优化器状态切分到各个进程（FSDP）"
     ),
+    "of gradients on their way between ranks; bfloat16: half the traffic, rounded sums": (
+        "进程之间传送梯度所用的精度；bfloat16：通信量减半，但求和有舍入"
+    ),
     "torch.compile the blocks and the loss; if that fails, print a note and go on without "
     "(default: on a GPU, except in dpo.py)": (
         "用 torch.compile 编译每一层和损失；编译失败就提示一句，不编译继续"

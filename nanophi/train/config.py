@@ -100,6 +100,10 @@ class TrainConfig:
         False,
         help="under torchrun, for large models: split weights and optimizer over ranks (FSDP)",
     )
+    reduce_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32",
+        help="of gradients on their way between ranks; bfloat16: half the traffic, rounded sums",
+    )
     compile: bool | None = flag(
         None,
         help="torch.compile the blocks and the loss; if that fails, print a note and go on without "

@@ -19,12 +19,14 @@ written whole.
 import atexit
 import contextlib
 import gc
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +38,10 @@ from nanophi.model.phi import Phi
 
 BUCKET = 25_000_000  # gradients summed in one message: 100 MB of fp32
 JOINING = timedelta(minutes=10)  # how long to wait until all ranks have come
-PATIENCE = timedelta(minutes=30)  # how long to wait for a rank, such as rank 0 while it evaluates
+PATIENCE = timedelta(minutes=30)  # how long to wait for a rank, such as rank 0 while it saves
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,24 @@ class World:
         [(0, 2), (2, 5), (5, 8)]
         """
         return samples * self.rank // self.size, samples * (self.rank + 1) // self.size
+
+    def turns(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Deal items to the ranks in turn: this rank's, and whether each of them counts.
+
+        All ranks have as many turns, because each has a part of a distributed model and takes part
+        in every pass through it. Where the items run out, a rank takes the last one once more:
+
+        >>> [list(World(rank, 2, "cpu").turns("abc")) for rank in range(2)]
+        [[('a', True), ('c', True)], [('b', True), ('c', False)]]
+        """
+        turn: list[T] = []
+        for item in items:
+            turn.append(item)
+            if len(turn) == self.size:
+                yield turn[self.rank], True
+                turn = []
+        if turn:
+            yield turn[min(self.rank, len(turn) - 1)], self.rank < len(turn)
 
     @contextlib.contextmanager
     def adding_gradients(self, model: Any, parameters: list[Any], last: bool) -> Iterator[None]:
@@ -104,6 +127,9 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+
+ALONE = World(0, 1, "cpu")
 
 
 class GradientSums:
@@ -197,6 +223,47 @@ def by_all_ranks(work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
     return whole_stack[: len(stack)]
 
 
+def by_ranks_of_rows(work: Callable[[Tensor], Tensor], rows: Tensor, length: int) -> Tensor:
+    """This rank's rows of work(stack), where each rank has some rows of every matrix.
+
+    rows:   (n, a, B), the a rows that this rank has of n matrices
+    length: the rows of a matrix on all ranks, which have them as `chunk_sizes` says
+
+    A rank does whole matrices. Three matrices of five rows, and two ranks:
+
+        rank 0    has rows 0 1 2    gets rows 3 4   of matrices 0 and 1, does them, sends these back
+        rank 1    has rows 3 4      gets rows 0 1 2 of matrix 2, does it, sends these back
+    """
+    n, a, width = rows.shape
+    ranks = dist.get_world_size()
+    rows_of = chunk_sizes(length, ranks)
+    matrices_of = chunk_sizes(n, ranks)
+    mine = matrices_of[dist.get_rank()]
+    pieces = exchange(rows.split(matrices_of), [(mine, count, width) for count in rows_of])
+    done = work(torch.cat(pieces, 1))  # (mine, A, B)
+    pieces = exchange(done.split(rows_of, 1), [(count, a, width) for count in matrices_of])
+    return torch.cat(pieces)
+
+
+def chunk_sizes(length: int, parts: int) -> list[int]:
+    """How torch.chunk, and so FSDP2, cuts a dimension.
+
+    >>> chunk_sizes(5, 4)
+    [2, 2, 1, 0]
+    """
+    each = -(-length // parts)
+    return [min(each, max(length - each * part, 0)) for part in range(parts)]
+
+
+def exchange(parts: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Send part r to rank r. What rank r has sent to this one comes back, in shapes[r]."""
+    sent = torch.cat([part.flatten() for part in parts])
+    sizes = [math.prod(shape) for shape in shapes]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
 # ---- one model over several ranks: --shard
 
 
@@ -209,13 +276,18 @@ def distribute(model: Phi, world: World) -> None:
     call of `hidden` must not be under inference_mode: FSDP2 (torch 2.13) cannot train afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
     # DTensor's caches keep the mesh for good, and the mesh keeps the process group: see _leave.
     atexit.register(getattr(mesh, "_pg_registry", {}).clear)
+    policy = MixedPrecisionPolicy(reduce_dtype=world.reduce_dtype)
     for part in (*model.model.layers, model):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "hidden")
 
 
@@ -232,18 +304,6 @@ def local(tensor: Any) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """A distributed tensor put together (all ranks must call it); another one as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
-
-
-def whole_like(part: Tensor, like: Any) -> Tensor:
-    """The whole of a tensor of which each rank has a part, as it has of `like`."""
-    if not is_distributed(like):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, shape=shape, stride=stride
-    ).full_tensor()
 
 
 def part_like(full: Tensor, like: Any) -> Tensor:
@@ -347,7 +407,7 @@ def join(device: str) -> World:
     if device == "cuda":
         device = _gpu_of_this_rank(launched.local_rank)
     if not dist.is_initialized():
-        _meet(launched, "nccl" if device.startswith("cuda") else "gloo")
+        _meet(launched, device)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -365,8 +425,8 @@ def _gpu_of_this_rank(number: int | None) -> str:
     return f"cuda:{number}"
 
 
-def _meet(launched: Launch, backend: str) -> None:
-    """Wait until all ranks have come, and make the process group."""
+def _meet(launched: Launch, device: str) -> None:
+    """Wait until all ranks have come, and make the process group. device: that of this rank"""
     # Imported before there is a group: the defaults of its functions would keep a group alive.
     from torch.distributed.nn import functional  # noqa: F401
 
@@ -381,13 +441,39 @@ def _meet(launched: Launch, backend: str) -> None:
         # On one machine torchrun keeps its store when it restarts the ranks (torch 2.13). Without a
         # prefix of their own they would look for each other at the addresses of the dead ones.
         store = dist.PrefixStore(f"attempt {launched.attempt}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    if backend == "gloo":  # with nccl, a rank that fails alone would wait here for the others
+    backend, device_id = "gloo", None
+    if device.startswith("cuda"):
+        backend, device_id = "nccl", torch.device(device)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=device_id,
+    )
+    if backend == "gloo":
         atexit.register(_leave)
 
 
+def leave_together() -> None:
+    """Take the group down when Python ends. All ranks call it, once they have come to the same end.
+
+    nccl's ranks wait for each other there. So a rank that fails alone, before or after this call,
+    ends without.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        atexit.unregister(_leave_unless_failed)  # once is enough
+        atexit.register(_leave_unless_failed)
+
+
+def _leave_unless_failed() -> None:
+    if getattr(sys, "last_value", None) is None:  # the exception that has ended the interpreter
+        _leave()
+
+
 def _leave() -> None:
-    """End gloo's threads before the interpreter ends.
+    """Take the group down; for gloo, end its threads before the interpreter ends.
 
     A thread that releases a tensor after that needs a lock that it can no longer have, and the
     process aborts with all its work done. The threads end with the last reference to the group,

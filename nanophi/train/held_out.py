@@ -17,6 +17,7 @@ from torch import Tensor
 from nanophi.cli import UserError
 from nanophi.model.checkpoint import load_with_tokenizer
 from nanophi.model.phi import Phi
+from nanophi.train.distributed import ALONE, World
 from nanophi.train.losses import LossFn, chunk_size, learned_positions, validate
 from nanophi.train.preferences import Pairs, Preference
 from nanophi.train.reference import digest_of_weights
@@ -30,6 +31,7 @@ class HeldOut:
     by_length:  the accuracy of `right_by_length`
     reference:  gives the frozen model again; None where KL is not to be measured
     answer_tokens: how many tokens a model's own answers to held-out prompts have, on average
+    world:      its ranks divide the pairs; all of them write the answers, which are few
     """
 
     pairs: Pairs
@@ -37,18 +39,20 @@ class HeldOut:
     by_length: float
     reference: "Reference | None"
     answer_tokens: Callable[[Phi], float]
+    world: World = ALONE
     watch: "Watch" = field(default_factory=lambda: Watch())
 
     def __call__(self, model: Phi) -> dict[str, float]:
         """What is measured of a model."""
-        means = validate(model, self.loss_fn, self.pairs.in_order())
+        means = validate(model, self.loss_fn, self.pairs.in_order(), self.world)
         share = means["val_accuracy"]
         means["val_accuracy_error"] = math.sqrt(share * (1 - share) / len(self.pairs))
         means["val_accuracy_by_length"] = self.by_length
         means["val_answer_tokens"] = self.answer_tokens(model)
         reference = self.reference.again() if self.reference is not None else None
-        if reference is not None:
-            means["val_kl"] = divergence(model, reference, self.pairs)
+        all_have_it = all(self.world.gather(reference is not None))
+        if reference is not None and all_have_it:
+            means["val_kl"] = divergence(model, reference, self.pairs, self.world)
         self.watch.look(means)
         return means
 
@@ -65,7 +69,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def divergence(policy: Phi, reference: Phi, pairs: Pairs) -> float:
+def divergence(policy: Phi, reference: Phi, pairs: Pairs, world: World = ALONE) -> float:
     """KL(policy || reference), the mean over all tokens of all answers, in nats a token.
 
     At each token both models give a distribution over the vocabulary:
@@ -74,12 +78,16 @@ def divergence(policy: Phi, reference: Phi, pairs: Pairs) -> float:
 
     It is exact at these tokens. What RLHF bounds is the same along answers that the policy writes
     itself.
+
+    world: its ranks divide the pairs, and all get the mean
     """
     was_training = policy.training
     policy.eval()
     total = 0.0
     tokens = 0
-    for batch in pairs.in_order():
+    for batch, counts in world.turns(pairs.in_order()):
+        if not counts:
+            continue
         batch = batch.to(policy.device)
         hidden, _ = learned_positions(policy, batch)
         of_reference, _ = learned_positions(reference, batch)
@@ -88,7 +96,9 @@ def divergence(policy: Phi, reference: Phi, pairs: Pairs) -> float:
             total += kl(policy.lm_head(rows), reference.lm_head(others)).sum().item()
         tokens += len(hidden)
     policy.train(was_training)
-    return total / tokens
+    sums = torch.tensor([total, tokens], dtype=torch.float64, device=world.device)
+    total, counted = world.add(sums).tolist()
+    return total / counted
 
 
 def kl(logits: Tensor, others: Tensor) -> Tensor:

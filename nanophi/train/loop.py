@@ -34,7 +34,7 @@ from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 from nanophi.train import preflight
 from nanophi.train.config import TrainConfig, total_steps
-from nanophi.train.distributed import World, distribute
+from nanophi.train.distributed import World, distribute, leave_together
 from nanophi.train.faults import Faults, or_uncompiled
 from nanophi.train.interrupts import Interrupts
 from nanophi.train.losses import LossFn
@@ -78,7 +78,8 @@ def train(
     batch_at(step)   gives the batch of a step, from 0
     loss_fn          gives its summed loss, see losses.py
     cfg              a TrainConfig, or the Setup that `begin` has made of one
-    evaluate(model)  gives figures to log; the model with the lowest "val_loss" is kept
+    evaluate(model)  gives figures to log; the model with the lowest "val_loss" is kept. All ranks
+                     call it, and the figures of rank 0 count
     resume           None, "yes" or "auto"; overrides cfg.resume
     data_id          names the data: a run is not resumed with other data
     stop_at          save and return when the run has reached this step
@@ -145,6 +146,7 @@ def train(
             clock.look(votes)
             save_what_is_due(run, cfg, steps, clock.due, bar.say)
         run.save()  # the state of the last step, or of the step at which the run was stopped
+    leave_together()
     clock.leave_if_stopped(steps)
     return model.eval()
 
@@ -288,19 +290,15 @@ def add_validation(
     steps: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Add what `evaluate` measures to the line of metrics, on rank 0, which also prints the line.
+    """Add what `evaluate` measures to the line of metrics, and print the line.
 
-    All ranks of a sharded model compute it together. They take the numbers of rank 0, so that they
-    agree on the best model.
+    All ranks call `evaluate`, which may divide its work among them, see `losses.validate`. They
+    take the numbers of rank 0, so that they agree on the best model.
     """
-    world = setup.world
-    if not (world.first or setup.cfg.shard):
-        return line
     with setup.autocast(cache=True):
-        line = line | evaluate(model)
-    if setup.cfg.shard:
-        line = world.gather(line)[0]
-    if world.first:
+        measured = evaluate(model)
+    line = line | setup.world.gather(measured)[0]
+    if setup.world.first:
         say(log_line(line, steps))
     return line
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from nanophi.cli import UserError, row_named
 from nanophi.expect import Expected, check
 from nanophi.model.phi import Phi
+from nanophi.train.distributed import ALONE, World
 from nanophi.train.packing import Batch
 
 LossFn = Callable[[Phi, Batch], tuple[Tensor, int, dict[str, Tensor]]]
@@ -419,31 +420,40 @@ def measures(rewards: Tensor, logps: Tensor, tokens: Tensor) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def validate(model: Phi, loss_fn: LossFn, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means of the loss and the metrics over all batches, as "val_loss" and so on."""
+def validate(
+    model: Phi, loss_fn: LossFn, batches: Iterable[Batch], world: World = ALONE
+) -> dict[str, float]:
+    """Means of the loss and the metrics over all batches, as "val_loss" and so on.
+
+    world: its ranks divide the batches, and all get the means. The sums are in fp64, which adds
+    numbers of fp32 without rounding, or nearly so: the means are those of one process
+    """
     was_training = model.training
     model.eval()
-    total = 0
+    learned = 0
     sums: dict[str, float] = {}
-    for batch in batches:
+    for batch, counts in world.turns(batches):
         loss, count, metrics = loss_fn(model, batch.to(model.device))
-        total += count
+        learned += count if counts else 0
         for name, value in ({"loss": loss} | metrics).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + (float(value) if counts else 0.0)
     model.train(was_training)
+    numbers = torch.tensor([learned, *sums.values()], dtype=torch.float64, device=world.device)
+    total, *summed = world.add(numbers).tolist()
     if not total:
         raise UserError("there is nothing to validate on: no batch has a target")
-    return {f"val_{name}": value / total for name, value in sums.items()}
+    return {f"val_{name}": value / total for name, value in zip(sums, summed, strict=True)}
 
 
 def validation_loss(
-    model: Phi, batches: Iterable[Batch], byte_lengths: list[int]
+    model: Phi, batches: Iterable[Batch], byte_lengths: list[int], world: World = ALONE
 ) -> dict[str, float]:
     """Mean loss in nats per token, and bits per byte of the text that the targets spell ([EOS] is
     no text).
 
     byte_lengths: bytes of text that each id stands for. Bits per byte do not depend on the
     tokenizer, so that runs of different vocabularies can be compared.
+    world: see `validate`
     """
     lengths = torch.tensor(byte_lengths)
 
@@ -452,7 +462,7 @@ def validation_loss(
         learned_ids = batch.targets.flatten()[batch.learned].cpu()
         return loss, count, {"bytes": lengths[learned_ids].sum()}
 
-    means = validate(model, loss_fn, batches)
+    means = validate(model, loss_fn, batches, world)
     bits_per_token = means["val_loss"] / math.log(2)
     bytes_per_token = max(means["val_bytes"], 1e-9)
     return {

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 
 from nanophi.cli import UserError, row_named
 from nanophi.expect import Expected, check
-from nanophi.train.distributed import by_all_ranks, local, part_like, whole, whole_like
+from nanophi.train.distributed import (
+    by_all_ranks,
+    by_ranks_of_rows,
+    is_distributed,
+    local,
+    part_like,
+    whole,
+)
 
 # ---- Muon
 
@@ -126,12 +133,14 @@ class Muon(Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, momenta, momentum)  # Nesterov: ahead of it
 
-        together = torch.stack([whole_like(u, p) for u, p in zip(updates, params, strict=True)])
-        orthogonal = by_all_ranks(orthogonalize, together)
-        parts = [local(part_like(x, p)) for x, p in zip(orthogonal, params, strict=True)]
+        together = torch.stack(updates)
+        if is_distributed(params[0]):
+            orthogonal = by_ranks_of_rows(orthogonalize, together, len(params[0]))
+        else:
+            orthogonal = by_all_ranks(orthogonalize, together)
         size = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
         torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(own, parts, alpha=-size)
+        torch._foreach_add_(own, list(orthogonal), alpha=-size)
 
 
 def in_equal_parts(items: list, at_most: int) -> list[list]:

@@ -15,6 +15,7 @@ from nanophi.cli import Progress, UserError
 from nanophi.expect import Expected, check_fields
 from nanophi.files import replacing
 from nanophi.model.phi import Phi
+from nanophi.train.distributed import ALONE, World
 from nanophi.train.losses import answer_logps
 from nanophi.train.packing import digest
 from nanophi.train.preferences import Pairs
@@ -27,8 +28,8 @@ REFERENCE = "reference.pt"
 def add_reference(model: Phi, parts: list[Pairs], setup: Setup, weights: str) -> None:
     """Fill `reference` of each part of the data, from the file in --out or by the model.
 
-    weights: what `digest_of_weights` gives. All ranks take what rank 0 has read, or compute it
-    themselves.
+    weights: what `digest_of_weights` gives. All ranks take what rank 0 has read, or each computes
+    its share.
     """
     path = Path(setup.cfg.out) / REFERENCE
     of = {
@@ -41,7 +42,7 @@ def add_reference(model: Phi, parts: list[Pairs], setup: Setup, weights: str) ->
     kept = setup.world.gather(kept)[0]
     if kept is None:
         with setup.autocast(cache=True):
-            kept = [reference_logps(model, part, setup.micro_batch) for part in parts]
+            kept = [reference_logps(model, part, setup.micro_batch, setup.world) for part in parts]
         if reads:
             write_reference(path, of, kept)
     for part, logps in zip(parts, kept, strict=True):
@@ -54,17 +55,22 @@ def digest_of_weights(model: Phi) -> str:
 
 
 @torch.no_grad()
-def reference_logps(model: Phi, data: Pairs, micro_batch: int) -> Tensor:
+def reference_logps(model: Phi, data: Pairs, micro_batch: int, world: World = ALONE) -> Tensor:
     """log p(answer | prompt) of both answers of every pair under the frozen reference: (pairs, 2),
     on the CPU.
+
+    world: its ranks take whole micro-batches in turn, and all get the whole. Two ranks and the
+    micro-batches 0, 1 and 2: rank 0 computes 0 and 2, rank 1 computes 1
     """
-    logps = []
+    starts = range(0, len(data), micro_batch)
+    own = []
     with Progress("reference", len(data)) as bar:
-        for first in range(0, len(data), micro_batch):
+        for first in starts[world.rank :: world.size]:
             batch = data.batch(range(first, min(first + micro_batch, len(data))))
-            logps.append(answer_logps(model, batch.to(model.device)).view(-1, 2).cpu())
-            bar.update(len(batch))
-    return torch.cat(logps)
+            own.append(answer_logps(model, batch.to(model.device)).view(-1, 2).cpu())
+            bar.update(len(batch) * world.size)
+    of_ranks = world.gather(own)
+    return torch.cat([of_ranks[n % world.size][n // world.size] for n in range(len(starts))])
 
 
 # ---- the file

@@ -365,6 +365,10 @@ def _restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
             if isinstance(value, Tensor) and value.shape == p.shape:
                 saved["state"][index][name] = part_like(value, p)
     optimizer.load_state_dict(saved)
+    for kept in optimizer.state.values():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and not value.is_cuda:  # it may lie in the file still
+                kept[name] = value.clone()
 
 
 def metrics_until(path: Path, step: int) -> tuple[str, list[int]]:

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
+
 from nanophi.cli import UserError
 from nanophi.expect import check_settings, shown
 from nanophi.model.checkpoint import pick_device
@@ -73,7 +75,8 @@ def begin(cfg: TrainConfig, resume: str | None = None, starts_from: str | None =
     if problems:
         raise UserError("; ".join(problems))
     locks = claim(cfg, starts_from)
-    world = join(device)
+    reduce_dtype = torch.bfloat16 if cfg.reduce_dtype == "bfloat16" else None
+    world = replace(join(device), reduce_dtype=reduce_dtype)
     on_cuda = world.device.startswith("cuda")
     if cfg.compile is None:
         cfg = replace(cfg, compile=on_cuda)

@@ -83,12 +83,16 @@ FIELDS = {
 
 
 def read_state(path: Path) -> dict:
-    """A state whose plain fields are checked. A UserError where it is damaged, or no state."""
+    """A state whose plain fields are checked. A UserError where it is damaged, or no state.
+
+    Its tensors lie in the file, which is mapped into memory: the ranks of a machine share one copy,
+    that of the operating system. Who keeps a tensor clones it.
+    """
     advice = f"an older state may lie in {path.parent}/step-*"
     if not is_whole(path):
         raise UserError(f"{path} is damaged, its bytes are not those that were written; {advice}")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # foreign bytes raise almost anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:100]
         raise UserError(f"{path} is damaged or no state of a run ({reason}); {advice}") from None

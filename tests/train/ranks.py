@@ -1,6 +1,7 @@
 """What test_distributed.py does alone, and runs with two ranks: `torchrun ranks.py OUT`.
 
 All of it stands in one launch, because to start a process costs more than to train tiny models.
+Four ranks do `divided` alone.
 """
 
 import atexit
@@ -8,14 +9,26 @@ import contextlib
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nanophi.train.distributed import World, join
+from nanophi.train import distributed
+from nanophi.train.distributed import (
+    World,
+    by_all_ranks,
+    by_ranks_of_rows,
+    chunk_sizes,
+    join,
+)
+from nanophi.train.held_out import divergence
 from nanophi.train.loop import train
 from nanophi.train.losses import (
     PREFERENCE_LOSSES,
@@ -24,6 +37,7 @@ from nanophi.train.losses import (
     next_token_loss,
     validate,
 )
+from nanophi.train.optim import orthogonalize
 from nanophi.train.packing import Packed
 from nanophi.train.preferences import Pairs
 from nanophi.train.reference import reference_logps
@@ -52,10 +66,13 @@ def run(
     model.to(options.pop("weights", torch.float32))
     stop_at = options.pop("stop_at", None)
     resume = options.pop("resume", None)
+    divides = options.pop("divides", False)
     cfg = config(out, overwrite=resume is None, **({"micro_batch": 2, "eval_every": 5} | options))
 
     def evaluate(model):
-        return validate(model, loss_fn, [data.batch_at(1)])
+        if divides:
+            return validate(model, loss_fn, data.in_order(), join("cpu"))
+        return validate(model, loss_fn, [data.batch_at(1)])  # it knows nothing of ranks
 
     train(
         model,
@@ -92,6 +109,10 @@ def whole_and_resumed(out: Path, *of, **options) -> None:
     run(parts, *of, **options, resume="yes")
 
 
+# Runs whose gradients travel in bf16.
+IN_BF16 = ("bf16", "bf16-shard")
+TRAVELLING = {"reduce_dtype": "bfloat16", "micro_batch": 4}
+
 # The runs of preferences: each loss with a model that is split, and one with a whole model.
 PREFERENCES = {f"{loss}-shard": loss for loss in PREFERENCE_LOSSES} | {"hinge": "hinge"}
 
@@ -110,7 +131,94 @@ def settings_of(name: str) -> dict:
 
 def sharded(name: str) -> dict:
     """Settings of a run whose model is split. One process takes the micro-steps of two ranks."""
-    return {"optimizer": name, "micro_batch": 4, "clip": 0.5, "keep_at": 0.5}
+    return {"optimizer": name, "micro_batch": 4, "clip": 0.5, "keep_at": 0.5, "divides": True}
+
+
+# ---- work that ranks divide
+
+
+def divided(out: Path, world: World) -> None:
+    """What all ranks have after work that they divide."""
+    model = tiny_model()
+    found = validate(model, next_token_loss, documents().in_order(), world)
+    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+    for count in (1, 7):
+        pairs = Pairs(random_pairs(count), 2, seed=1)
+        found[f"reference of {count}"] = reference_logps(model, pairs, 2, world)
+        kl = divergence(model, tiny_model(seed=1), pairs, world)
+        found[f"divergence on {count}"] = torch.tensor(kl, dtype=torch.float64)
+    for stack in stacks():
+        name = str(list(stack.shape))
+        found[f"by all ranks {name}"] = by_all_ranks(orthogonalize, stack)
+        found[f"of rows {name}"] = iterated_by_rows(stack, world)
+    if world.size > 1:
+        found["sums"] = summed_gradients(world)
+        found["sums in bf16"] = summed_gradients(replace(world, reduce_dtype=torch.bfloat16))
+    torch.save(found, out / f"divided-{world.rank}.pt")
+
+
+def stacks() -> list[torch.Tensor]:
+    """Matrices whose number and rows two or four ranks can and cannot divide evenly."""
+    torch.manual_seed(0)
+    return [torch.randn(n, rows, 6) for n, rows in ((1, 4), (4, 8), (5, 5), (3, 2))]
+
+
+def iterated_by_rows(stack: torch.Tensor, world: World) -> torch.Tensor:
+    """The whole of it, put together from the rows that each rank gets."""
+    if world.size == 1:
+        return orthogonalize(stack)
+    ends = torch.tensor(chunk_sizes(stack.shape[1], world.size)).cumsum(0).tolist()
+    first = ends[world.rank - 1] if world.rank else 0
+    rows = stack[:, first : ends[world.rank]]
+    return torch.cat(world.gather(by_ranks_of_rows(orthogonalize, rows, stack.shape[1])), 1)
+
+
+NUMBERS = 60  # of each weight below; a bucket holds more than one of them, and less than two
+ROUNDED = 257.0  # is 256 in bf16
+
+
+def weights_and_factors(rank: int) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Weights of a product, and what each of two micro-batches of a rank is multiplied by.
+
+    All are small whole numbers, so that sums have no rounding in any order.
+    """
+    weights = {name: torch.full((NUMBERS,), 1.0 + i) for i, name in enumerate("abcd")}
+    weights["frozen"] = torch.full((NUMBERS,), 3.0)
+    weights["unused"] = torch.full((NUMBERS,), 3.0)
+    dice = torch.Generator().manual_seed(rank)
+    return weights, [torch.randint(-2, 3, (NUMBERS,), generator=dice) for _ in range(2)]
+
+
+def summed_gradients(world: World) -> dict[str, Any]:
+    """Gradients that are summed over the ranks during backward, and the order of events."""
+    weights, factors = weights_and_factors(world.rank)
+    events: list[str] = []
+    for name in "abcd":
+        weights[name].requires_grad_()
+        weights[name].register_post_accumulate_grad_hook(
+            lambda p, name=name: events.append(f"gradient of {name}")
+        )
+    weights["unused"].requires_grad_()
+    trained = [weights[name] for name in ("a", "unused", "b", "c", "d")]
+    send = dist.all_reduce
+
+    def sending(message, *args, **named):
+        events.append(f"{message.numel()} of {message.dtype}")
+        return send(message, *args, **named)
+
+    with patch.object(distributed, "BUCKET", 100), patch.object(dist, "all_reduce", sending):
+        for number, factor in enumerate(factors):
+            product = factor + (ROUNDED if world.reduce_dtype else 0)
+            with world.adding_gradients(None, trained, last=number == 1):
+                for name in ("a", "frozen", "b", "c", "d"):
+                    product = product * weights[name]
+                product.sum().backward()
+    assert weights["frozen"].grad is None
+    gradients = {name: weights[name].grad for name in ("a", "b", "c", "d", "unused")}
+    return gradients | {"events": events}
+
+
+# ---- data and signals
 
 
 def send_to_rank_1(name: signal.Signals, at: int, world: World) -> type[Packed]:
@@ -127,6 +235,9 @@ def send_to_rank_1(name: signal.Signals, at: int, world: World) -> type[Packed]:
 
 def main(out: Path) -> None:
     world = join("cpu")
+    divided(out, world)
+    if world.size == 4:
+        return
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     # Rank 1 dies; torchrun starts all ranks anew, and they come here a second time.
     kind = send_to_rank_1(signal.SIGKILL, 12, world) if first_attempt else Packed
@@ -136,6 +247,8 @@ def main(out: Path) -> None:
     whole_and_resumed(out / "whole", dropout=0.1)
     for name in OPTIMIZERS:
         whole_and_resumed(out / name, **sharded(name), shard=True)
+    for name in IN_BF16:
+        run(out / name, steps=4, optimizer="adamw", shard=name.endswith("shard"), **TRAVELLING)
     for name, loss in PREFERENCES.items():
         whole_and_resumed(out / name, *preferences(loss), **settings_of(name))
     # One rank hears of it, all save the same step.

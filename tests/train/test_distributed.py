@@ -2,6 +2,7 @@
 interrupted.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -12,11 +13,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanophi.cli import UserError
 from nanophi.model.checkpoint import load
 from nanophi.train import distributed
-from nanophi.train.distributed import World, join, part_like, put_together, whole
+from nanophi.train.distributed import (
+    ALONE,
+    World,
+    join,
+    leave_together,
+    part_like,
+    put_together,
+    whole,
+)
 from tests.train import ranks
 from tests.train.test_loop import state, tensors
 
@@ -25,9 +35,11 @@ from tests.train.test_loop import state, tensors
 def one(tmp_path_factory):
     """The work by one process: this one."""
     out = tmp_path_factory.mktemp("one")
-    ranks.gradients(out, World(0, 1, "cpu"))
+    ranks.gradients(out, ALONE)
+    ranks.divided(out, ALONE)
     for name in ranks.OPTIMIZERS:
         ranks.run(out / name, **ranks.sharded(name))
+    ranks.run(out / "bf16", steps=4, optimizer="adamw", micro_batch=4)
     for name, loss in ranks.PREFERENCES.items():
         ranks.run(out / name, *ranks.preferences(loss), **ranks.settings_of("one process"))
     return out
@@ -37,8 +49,22 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """The same work by two ranks, in one launch. One of them is killed and replaced."""
     out = tmp_path_factory.mktemp("two")
+    assert "resume:" in torchrun(2, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """The work that ranks divide, by four of them."""
+    out = tmp_path_factory.mktemp("four")
+    torchrun(4, out)
+    return out
+
+
+def torchrun(count, out):
+    """What so many ranks have printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--max-restarts", "1", ranks.__file__, str(out)]
+    command += ["--nproc-per-node", str(count), "--max-restarts", "1", ranks.__file__, str(out)]
     done = subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -47,8 +73,7 @@ def two(tmp_path_factory):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert "resume:" in done.stdout
-    return out
+    return done.stdout
 
 
 def largest_difference(a, b):
@@ -76,6 +101,49 @@ def test_two_ranks_end_where_one_process_does(one, two):
     assert len(lines[0]) == len(lines[1]) == 20
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-9) for a, b in zip(*lines, strict=True))
     assert json.loads((two / "plain" / "run.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_ranks_divide_has_the_bits_of_one_process(one, two, four, count):
+    """Validation, the thoughts of the reference, and Muon's matrices: whole, or in rows."""
+    expected = torch.load(one / "divided-0.pt")
+    for rank in range(count):
+        found = torch.load({2: two, 4: four}[count] / f"divided-{rank}.pt")
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("sums", ["sums", "sums in bf16"])
+def test_gradients_are_summed_while_backward_goes_on(two, four, count, sums):
+    """They leave from the last layer to the first, and the first message before backward ends. A
+    weight without a gradient holds up its bucket, not the run; a frozen one is not sent.
+    """
+    in_bf16 = sums == "sums in bf16"
+    expected = dict.fromkeys("abcd", torch.zeros(ranks.NUMBERS))
+    for rank in range(count):
+        weights, factors = ranks.weights_and_factors(rank)
+        factor = sum(factors) + (2 * ranks.ROUNDED if in_bf16 else 0)
+        product = torch.stack([weights[name] for name in ("a", "frozen", "b", "c", "d")]).prod(0)
+        for name in expected:
+            expected[name] = expected[name] + factor * product / weights[name]
+    sent = torch.bfloat16 if in_bf16 else torch.float32
+    for rank in range(count):
+        found = torch.load({2: two, 4: four}[count] / f"divided-{rank}.pt")[sums]
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, rtol=2**-6 if in_bf16 else 0, atol=0)
+            assert torch.equal(found[name], found[name].to(sent).float())
+        assert not found["unused"].any()
+        assert found["events"] == [
+            *(f"gradient of {name}" for name in "dcba"),  # of the first micro-batch
+            "gradient of d",
+            "gradient of c",
+            f"120 of {sent}",
+            "gradient of b",
+            "gradient of a",
+            f"120 of {sent}",
+            f"60 of {sent}",
+        ]
 
 
 @pytest.mark.parametrize("name", ["whole-parts", "killed"])
@@ -118,6 +186,17 @@ def test_sharded_equals_one_process(one, two, name):
     for folder in (f"{name}/best", name, f"{name}-early"):
         (a, _), (b, _) = (load(out / folder) for out in (one, two))
         assert largest_difference(a.state_dict(), b.state_dict()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ranks.IN_BF16)
+def test_gradients_that_travel_in_bf16_are_rounded(one, two, name):
+    """Those of the first step have a hundredth of its norm to spare, and another last digit."""
+    exact, rounded = (
+        [line["grad_norm"] for line in lines_of(out)] for out in (one / "bf16", two / name)
+    )
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    assert rounded[0] != pytest.approx(exact[0], rel=1e-6)
+    assert state(two / name)["settings"]["reduce_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ranks.PREFERENCES)
@@ -167,6 +246,39 @@ def test_a_missing_rank_ends_in_one_line(monkeypatch, variables):
         UserError, match=r"2 ranks should train together and did not all come: .*1/2 clients"
     ):
         join("cpu")
+
+
+def test_nccl_is_told_the_gpu_and_left_by_those_that_have_not_failed(monkeypatch, variables):
+    """It warned that `destroy_process_group` was not called, and guessed which GPU is whose."""
+    began, ended = [], []
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **named: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **named: began.append((*args, named))
+    )
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    variables(RANK="1", LOCAL_RANK="1")
+    assert join("cuda") == World(1, 2, "cuda:1")
+    ((backend, named),) = began
+    assert (backend, named["device_id"]) == ("nccl", torch.device("cuda:1"))
+
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    leave_together()
+    assert not registered  # there is no group
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("in order"))
+    leave_together()
+    (leave,) = registered
+    monkeypatch.setattr(sys, "last_value", RuntimeError("failed alone"), raising=False)
+    leave()
+    assert not ended
+    monkeypatch.setattr(sys, "last_value", None)
+    leave()
+    assert ended == ["in order"]
 
 
 def test_parts_cover_all_samples():

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
+from nanophi.train.distributed import World
+from nanophi.train.mixture import Mixture
 from nanophi.train.packing import IGNORE, Packed, best_fit
 from nanophi.train.preferences import Pairs, Preference
 from nanophi.train.preflight import show_batch
+from tests.train.test_loop import random_pairs, tensors
 
 DOCUMENTS = [
     np.arange(100 * i, 100 * i + n) for i, n in enumerate((5, 40, 2, 17, 1, 16, 33, 9), start=1)
@@ -181,6 +184,40 @@ def test_pairs_share_a_batch_row_by_row():
     assert longer.ids.shape == (4, 8)
     assert longer.cu_seqlens.tolist() == [0, 3, 8, 13, 16, 21, 24, 27, 32]
     assert torch.equal(longer.targets[:, :5], batch.targets)
+
+
+def sources() -> dict[str, Packed | Mixture | Pairs]:
+    """All that gives batches, with documents and pairs of many lengths."""
+    rows = Packed(DOCUMENTS, 16, batch_rows=7, seed=0)
+    others = Packed([document + 1000 for document in DOCUMENTS], 16, batch_rows=7, seed=1)
+    found = {"rows": rows, "mixture": Mixture({"a": rows, "b": others}, [0.7, 0.3], 7)}
+    for name, share in (("pairs", False), ("pairs that share prompts", True)):
+        found[name] = Pairs(random_pairs(11), 7, seed=2, share=share)
+        found[name].reference = torch.randn(11, 2)
+    return found
+
+
+@pytest.mark.parametrize("name", sources())
+def test_a_part_that_is_built_alone_is_that_of_the_whole(name):
+    """A rank builds its own samples and no others."""
+    data = sources()[name]
+    for step in (0, 1, 5):
+        whole = data.batch_at(step)
+        for size in (1, 2, 3, 7):
+            for rank in range(size):
+                part = World(rank, size, "cpu").part(len(whole))
+                built = contents(data.batch_at(step, part=part))
+                cut = contents(whole.cut(*part))
+                assert built.keys() == cut.keys()
+                assert len(built) >= 6
+                assert all(torch.equal(built[field], cut[field]) for field in cut)
+
+
+def contents(batch) -> dict[str, torch.Tensor]:
+    """The tensors and numbers of a batch, and of its branches."""
+    found = tensors(vars(batch)) | tensors(vars(batch.branches or batch), "branches")
+    numbers = ("rows_per_sample", "answers_per_row", "longest")
+    return found | {field: torch.tensor(getattr(batch, field)) for field in numbers}
 
 
 def test_nothing_to_learn_is_said():

@@ -4,6 +4,8 @@ import fcntl
 import json
 import math
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import sft
 from nanophi.cli import UserError
 from nanophi.model import checkpoint
 from nanophi.train.run_files import METRICS, STATE
+from nanophi.train.rundir import RunDirectory
 from nanophi.train.state import is_whole, read_state, seal
 from tests.conftest import SFT, tiny_model, write
 from tests.train.test_loop import pretraining, run, state, tensors
@@ -142,6 +145,45 @@ def test_one_flipped_bit_is_noticed(tmp_path):
             read_state(path)
     path.write_bytes(whole)
     assert read_state(path)["step"] == 1
+
+
+def mapped(path) -> list[range]:
+    """The addresses at which a file lies in memory, also one that has been replaced since."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(path) in line:
+            begin, end = line.split()[0].split("-")
+            found.append(range(int(begin, 16), int(end, 16)))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
+def test_a_state_is_mapped_and_nothing_of_it_stays(tmp_path, optimizer, monkeypatch):
+    """Each of eight ranks read 24 GB into memory of its own. What a run keeps is its own: otherwise
+    it would hold on to the file of a state that is long replaced.
+    """
+    run(tmp_path, pretraining, stop_at=1, optimizer=optimizer)
+    path = tmp_path / STATE
+    saved = read_state(path)
+    found = tensors([saved["model"], saved["optimizers"]]).values()
+    assert len(found) > 40
+    (file,) = mapped(path)
+    assert all(t.data_ptr() in file for t in found)
+    del saved, found
+    assert not mapped(path)
+
+    restored = []
+    restore = RunDirectory.restore
+
+    def watched(self, steps):
+        restore(self, steps)
+        restored.append(self)
+        assert not mapped(path)
+
+    monkeypatch.setattr(RunDirectory, "restore", watched)
+    run(tmp_path, pretraining, resume="yes", stop_at=2, optimizer=optimizer)
+    assert len(restored) == 1
 
 
 def test_a_state_without_a_seal_is_read(tmp_path):
