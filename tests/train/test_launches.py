@@ -11,6 +11,7 @@ from nanophi.model import backends, speed
 from nanophi.train import losses
 from nanophi.train.distributed import World
 from nanophi.train.losses import next_token_loss, validate
+from nanophi.train.optim import NS_COEFFICIENTS, NS_STEPS, Muon
 from nanophi.train.packing import Packed
 from nanophi.train.step import training_step
 from tests.conftest import tiny_model
@@ -148,3 +149,58 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
 def partial_method(method, **named):
     """The method with some more arguments, for whichever instance it is called."""
     return lambda self, *args, **given: method(self, *args, **given | named)
+
+
+def one_after_the_other(gradients, count, clip):
+    """How it was done: a division by a number of the CPU, a norm a tensor, a sum of the norms."""
+    for gradient in gradients:
+        gradient.div_(count)
+    rows = [g if g.dim() == 1 else torch.linalg.vector_norm(g, dim=-1) for g in gradients]
+    norm = torch.stack([row.double().square().sum() for row in rows]).sum().sqrt().item()
+    for gradient in gradients:
+        gradient.mul_(min(clip / (norm + 1e-6), 1.0))
+    return norm
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_division_and_clipping_keep_their_bits(dtype, clip):
+    batch = Packed(random_documents(), 32, 8, seed=1).batch_at(0)
+    model = tiny_model().to(dtype)
+    loss, count, _ = next_token_loss(model, batch)
+    loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    norm = one_after_the_other(expected, count, clip)
+    result = training_step(model, [], next_token_loss, batch, 8, ALONE, clip=clip)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-15)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_muon_moves_as_its_formula_says():
+    """Against one matrix after the other, as the formula stands in the docstring: in fp64 to
+    1e-12.
+    """
+    model = tiny_model(num_hidden_layers=3).double()
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    oracle = [p.detach().clone() for p in matrices]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    muon = Muon(matrices, lr=0.01, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        for p, q, momentum in zip(matrices, oracle, momenta, strict=True):
+            p.grad = torch.randn_like(p)
+            momentum.lerp_(p.grad, 0.1)
+            x = p.grad.lerp(momentum, 0.9)
+            update = by_formula(x.mT).mT if x.shape[0] > x.shape[1] else by_formula(x)
+            q.mul_(1 - 0.01 * 0.1).sub_(0.01 * 0.2 * max(p.shape) ** 0.5 * update)
+        muon.step()
+    for p, q in zip(matrices, oracle, strict=True):
+        assert (p - q).abs().max() < 1e-12
+
+
+def by_formula(x):
+    a, b, c = NS_COEFFICIENTS
+    x = x / x.norm()
+    for _ in range(NS_STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
