@@ -8,7 +8,8 @@ Every rank builds the same model and reads its part of the samples of `batch_at(
 last backward of a step still runs, the gradients that are complete are summed over the ranks
 (`GradientSums`); losses and counts follow, and all ranks take the same optimizer step. The model
 has no wrapper: the chunked loss reads hidden states and head separately and never calls `forward`,
-so the hooks of a wrapper would not fire. All ranks must see `--out`, because they resume from it; only rank 0 writes there.
+so the hooks of a wrapper would not fire. All ranks must see `--out`, because they resume from it;
+only rank 0 writes there.
 
 For a model that does not fit on one device, `--shard` distributes weights, gradients and optimizer
 states over the ranks (torch's FSDP2; Zhao et al. 2023). A distributed tensor (torch's DTensor)

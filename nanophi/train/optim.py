@@ -146,7 +146,7 @@ class Muon(Optimizer):
 def in_equal_parts(items: list, at_most: int) -> list[list]:
     """A list in as few parts as possible of at most so many items, all of nearly one length.
 
-    A compiled kernel, and the work of each rank, suits parts of one length best.
+    A GPU takes few large parts best, and ranks divide parts of one length best.
 
     >>> [len(part) for part in in_equal_parts(list(range(16)), at_most=10)]
     [8, 8]

@@ -233,7 +233,7 @@ def check_memory(
     )
 
 
-# Tokens computed at once beyond which a GPU is not faster. A third of them keep it busy.
+# Tokens computed at once beyond which a GPU should not get faster: its products are large enough.
 ENOUGH_TOKENS = 65_536
 # The share of the free memory that the default --micro-batch fills, as estimates are estimates.
 FILLED = 0.8
@@ -274,15 +274,17 @@ def fit(
     }
     at_once = cfg.micro_batch
     if at_once is None:
-        free = available_bytes(device)
+
+        def fits(samples: int) -> bool:
+            free = available_bytes(device)
+            rows = samples * rows_per_sample
+            needed = training_bytes(shape, cfg.optimizer, rows, context, **common)
+            return free is None or needed < FILLED * (free + loaded)
+
         at_once = max(ENOUGH_TOKENS // (context * rows_per_sample), 1)
-        while at_once > 1 and free is not None:
-            rows = at_once * rows_per_sample
-            if training_bytes(shape, cfg.optimizer, rows, context, **common) < FILLED * (
-                free + loaded
-            ):
-                break
+        while at_once > 1 and not fits(at_once):
             at_once = at_once * 7 // 8
+        at_once = min(setup.world.gather(at_once))  # ranks of a model that is split do the same
         micro_steps = -(-samples_of_a_rank // at_once)
         at_once = -(-samples_of_a_rank // micro_steps)
     rows = min(at_once, samples_of_a_rank) * rows_per_sample

@@ -388,8 +388,20 @@ def test_the_micro_batch_fills_a_gpu(free_gb, samples, expected, tmp_path, monke
     assert micro_batch == expected
     needed = preflight.training_bytes(SMALL, "muon", micro_batch, 512, True, False, device="cuda")
     assert needed < preflight.FILLED * free_gb * 1e9
-    of_eight = begun_on(dataclasses.replace(GPU, size=8), tmp_path, monkeypatch)
-    assert fit(SMALL, of_eight, samples, 512).micro_batch <= -(-samples // 8)
+
+
+class Crowded(distributed.World):
+    """Another rank has less memory."""
+
+    def gather(self, value):
+        return [value, 5]
+
+
+def test_all_ranks_have_one_micro_batch(tmp_path, monkeypatch):
+    """Ranks that share a model must run the same number of micro-batches, or wait for ever."""
+    monkeypatch.setattr(preflight, "available_bytes", lambda device: 80e9)
+    ready = begun_on(Crowded(0, 2, "cuda"), tmp_path, monkeypatch)
+    assert fit(SMALL, ready, 64, 512).micro_batch == 5
 
 
 def test_a_model_too_large_for_a_gpu_is_refused(tmp_path, monkeypatch):
