@@ -138,12 +138,15 @@ def training_bytes(
     shards: int = 1,
     device: str = "cpu",
     attention: str = "auto",
+    accumulates: bool = False,
 ) -> int:
     """Estimate of the peak, in bytes.
 
     rows:   rows of `context` tokens that are computed at once
     half:   whether the computation is in bf16 or fp16
     shards: ranks that split the model; the estimate is that of one of them
+    accumulates: a step has several micro-batches. Between them a rank holds whole gradients of a
+            split model, which are summed over the ranks once
     """
     size = size_of(cfg)
     tokens = rows * context
@@ -158,6 +161,7 @@ def training_bytes(
         held += size.matrices * 2  # the half-precision copies that backward needs
     if shards > 1:
         held += 2 * head * 8  # embedding and head are whole while the model computes
+        held += size.parameters * 4 * accumulates
 
     # Held from forward to backward, for each token and layer: some 10 D numbers and what the MLP
     # keeps. With --recompute only the layer's input, and one layer at a time in full.
@@ -202,6 +206,7 @@ def check_memory(
     attention: str = "auto",
     fewest_rows: int = 1,
     loaded: int = 0,
+    accumulates: bool = False,
 ) -> int:
     """The estimate of `training_bytes`, or a UserError that says what would fit.
 
@@ -210,10 +215,12 @@ def check_memory(
     """
 
     def needs(optimizer: str, rows: int, recompute: bool) -> int:
+        several = accumulates or rows < at_once
         return training_bytes(
-            cfg, optimizer, rows, context, half, recompute, shards, device, attention
+            cfg, optimizer, rows, context, half, recompute, shards, device, attention, several
         )
 
+    at_once = rows
     needed = needs(optimizer, rows, recompute)
     free = available_bytes(device)
     if free is None or needed <= free + loaded:
@@ -278,7 +285,10 @@ def fit(
         def fits(samples: int) -> bool:
             free = available_bytes(device)
             rows = samples * rows_per_sample
-            needed = training_bytes(shape, cfg.optimizer, rows, context, **common)
+            several = samples < samples_of_a_rank
+            needed = training_bytes(
+                shape, cfg.optimizer, rows, context, accumulates=several, **common
+            )
             return free is None or needed < FILLED * (free + loaded)
 
         at_once = max(ENOUGH_TOKENS // (context * rows_per_sample), 1)
@@ -295,6 +305,7 @@ def fit(
         context,
         fewest_rows=rows_per_sample,
         loaded=loaded,
+        accumulates=at_once < samples_of_a_rank,
         **common,
     )
     return setup.changed(micro_batch=at_once)
@@ -381,6 +392,7 @@ def outlook(
         shards=setup.ranks_of_model,
         device=world.device,
         attention=cfg.attention,
+        accumulates=samples < -(-len(batch) // world.size),
     )
     return (
         f"parameters: {'; '.join(groups)}\n"

@@ -151,3 +151,17 @@ def test_the_peak_is_known_by_the_devices_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some other card")
     assert preflight.peak_flops("cuda") is None
     assert preflight.peak_flops("cpu") is None
+
+
+def test_a_split_model_holds_whole_gradients_between_micro_batches():
+    """They are summed over the ranks once a step, and the estimate once forgot them."""
+    cfg = PhiConfig.preset("phi-2")
+    once, several = (
+        preflight.training_bytes(
+            cfg, "adamw", 4, 2048, True, True, shards=8, device="cuda", accumulates=accumulates
+        )
+        for accumulates in (False, True)
+    )
+    assert several - once == 4 * preflight.size_of(cfg).parameters
+    alone = preflight.training_bytes(cfg, "adamw", 4, 2048, True, True, accumulates=True)
+    assert alone == preflight.training_bytes(cfg, "adamw", 4, 2048, True, True)
