@@ -235,6 +235,8 @@ def why_not_prepared(model: Phi) -> str | None:
         return "it is for models in fp32 on a CPU"
     if model.training:
         return "the model is being trained; call model.eval()"
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):  # torch's DTensor
+        return "the model is split over ranks"
     return None
 
 
