@@ -235,6 +235,8 @@ def why_not_prepared(model: Phi) -> str | None:
         return "it is for models in fp32 on a CPU"
     if model.training:
         return "the model is being trained; call model.eval()"
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):  # torch's DTensor
+        return "the model is split over ranks"
     return None
 
 
@@ -277,7 +279,8 @@ def computes_the_same(
     cache = KVCache(model.cfg, 1, time, model.lm_head.weight)
     ours = [network.hidden(first, cache=cache), network.hidden(last, cache=behind(cache))]
     logits = network.lm_head(torch.cat(ours, 1))
-    expected = model(ids)
+    # With a cache, because a compiled model would be compiled anew for these few tokens.
+    expected = model(ids, cache=KVCache(model.cfg, 1, time, model.lm_head.weight))
     if not expected.isfinite().all():
         return True  # damaged weights: `choose` will say so
     used = expected > MASKED_BIAS / 2

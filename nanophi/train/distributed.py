@@ -297,6 +297,11 @@ def is_distributed(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def ranks_of(tensor: Any) -> int:
+    """Over how many ranks a tensor is distributed."""
+    return tensor.device_mesh.size() if is_distributed(tensor) else 1
+
+
 def local(tensor: Any) -> Tensor:
     """This rank's part of a distributed tensor; another one as it is."""
     return tensor.to_local() if is_distributed(tensor) else tensor

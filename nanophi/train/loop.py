@@ -426,6 +426,7 @@ def self_test(
     elif tok is not None:
         marks = preflight.GREEN if shows_colours() else preflight.PLAIN
         print(f"{preflight.legend(marks)}\n\n{preflight.show_batch(batch, tok, marks=marks)}")
+    leave_together()
     return model
 
 

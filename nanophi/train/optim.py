@@ -21,6 +21,7 @@ from nanophi.train.distributed import (
     is_distributed,
     local,
     part_like,
+    ranks_of,
     whole,
 )
 
@@ -29,7 +30,7 @@ from nanophi.train.distributed import (
 # Jordan et al. 2024. The polynomial is steep at 0, so small singular values rise fast.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
-NS_NUMBERS = 2**25  # elements of all matrices iterated together; one takes about 36 bytes
+NS_NUMBERS = 2**25  # elements that a rank iterates together; one takes about 36 bytes
 FIRST_MOMENTUM = 0.85
 
 
@@ -114,7 +115,8 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     same_shape.setdefault(p.shape, []).append(p)
             for shape, params in same_shape.items():
-                for part in in_equal_parts(params, at_most=max(NS_NUMBERS // shape.numel(), 1)):
+                of_a_rank = max(NS_NUMBERS // shape.numel(), 1)
+                for part in in_equal_parts(params, at_most=of_a_rank * ranks_of(params[0])):
                     self._update(part, group, momentum)
 
     @staticmethod

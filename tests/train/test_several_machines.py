@@ -1,5 +1,6 @@
 """docs/several-machines.md: what it says to type works."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import RAW, write
+from tests.conftest import PREFERENCES, RAW, write
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "several-machines.md"
@@ -36,12 +37,13 @@ def free_port() -> int:
 
 def bash(script: str, cwd: Path) -> None:
     launcher = f"{sys.executable} -m torch.distributed.run"
-    script = script.replace("torchrun", launcher).replace("pretrain.py", f"{ROOT / 'pretrain.py'}")
+    script = script.replace("torchrun", launcher)
+    script = re.sub(r"(pretrain|dpo)\.py", rf"{ROOT}/\1.py", script)
     script = script.replace("29400", str(free_port()))
     ran = subprocess.run(
         ["bash", "-e", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=600
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, ran.stderr[-9000:]
 
 
 @pytest.mark.slow
@@ -64,3 +66,36 @@ def test_two_agents_train_as_one(tmp_path):
     weights = load_file(tmp_path / "out" / "one" / "model.safetensors")
     for name, found in load_file(tmp_path / "out" / "two" / "model.safetensors").items():
         assert torch.equal(found, weights[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--shard"])
+@pytest.mark.parametrize("script", ["pretrain", "dpo"])
+def test_what_two_ranks_measure_is_what_one_process_does(house, tmp_path, script, flags):
+    """Held-out documents and pairs are divided among the ranks, and all of them write the samples.
+    Rank 0 alone measured, and the others waited.
+    """
+    pairs = [
+        row | {"prompt": f"{number} {row['prompt']}"} for number in range(4) for row in PREFERENCES
+    ]
+    data = write(tmp_path / "dpo.jsonl", pairs)
+    common = "--steps 4 --eval-every 2 --warmup 0 --micro-batch 1 --device cpu"
+    given = {
+        "pretrain": f"--data {house}/tokens --tokenizer {house}/tokenizer --preset demo --width 64 "
+        "--layers 2 --heads 2 --mlp 128 --batch-tokens 64 --context 32 --sample 你好",
+        "dpo": f"--init-from {house}/sft --data {data} --batch-pairs 2 "
+        "--val-fraction 0.4 --context 64",
+    }
+    figures = []
+    for ranks, more in ((1, ""), (2, flags)):
+        out = tmp_path / str(ranks)
+        launcher = sys.executable if ranks == 1 else "torchrun --standalone --nproc-per-node 2"
+        bash(f"{launcher} {script}.py {given[script]} {common} {more} --out {out}", tmp_path)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        figures.append([line for line in lines if "val_loss" in line])
+    assert [line["step"] for line in figures[0]] == [2, 4]
+    for one, two in zip(*figures, strict=True):
+        assert one.keys() - two.keys() <= {"val_kl"}  # which a sharded model does not measure
+        measured = {name: value for name, value in two.items() if name.startswith("val_")}
+        assert measured == pytest.approx({name: one[name] for name in measured}, abs=1e-5)
+        assert one.get("sample") == two.get("sample")
