@@ -13,8 +13,8 @@ only rank 0 writes there.
 
 For a model that does not fit on one device, `--shard` distributes weights, gradients and optimizer
 states over the ranks (torch's FSDP2; Zhao et al. 2023). A distributed tensor (torch's DTensor)
-holds the rows of this rank: `whole` and `part_like` lead from one to the other, and checkpoints are
-written whole.
+holds the rows of this rank: `whole` and `part_like` lead from one to the other. Models are written
+whole, and of the state each rank writes its rows, see split_state.py.
 """
 
 import atexit
@@ -128,6 +128,21 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What the user or the disk does to one rank in this block ends it on all of them.
+
+        All ranks call it. Inside of it they must not wait for each other.
+        """
+        problem = None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            problem = error
+        problems = [each for each in self.gather(problem) if each is not None]
+        if problems:
+            raise problem or problems[0]
 
 
 ALONE = World(0, 1, "cpu")
@@ -314,12 +329,31 @@ def whole(tensor: Any) -> Tensor:
 
 def part_like(full: Tensor, like: Any) -> Tensor:
     """This rank's part of a whole tensor where `like` is distributed, otherwise all of it."""
-    if not is_distributed(like):
+    if is_distributed(full) or not is_distributed(like):
         return full
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(
         full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def first_row(tensor: Any) -> int:
+    """The number of the first row of a distributed tensor that this rank has."""
+    rows_of_ranks = chunk_sizes(len(tensor), ranks_of(tensor))
+    return sum(rows_of_ranks[: dist.get_rank()])
+
+
+def of_rows(rows: Tensor, like: Any) -> Tensor:
+    """The distributed tensor of the shape of `like` of which this rank has these rows."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        rows.to(like.device),
+        like.device_mesh,
+        like.placements,
+        shape=like.shape,
+        stride=like.stride(),
     )
 
 

@@ -4,6 +4,7 @@
 
     <out>/                the newest state: a checkpoint directory, train_state.pt, metrics.jsonl,
                           run.json
+    <out>/train_state-000600/   the tensors of the newest state, where the model is split
     <out>/step-000500/    an older state, complete
     <out>/best/           the model with the lowest validation loss
     <out>/tensorboard/    curves for TensorBoard, where that is installed
@@ -117,7 +118,7 @@ def is_part_of_a_run(name: str) -> bool:
     >>> is_part_of_a_run("step-000500"), is_part_of_a_run("rows")
     (True, False)
     """
-    return name in ("best", BOARD) or bool(STEP.fullmatch(name))
+    return name in ("best", BOARD) or bool(STEP.fullmatch(name) or SPLIT.fullmatch(name))
 
 
 def refuse_what_is_there(cfg: TrainConfig, out: Path) -> None:
@@ -170,6 +171,8 @@ def refuse_a_tokenizer(flag_name: str, directory: Path) -> None:
 # ---- what belongs to a run, and what is the user's
 
 STEP = re.compile(r"step-[0-9]+")
+SPLIT = re.compile(r"train_state-[0-9]{6,}")
+ROWS = re.compile(r"rows-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 BEING_LINKED = re.compile(r"step-[0-9]+(\.[0-9]+-[0-9]+)?\.tmp")  # an older state, half made
 EVENTS = "events.out.tfevents"  # how the names of TensorBoard's files begin
 
@@ -178,7 +181,7 @@ def files_of_a_run(out: Path) -> list[Path]:
     """The files and directories of a run that are there. The state comes last, so that a deletion
     that is interrupted is still seen.
     """
-    found = older_states(out)
+    found = older_states(out) + split_folders(out)
     if is_checkpoint(out / "best"):
         found.append(out / "best")
     if is_folder(out / BOARD) and any((out / BOARD).glob(f"{EVENTS}*")):
@@ -193,6 +196,40 @@ def older_states(out: Path) -> list[Path]:
     """
     found = [path for path in out.glob("step-*") if STEP.fullmatch(path.name)]
     return sorted(filter(is_checkpoint, found), key=lambda path: int(path.name[len("step-") :]))
+
+
+def split_folder(out: Path, step: int) -> Path:
+    """Where the tensors of a split model's state lie.
+
+    >>> split_folder(Path("out"), 500).as_posix()
+    'out/train_state-000500'
+    """
+    return out / f"train_state-{step:06d}"
+
+
+def split_folders(out: Path) -> list[Path]:
+    """The directories train_state-... of a run. An empty one is what a kill has left."""
+    found = [path for path in out.glob("train_state-*") if SPLIT.fullmatch(path.name)]
+    return [path for path in found if is_folder(path) and all(map(is_part, path.iterdir()))]
+
+
+def is_part(path: Path) -> bool:
+    return bool(ROWS.fullmatch(TEMPORARY.sub("", path.name)))
+
+
+def delete_parts(out: Path, keep: list[Path]) -> None:
+    """Delete the files of split states but those of one.
+
+    Where a set of renames is not done yet, the train_state.pt among them may need the others.
+    """
+    if (out / READY).exists():
+        return
+    for folder in split_folders(out):
+        for path in list(folder.iterdir()):
+            if path not in keep:
+                path.unlink()
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -211,7 +248,8 @@ def is_own(name: str) -> bool:
     (True, True, False)
     """
     name = TEMPORARY.sub("", name)
-    return name in OWN_NAMES or name in (READY, BAD_BATCH) or name.startswith(EVENTS)
+    is_known = name in OWN_NAMES or name in (READY, BAD_BATCH) or name.startswith(EVENTS)
+    return is_known or bool(ROWS.fullmatch(name))
 
 
 def delete_run(out: Path) -> None:
@@ -225,6 +263,8 @@ def delete_run(out: Path) -> None:
 
 def delete_folder(folder: Path) -> None:
     """Delete the files of a run in a folder; and the folder, unless it holds files of the user."""
+    for inner in split_folders(folder):
+        delete_folder(inner)
     own = [path for path in folder.iterdir() if is_own(path.name) and path.is_file()]
     # What shows that it is a checkpoint goes last: a deletion that is interrupted is done again.
     for path in sorted(own, key=lambda path: path.name in (CONFIG, STATE)):
@@ -241,5 +281,5 @@ def tidy(directory: Path) -> None:
             remove_leftovers(folder / name)
     for path in directory.glob("step-*.tmp"):
         is_ours = BEING_LINKED.fullmatch(path.name) and is_folder(path)
-        if is_ours and all(is_own(file.name) for file in path.iterdir()):
+        if is_ours and all(is_own(p.name) or SPLIT.fullmatch(p.name) for p in path.iterdir()):
             delete_folder(path)

@@ -31,10 +31,13 @@ from nanophi.train.run_files import (
     METRICS,
     STATE,
     delete_folder,
+    delete_parts,
     early_of,
     older_states,
+    split_folder,
 )
 from nanophi.train.setup import Setup
+from nanophi.train.split_state import likes_of, parts_in, put_back, take_out, write_rows
 from nanophi.train.state import (
     check_optimizers,
     check_random_states,
@@ -101,6 +104,7 @@ class RunDirectory:
         self.defaults["architecture"] = PHI
 
         self.saved: int | None = None  # the step of the state on disk, None where there is none
+        self.parts: list[Path] = []  # the files of its tensors, where the model is split
         self.step = 0  # optimizer steps done
         self.tokens = 0  # inputs of all steps, without padding
         self.seconds = 0.0  # of all steps
@@ -182,28 +186,36 @@ class RunDirectory:
     def save(self) -> None:
         """Keep the previous state as step-..., then replace all files of it together.
 
-        All ranks call it together, as each has a random state; rank 0 writes, and the others wait
-        and hear what goes wrong.
+        All ranks call it together, as each has a random state. Of a split model's state each writes
+        its rows first; rank 0 writes the rest, and the others wait and hear what goes wrong.
         """
         cuda_state = torch.cuda.get_rng_state() if self.on_cuda else None
         random_states = self.world.gather((torch.get_rng_state(), cuda_state))
-        weights = put_together(self.model.state_dict(), self.world.first)
-        optimizer_states = [optimizer.state_dict() for optimizer in self.optimizers]
-        optimizer_states = put_together(optimizer_states, self.world.first)
-        problem = None
-        if self.world.first:
-            try:
-                self._keep_previous()
-                with together(self.out):
-                    self._write(random_states, weights, optimizer_states)
-            except (UserError, OSError) as error:
-                problem = error
-        if self.world.gather(problem)[0] is not None:
-            raise problem or UserError("rank 0 could not save")
-        self.saved = self.step
+        state = self._state(random_states)
+        tensors = take_out(state)
+        folder = split_folder(self.out, self.step)
+        try:
+            if tensors:
+                with self.world.failing_together():
+                    checksum = write_rows(folder, tensors, self.world)
+                state["parts"] = self.world.gather(checksum)
+            weights = put_together(self.model.state_dict(), self.world.first)
+            with self.world.failing_together():
+                if self.world.first:
+                    self._keep_previous()
+                    with together(self.out):
+                        self._write(state, weights)
+            self.saved = self.step
+            self.parts = parts_in(folder, self.world.size) if tensors else []
+        finally:
+            if self.world.first:
+                delete_parts(self.out, keep=self.parts)
 
-    def _write(self, random_states: list, weights: dict, optimizer_states: list) -> None:
-        state = {
+    def _state(self, random_states: list) -> dict:
+        optimizer_states = [optimizer.state_dict() for optimizer in self.optimizers]
+        for each in optimizer_states:  # the entries are the optimizer's own
+            each["state"] = {number: dict(entry) for number, entry in each["state"].items()}
+        return {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -212,10 +224,12 @@ class RunDirectory:
             "scale": [self.scale.value, self.scale.unbroken],
             "settings": self.settings,
             "micro_batch": self.micro_batch,
-            "model": weights,
+            "model": dict(self.model.state_dict()),
             "optimizers": optimizer_states,
             "rng": random_states,
         }
+
+    def _write(self, state: dict, weights: dict[str, Tensor]) -> None:
         with replacing(self.out / STATE) as beside:
             try:
                 torch.save(state, beside)
@@ -249,6 +263,10 @@ class RunDirectory:
             for name in sorted(OWN_NAMES - {METRICS}):
                 if (self.out / name).is_file():
                     _link(self.out / name, beside / name)
+            for path in self.parts:
+                linked = beside / path.relative_to(self.out)
+                linked.parent.mkdir(exist_ok=True)
+                _link(path, linked)
             text, _ = metrics_until(self.out / METRICS, step)
             write_text(beside / METRICS, text)
             os.replace(beside, target)
@@ -265,20 +283,12 @@ class RunDirectory:
         The files beside it may be older or newer, so they are written again.
         """
         path = self.out / STATE
-        state = read_state(path)
-        check_random_states(state["rng"], self.on_cuda, f"{path}: rng")
-        self._check_settings(state["settings"])
-        self._check_dropout(state)
-        if state["step"] > steps:
-            raise UserError(
-                f"{self.out} is at step {state['step']:,}, beyond the {steps:,} "
-                "asked for: raise --steps"
-            )
-        check_weights(state["model"], self.model.state_dict(), f"{path}: model")
-        check_optimizers(state, self.optimizers, path)
-
+        with self.world.failing_together():
+            state = self._read(path, steps)
         self.step = state["step"]
         self.saved = self.step
+        folder = split_folder(self.out, self.step)
+        self.parts = parts_in(folder, len(state.get("parts") or []))
         self.tokens = state["tokens"]
         self.seconds = state["seconds"]
         self.best = state["best"]
@@ -288,9 +298,28 @@ class RunDirectory:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             _restore_optimizer(optimizer, saved)
         self._restore_random_state(state["rng"])
+        weights = put_together(self.model.state_dict(), self.world.first)
         if self.world.first:
-            self._write_again(state["model"])
+            self._write_again(weights)
             print(f"resume: {self.out} at step {self.step:,} of {steps:,}")
+
+    def _read(self, path: Path, steps: int) -> dict:
+        """A state that this run can go on with: its tensors are whole, or the rows of this rank."""
+        state = read_state(path)
+        check_random_states(state["rng"], self.on_cuda, f"{path}: rng")
+        self._check_settings(state["settings"])
+        self._check_dropout(state)
+        if state["step"] > steps:
+            raise UserError(
+                f"{self.out} is at step {state['step']:,}, beyond the {steps:,} "
+                "asked for: raise --steps"
+            )
+        weights = self.model.state_dict()
+        folder = split_folder(self.out, state["step"])
+        put_back(state, folder, likes_of(weights, self.optimizers), self.world)
+        check_weights(state["model"], weights, f"{path}: model")
+        check_optimizers(state, self.optimizers, path)
+        return state
 
     def _write_again(self, weights: dict[str, Tensor]) -> None:
         """Make the other files those of the state: later lines of metrics.jsonl go."""

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from nanophi.cli import SHOWN, UserError
 from nanophi.expect import Expected, check, check_fields, shown
+from nanophi.train.distributed import is_distributed, local
 
 # ---- the seal
 #
@@ -79,6 +80,7 @@ FIELDS = {
     "model": Expected(dict, of=Expected(str)),
     "optimizers": Expected(list, of=Expected(dict)),
     "rng": Expected(list),
+    "parts": Expected(list, of=Expected(str), optional=True),  # of a split model: split_state.py
 }
 
 
@@ -121,22 +123,23 @@ def check_weights(saved: dict, expected: dict[str, Tensor], where: str) -> None:
         check_tensor(value, expected[name].shape, expected[name].dtype, f"{where}: {name}")
     owners: dict[int, str] = {}  # address -> name
     for name, value in saved.items():
-        owner = owners.setdefault(value.data_ptr(), name)
-        if owner != name:  # whoever writes one of them would change the other
+        own = local(value)
+        owner = owners.setdefault(own.data_ptr(), name)
+        if owner != name and own.numel():  # whoever writes one of them would change the other
             raise UserError(f"{where}: {name} and {owner} are one tensor")
 
 
 def check_tensor(value: Any, shape: Iterable[int], dtype: torch.dtype, where: str) -> None:
     """A UserError where a value is no tensor of this shape and dtype, or one that is not finite."""
     is_plain = isinstance(value, Tensor) and value.layout == torch.strided
-    if not is_plain or value.device.type != "cpu":
+    if not is_plain or (value.device.type != "cpu" and not is_distributed(value)):
         found = type(value).__name__
     else:
         found = f"{list(value.shape)} of {value.dtype}"
     expected = f"{list(shape)} of {dtype}"
     if found != expected:
         raise UserError(f"{where} is {found}, expected {expected}")
-    if not value.isfinite().all():
+    if not local(value).isfinite().all():  # of a split state, each rank looks at its rows
         raise UserError(f"{where} holds numbers that are not finite")
 
 

@@ -1,12 +1,13 @@
 """What test_distributed.py does alone, and runs with two ranks: `torchrun ranks.py OUT`.
 
 All of it stands in one launch, because to start a process costs more than to train tiny models.
-Four ranks do `divided` alone.
+Four ranks do `divided`, and go on with a model that two have split.
 """
 
 import atexit
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -17,10 +18,13 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nanophi.train import distributed
+from nanophi.cli import UserError
+from nanophi.train import distributed, rundir, split_state
 from nanophi.train.distributed import (
     World,
     by_all_ranks,
@@ -41,9 +45,12 @@ from nanophi.train.optim import orthogonalize
 from nanophi.train.packing import Packed
 from nanophi.train.preferences import Pairs
 from nanophi.train.reference import reference_logps
+from nanophi.train.run_files import STATE
+from nanophi.train.rundir import RunDirectory
+from nanophi.train.state import seal
 from nanophi.train.step import training_step
 from tests.conftest import tiny_model
-from tests.train.test_loop import config, random_documents, random_pairs
+from tests.train.test_loop import config, random_documents, random_pairs, state
 
 DTYPES = (torch.float32, torch.float64)
 MICRO_BATCHES = (8, 4, 1)
@@ -131,7 +138,80 @@ def settings_of(name: str) -> dict:
 
 def sharded(name: str) -> dict:
     """Settings of a run whose model is split. One process takes the micro-steps of two ranks."""
-    return {"optimizer": name, "micro_batch": 4, "clip": 0.5, "keep_at": 0.5, "divides": True}
+    return {
+        "optimizer": name,
+        "micro_batch": 4,
+        "clip": 0.5,
+        "keep": 3,
+        "keep_at": 0.5,
+        "divides": True,
+    }
+
+
+# ---- the state of a split model
+
+HALF = "adamw-parts/step-000010"  # a state that two ranks have written
+SPLIT = sharded("adamw") | {"shard": True, "resume": "yes"}
+
+
+def begin_with(state: Path, out: Path, world: World) -> None:
+    """Copy a state into a directory of its own."""
+    if world.first:
+        shutil.copytree(state, out)
+    world.gather(None)
+
+
+def refused(out: Path, world: World, **options) -> None:
+    """Write down what a run dies of. It must leave the state as it was."""
+    before = {path: path.read_bytes() for path in out.glob("train_state*/*")}
+    before[out / STATE] = (out / STATE).read_bytes()
+    message = "nothing"
+    try:
+        run(out, **SPLIT | options)
+    except UserError as error:
+        message = str(error)
+    world.gather(None)  # until rank 0 has tidied up
+    assert {*before} == {*out.glob("train_state*/*"), out / STATE}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    (out.parent / f"{out.name}-{world.rank}.txt").write_text(message)
+    world.gather(None)
+
+
+def broken_saves(out: Path, world: World) -> None:
+    """A part is damaged, the disk of one rank is full, a kill comes before train_state.pt."""
+    for name in ("damaged", "full", "of-one"):
+        begin_with(out / HALF, out / name, world)
+    if world.first:
+        (rows,) = (out / "damaged").glob("*/rows-00002-of-00002.safetensors")
+        flipped = bytearray(rows.read_bytes())
+        flipped[-1] ^= 1
+        rows.write_bytes(flipped)
+        # One process would have written such a file.
+        whole = state(out / "of-one")
+        torch.save(whole | {"parts": None}, out / "of-one" / STATE)
+        seal(out / "of-one" / STATE)
+    world.gather(None)
+    refused(out / "damaged", world)
+
+    def full(*args, **named):
+        raise SafetensorError("no space left")
+
+    with patch.object(split_state, "save_file", full if world.rank == 1 else save_file):
+        refused(out / "full", world, stop_at=11)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with (
+        patch.object(rundir, "put_together", killed),
+        patch.object(rundir, "delete_parts"),
+        patch.object(RunDirectory, "_write_again"),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        run(out / "full", **SPLIT, stop_at=11)
+    world.gather(None)
+    for name in ("full", "of-one"):
+        run(out / name, **SPLIT)
 
 
 # ---- work that ranks divide
@@ -237,6 +317,7 @@ def main(out: Path) -> None:
     world = join("cpu")
     divided(out, world)
     if world.size == 4:
+        run(out / "half", **SPLIT, stop_at=10)  # what is read is written
         return
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     # Rank 1 dies; torchrun starts all ranks anew, and they come here a second time.
@@ -247,6 +328,7 @@ def main(out: Path) -> None:
     whole_and_resumed(out / "whole", dropout=0.1)
     for name in OPTIMIZERS:
         whole_and_resumed(out / name, **sharded(name), shard=True)
+    broken_saves(out, world)
     for name in IN_BF16:
         run(out / name, steps=4, optimizer="adamw", shard=name.endswith("shard"), **TRAVELLING)
     for name, loss in PREFERENCES.items():

@@ -5,6 +5,8 @@ interrupted.
 import atexit
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -54,9 +56,10 @@ def two(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    """The work that ranks divide, by four of them."""
+def four(two, tmp_path_factory):
+    """The work that ranks divide, by four of them, who also go on with the model of two."""
     out = tmp_path_factory.mktemp("four")
+    shutil.copytree(two / ranks.HALF, out / "half")
     torchrun(4, out)
     return out
 
@@ -208,6 +211,45 @@ def test_each_preference_loss_is_that_of_one_process(one, two, name):
     for a, b in zip(lines_of(one / name), lines_of(two / name), strict=True):
         for measure in ("loss", "margin", "rewards_chosen", "logps_rejected", "accuracy"):
             assert b[measure] == pytest.approx(a[measure], abs=1e-4)
+
+
+def test_any_number_of_ranks_goes_on_with_a_split_state(two, four, tmp_path):
+    """Written by two ranks, read by one process and by four; and the other way round."""
+    shutil.copytree(two / ranks.HALF, tmp_path / "half")
+    assert len(list((tmp_path / "half").glob("train_state-000010/rows-*"))) == 2
+    ranks.run(tmp_path / "half", **ranks.sharded("adamw"), resume="yes")
+    assert not list((tmp_path / "half").glob("train_state-*"))
+    whole = weights_of(two / "adamw")
+    assert largest_difference(whole, weights_of(tmp_path / "half")) < 1e-6
+    parts = [path.name for path in (four / "half").glob("train_state-000010/*")]
+    assert sorted(parts) == [f"rows-0000{rank}-of-00004.safetensors" for rank in (1, 2, 3, 4)]
+    assert largest_difference(weights_of(two / ranks.HALF), weights_of(four / "half")) == 0
+    assert largest_difference(whole, weights_of(two / "of-one")) == 0
+
+
+def test_older_states_of_a_split_model_are_whole(two):
+    """They hold links to the rows of their step."""
+    for step in (7, 10, 14):
+        older = two / "adamw-parts" / f"step-{step:06d}"
+        saved = state(older)
+        assert (saved["step"], len(saved["parts"])) == (step, 2)
+        assert [path.name for path in older.glob("train_state-*")] == [f"train_state-{step:06d}"]
+    assert [path.name for path in (two / "adamw").glob("train_state-*")] == ["train_state-000020"]
+
+
+def test_what_breaks_a_save_of_one_rank_is_said_by_all_and_leaves_the_state_before(two):
+    """A flipped bit, which rank 1 finds; no space on the disk of rank 1; and a kill when the rows
+    are written and train_state.pt is not.
+    """
+    for name, message in (
+        ("damaged", "rows-00002-of-00002.* is damaged"),
+        ("full", "cannot write"),
+    ):
+        told = {(two / f"{name}-{rank}.txt").read_text() for rank in (0, 1)}
+        assert len(told) == 1
+        assert re.search(message, told.pop())
+    assert largest_difference(weights_of(two / "adamw"), weights_of(two / "full")) == 0
+    assert [path.name for path in (two / "full").glob("train_state-*")] == ["train_state-000020"]
 
 
 def weights_of(out):

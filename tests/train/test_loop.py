@@ -16,17 +16,17 @@ import torch
 
 from nanophi.cli import UserError
 from nanophi.train.config import TrainConfig, total_steps
-from nanophi.train.distributed import World
+from nanophi.train.distributed import ALONE
 from nanophi.train.loop import train
 from nanophi.train.losses import answer_logps, make_dpo_loss_fn, next_token_loss
 from nanophi.train.packing import Packed
 from nanophi.train.preferences import Pairs, Preference
-from nanophi.train.run_files import STATE
+from nanophi.train.run_files import STATE, split_folder
+from nanophi.train.split_state import put_back
 from nanophi.train.step import training_step
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-ALONE = World(0, 1, "cpu")
 
 
 def random_documents(n=40, seed=0):
@@ -90,7 +90,10 @@ def run(out, stage, model=None, **changes):
 
 
 def state(out):
-    return torch.load(Path(out) / STATE, weights_only=True)
+    """What a run has saved, also one whose model was split."""
+    saved = torch.load(Path(out) / STATE, weights_only=True)
+    put_back(saved, split_folder(Path(out), saved["step"]), {}, ALONE)
+    return saved
 
 
 def tensors(value, path=""):
