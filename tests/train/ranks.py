@@ -30,7 +30,10 @@ from nanophi.train.distributed import (
     by_all_ranks,
     by_ranks_of_rows,
     chunk_sizes,
+    distribute,
+    is_distributed,
     join,
+    whole,
 )
 from nanophi.train.held_out import divergence
 from nanophi.train.loop import train
@@ -47,6 +50,7 @@ from nanophi.train.preferences import Pairs
 from nanophi.train.reference import reference_logps
 from nanophi.train.run_files import STATE
 from nanophi.train.rundir import RunDirectory
+from nanophi.train.split_state import likes_of, put_back, take_out, write_rows
 from nanophi.train.state import seal
 from nanophi.train.step import training_step
 from tests.conftest import tiny_model
@@ -150,6 +154,39 @@ def sharded(name: str) -> dict:
 
 # ---- the state of a split model
 
+
+class Odd(torch.nn.Module):
+    """Five rows, and one: of four ranks, one or three have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList([torch.nn.Linear(3, 5), torch.nn.Linear(2, 1)])
+
+    def hidden(self) -> None:
+        """`distribute` wraps it."""
+
+
+def odd_rows(out: Path, world: World) -> None:
+    """Write rows that ranks cannot divide evenly. Read them, and those that two ranks wrote."""
+    torch.manual_seed(0)
+    model = Odd()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    distribute(model, world)
+    likes = likes_of(model.state_dict(), [])
+    saved = {"model": dict(model.state_dict()), "optimizers": []}
+    saved["parts"] = world.gather(write_rows(out / "odd", take_out(saved), world))
+    if world.first:
+        torch.save(saved | {"expected": expected}, out / "odd" / "saved.pt")
+    world.gather(None)
+    for folder in out.glob("odd*"):
+        saved = torch.load(folder / "saved.pt")
+        put_back(saved, folder, likes, world)
+        for name, tensor in saved["model"].items():
+            assert is_distributed(tensor)
+            assert torch.equal(whole(tensor), expected[name])
+
+
 HALF = "adamw-parts/step-000010"  # a state that two ranks have written
 SPLIT = sharded("adamw") | {"shard": True, "resume": "yes"}
 
@@ -187,8 +224,8 @@ def broken_saves(out: Path, world: World) -> None:
         flipped[-1] ^= 1
         rows.write_bytes(flipped)
         # One process would have written such a file.
-        whole = state(out / "of-one")
-        torch.save(whole | {"parts": None}, out / "of-one" / STATE)
+        saved = state(out / "of-one")
+        torch.save(saved | {"parts": None}, out / "of-one" / STATE)
         seal(out / "of-one" / STATE)
     world.gather(None)
     refused(out / "damaged", world)
@@ -316,6 +353,7 @@ def send_to_rank_1(name: signal.Signals, at: int, world: World) -> type[Packed]:
 def main(out: Path) -> None:
     world = join("cpu")
     divided(out, world)
+    odd_rows(out, world)
     if world.size == 4:
         run(out / "half", **SPLIT, stop_at=10)  # what is read is written
         return

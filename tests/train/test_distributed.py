@@ -29,6 +29,7 @@ from nanophi.train.distributed import (
     put_together,
     whole,
 )
+from nanophi.train.split_state import put_back
 from tests.train import ranks
 from tests.train.test_loop import state, tensors
 
@@ -60,6 +61,7 @@ def four(two, tmp_path_factory):
     """The work that ranks divide, by four of them, who also go on with the model of two."""
     out = tmp_path_factory.mktemp("four")
     shutil.copytree(two / ranks.HALF, out / "half")
+    shutil.copytree(two / "odd", out / "odd-of-two")
     torchrun(4, out)
     return out
 
@@ -225,6 +227,16 @@ def test_any_number_of_ranks_goes_on_with_a_split_state(two, four, tmp_path):
     assert sorted(parts) == [f"rows-0000{rank}-of-00004.safetensors" for rank in (1, 2, 3, 4)]
     assert largest_difference(weights_of(two / ranks.HALF), weights_of(four / "half")) == 0
     assert largest_difference(whole, weights_of(two / "of-one")) == 0
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_rows_that_ranks_cannot_divide_evenly(two, four, count):
+    folder = {2: two, 4: four}[count] / "odd"
+    saved = torch.load(folder / "saved.pt")
+    put_back(saved, folder, {}, ALONE)
+    assert saved["model"].keys() == saved["expected"].keys()
+    assert largest_difference(saved["model"], saved["expected"]) == 0
+    assert len(list(folder.glob("rows-*"))) == count
 
 
 def test_older_states_of_a_split_model_are_whole(two):
