@@ -23,7 +23,7 @@ from nanophi.model import checkpoint
 from nanophi.model.config import PHI
 from nanophi.model.phi import Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
-from nanophi.train.distributed import part_like, put_together
+from nanophi.train.distributed import is_distributed, part_like, put_together
 from nanophi.train.plot import metrics_lines
 from nanophi.train.precision import LossScale
 from nanophi.train.run_files import (
@@ -294,9 +294,9 @@ class RunDirectory:
         self.best = state["best"]
         self.skipped = state["skipped"]
         self.scale.value, self.scale.unbroken = state["scale"]
-        self._restore_weights(state["model"])
+        self._restore_weights(state.pop("model"))  # the moments find room where they were
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            _restore_optimizer(optimizer, saved)
+            _restore_optimizer(optimizer, saved, came_in_rows=bool(self.parts))
         self._restore_random_state(state["rng"])
         weights = put_together(self.model.state_dict(), self.world.first)
         if self.world.first:
@@ -386,8 +386,11 @@ class RunDirectory:
             torch.cuda.set_rng_state(cuda_state)
 
 
-def _restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
-    """Load a saved state. Tensors of the shape of a weight are distributed like it."""
+def _restore_optimizer(optimizer: Optimizer, saved: dict, came_in_rows: bool) -> None:
+    """Load a saved state. Tensors of the shape of a weight are distributed like it.
+
+    came_in_rows: distributed tensors were read as such, and share no memory with a file
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(parameters):
         for name, value in saved["state"].get(index, {}).items():
@@ -396,8 +399,9 @@ def _restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
     optimizer.load_state_dict(saved)
     for kept in optimizer.state.values():
         for name, value in kept.items():
-            if isinstance(value, Tensor) and not value.is_cuda:  # it may lie in the file still
-                kept[name] = value.clone()
+            is_own = came_in_rows and is_distributed(value)
+            if isinstance(value, Tensor) and not value.is_cuda and not is_own:
+                kept[name] = value.clone()  # it may lie in the file still
 
 
 def metrics_until(path: Path, step: int) -> tuple[str, list[int]]:
