@@ -5,9 +5,9 @@
         rows-00001-of-00002.safetensors   the rows that rank 0 had
         rows-00002-of-00002.safetensors   those of rank 1
 
-No rank ever holds the whole, and any number of ranks can read it. train_state.pt lists the
-checksums of the files and is renamed after all of them are written, so a kill at any moment leaves
-the state before.
+Nobody gathers the moments of all ranks, and any number of ranks can read them. train_state.pt lists
+the checksums of the files and is renamed after all of them are written, so a kill at any moment
+leaves the state before.
 
 The form is that of torch.distributed.checkpoint's HuggingFaceStorageWriter, and torch reads it (a
 test does). It is read here and not by torch, which leaves rows that are in no file as they were,

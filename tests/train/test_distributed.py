@@ -10,12 +10,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from datetime import timedelta
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from nanophi.cli import UserError
 from nanophi.model.checkpoint import load
@@ -231,12 +233,18 @@ def test_any_number_of_ranks_goes_on_with_a_split_state(two, four, tmp_path):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_rows_that_ranks_cannot_divide_evenly(two, four, count):
+    """They are put together here, and by torch."""
     folder = {2: two, 4: four}[count] / "odd"
     saved = torch.load(folder / "saved.pt")
     put_back(saved, folder, {}, ALONE)
     assert saved["model"].keys() == saved["expected"].keys()
     assert largest_difference(saved["model"], saved["expected"]) == 0
     assert len(list(folder.glob("rows-*"))) == count
+    by_torch = {f"model.{name}": torch.zeros_like(t) for name, t in saved["expected"].items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.load(by_torch, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(by_torch[f"model.{name}"], t) for name, t in saved["expected"].items())
 
 
 def test_older_states_of_a_split_model_are_whole(two):
