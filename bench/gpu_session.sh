@@ -9,8 +9,9 @@
 # Each stage has a limit of time, and a stage that fails costs the others nothing. OUT gets a file a
 # stage, and the metrics of the run.
 set -u
+OUT=${1:?"where to write: bash bench/gpu_session.sh OUT"}
+OUT=$(mkdir -p "$OUT" && cd "$OUT" && pwd)
 cd "$(dirname "$0")/.."
-OUT=$(mkdir -p "$1" && cd "$1" && pwd)
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 PYTHON=${PYTHON:-python}
