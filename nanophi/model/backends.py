@@ -154,6 +154,12 @@ def choose_backend(
     return "varlen" if has_flash else "sdpa"
 
 
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether a device is a GPU that computes in bf16: one of compute capability 8 or more."""
+    on_cuda = torch.device(device).type == "cuda"
+    return on_cuda and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def preferred_kernels(device: torch.device, masked: bool) -> contextlib.AbstractContextManager:
     """The order in which torch's attention tries its kernels.
 

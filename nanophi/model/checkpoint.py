@@ -26,6 +26,7 @@ from nanophi.cli import SHOWN, UserError, row_named
 from nanophi.expect import Expected, check, check_fields, path_of, read_json, shown
 from nanophi.files import finish, replacing, together, write_json
 from nanophi.model import older
+from nanophi.model.backends import has_bf16
 from nanophi.model.config import PHI, PhiConfig
 from nanophi.model.phi import DECODING_WEIGHTS, MASKED_BIAS, Phi
 from nanophi.tokenizer.template import template_named
@@ -279,8 +280,7 @@ def pick_dtype(device: str) -> str:
     """The dtype of weights that are only read: bfloat16 on a GPU that computes in it, otherwise
     float32. A GPU decodes as fast as it reads them, and in bfloat16 they are half as long.
     """
-    has_bf16 = device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] >= 8
-    return "bfloat16" if has_bf16 else "float32"
+    return "bfloat16" if has_bf16(device) else "float32"
 
 
 def load(

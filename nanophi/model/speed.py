@@ -162,7 +162,10 @@ class FastLinear(nn.Linear):
 
 
 def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`losses.softmax_loss` without anything in place, as compilers like it."""
+    """`losses.softmax_loss` without anything in place, as compilers like it.
+
+    logits (N, V), targets (N,) -> the loss (), its gradient (N, V), the sum of that over N (V,)
+    """
     dtype = logits.dtype
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     target = targets[:, None]
@@ -186,7 +189,8 @@ def fused_softmax_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`softmax_loss`, compiled once for any number of tokens."""
     if not needs_gradient:
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, targets, reduction="sum")
         return loss, logits.new_empty(0), logits.new_empty(0)
     torch._dynamo.maybe_mark_dynamic(logits, 0)
     torch._dynamo.maybe_mark_dynamic(targets, 0)

@@ -75,7 +75,8 @@ def train(
 ) -> Phi:
     """Train `model` in place for `steps` (or cfg.steps) steps and leave its checkpoint in cfg.out.
 
-    batch_at(step)   gives the batch of a step, from 0
+    batch_at(step)   gives the batch of a step, from 0. Where it takes `part` too, a rank asks for
+                     its own samples [start, stop) alone
     loss_fn          gives its summed loss, see losses.py
     cfg              a TrainConfig, or the Setup that `begin` has made of one
     evaluate(model)  gives figures to log; the model with the lowest "val_loss" is kept. All ranks

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from nanophi.cli import UserError, row_named
 from nanophi.expect import Expected, check
+from nanophi.model.backends import has_bf16
 from nanophi.train.distributed import (
     by_all_ranks,
     by_ranks_of_rows,
@@ -56,8 +57,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     True
     """
     a, b, c = NS_COEFFICIENTS
-    has_bf16 = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
-    dtype = torch.bfloat16 if has_bf16 else torch.promote_types(matrices.dtype, torch.float32)
+    dtype = (
+        torch.bfloat16
+        if has_bf16(matrices.device)
+        else torch.promote_types(matrices.dtype, torch.float32)
+    )
     x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:  # then x x^T below is the smaller product
@@ -79,7 +83,8 @@ class Muon(Optimizer):
     The update is scaled to the size of AdamW's: 0.2 sqrt(max(A, B)) lr (Liu et al. 2025, "Muon is
     scalable", eq. 4). Parameters must be matrices; those of one shape are iterated together.
     Momentum grows from FIRST_MOMENTUM during the first `rising` steps, as gradients change quickly
-    then. An update needs its whole matrix, and each rank iterates some of them.
+    then. An update needs its whole matrix, and where there are several ranks, each iterates some of
+    them: all must step together, with the same gradients.
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 import torch
 
+from nanophi.model.backends import has_bf16
+
 # The usual first scale is 65,536, for a mean loss. Here the loss is a sum over tokens, 2,048 or so.
 FIRST_SCALE = 32.0
 GROW_AFTER = 1000  # finite steps in a row
@@ -15,8 +17,7 @@ def compute_dtype(dtype: str, device: str) -> str:
         return dtype
     if not device.startswith("cuda"):
         return "float32"
-    has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
-    return "bfloat16" if has_bf16 else "float16"
+    return "bfloat16" if has_bf16(device) else "float16"
 
 
 def autocast(dtype: str, device: str, cache: bool) -> torch.autocast:

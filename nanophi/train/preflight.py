@@ -313,6 +313,7 @@ def fit(
 
 # Below so many tokens a step and GPU, the model being large, Python takes longer than the GPU.
 FEW_TOKENS = 32_768
+STEP_OF_SMALL_MODELS = 16_384  # tokens, on any device
 
 
 def tokens_of_a_step(shape: PhiConfig, world: World) -> int:
@@ -321,14 +322,14 @@ def tokens_of_a_step(shape: PhiConfig, world: World) -> int:
     """
     large = size_of(shape).parameters >= 100e6
     if not (large and world.device.startswith("cuda")):
-        return 16_384
+        return STEP_OF_SMALL_MODELS
     return max(131_072, FEW_TOKENS * world.size)
 
 
 def note_on_few_tokens(model: Phi, batch: Batch, world: World) -> str | None:
     """A warning where the GPUs of a run will mostly wait. batch: that of a whole step"""
     each = batch.ids.numel() // world.size
-    is_large = tokens_of_a_step(model.cfg, world) > 16_384
+    is_large = tokens_of_a_step(model.cfg, world) > STEP_OF_SMALL_MODELS
     if (
         not world.device.startswith("cuda")
         or each >= FEW_TOKENS
