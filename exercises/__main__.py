@@ -5,7 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from exercises import Exercise, exercises
+from exercises import FOLDER, Exercise, exercises
 
 
 def main(words: list[str]) -> int:
@@ -62,17 +62,23 @@ def show(exercise: Exercise, reference: bool) -> bool:
         print(f"   {'passes' if error is None else 'FAILS '}  {name}")
         if error is not None:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            print(f"           {place_of(error)}: {reason}")
+            print(f"           {place_of(error, exercise.changes_library)}: {reason}")
     return not any(results.values())
 
 
-def place_of(error: Exception) -> str:
-    """File and line: the last one in my.py, if the error came through it, else that in test.py."""
+def place_of(error: Exception, in_library: bool) -> str:
+    """File and line: the last one in my.py, or in the library where the exercise changes it, if the
+    error came through there; else that in test.py.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    for name in ("my.py", "test.py"):
-        for frame in reversed(frames):
-            if Path(frame.filename).name == name:
-                return f"{name}:{frame.lineno}"
+    library = FOLDER.parent / "nanophi"
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if path.is_relative_to(library) if in_library else path.name == "my.py":
+            return f"{path.name}:{frame.lineno}"
+    for frame in reversed(frames):
+        if Path(frame.filename).name == "test.py":
+            return f"test.py:{frame.lineno}"
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
 
 

@@ -28,7 +28,8 @@ def uncached(model, ids):
 
 
 def close(found, expected, what):
-    assert found.shape == expected.shape, f"{what}: {tuple(found.shape)}, not {expected.shape}"
+    shapes = f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+    assert found.shape == expected.shape, f"{what}: logits {shapes}"
     apart = (found - expected).abs().amax(-1)
     wrong = (apart > CLOSE).nonzero()[:, 0].tolist()
     assert not wrong, f"{what}: the logits of token {wrong[0]} are {apart[wrong[0]]:.2g} away"

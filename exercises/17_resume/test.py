@@ -1,7 +1,9 @@
 import functools
 import io
+import os
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -163,37 +165,47 @@ def test_eight_steps_stopped_at_four_give_the_same_bits(mine):
 
 
 def test_a_kill_while_it_saves_leaves_the_older_state(mine):
-    """Each call of torch.save is killed half-way once; the disk has half of the bytes then."""
+    """Each call of torch.save is killed half-way once; the disk has half of the bytes then. Each
+    renaming is killed before it begins.
+    """
     with folder() as here:
         path = Path(here) / "state.pt"
-        calls = 0
+        number = 0
         while True:
             stopped(mine, path)
             later = Run().train(0, STOP + 1)
-            if not killed(mine, path, later, at_call=calls):
+            was_killed, calls = killed(mine, path, later, number)
+            if not was_killed:
                 break
-            calls += 1
+            number += 1
             try:
                 run, done = resumed(mine, path)
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error)[:60]}"
                 raise AssertionError(
                     f"killed while it saved step {STOP + 1}, and the state of step {STOP} is gone "
-                    f"too ({reason}): write beside the file, then rename"
+                    f"too ({reason}): write beside the file, then os.replace, and delete nothing"
                 ) from None
             goes_on_as_unbroken(run, done)
-        assert calls, "save_state did not call torch.save, so this test could not stop it"
+        assert "torch.save" in calls, "save_state did not call torch.save: this test cannot stop it"
+        assert {"os.replace", "os.rename"} & set(calls), (
+            "save_state did not call os.replace: a file that is written in place is half for a while"
+        )
 
 
-def killed(mine, path, run, at_call):
-    """Whether save_state got as far as its call number `at_call` of torch.save, and died there."""
+def killed(mine, path, run, number):
+    """Whether save_state was killed in its call with this number, and the names of its calls: of
+    torch.save, os.replace and os.rename.
+    """
+    calls = []
     save = torch.save
-    seen = 0
 
-    def dying(value, file, *rest, **more):
-        nonlocal seen
-        seen += 1
-        if seen <= at_call:
+    def is_last(name):
+        calls.append(name)
+        return len(calls) > number
+
+    def dying_save(value, file, *rest, **more):
+        if not is_last("torch.save"):
             return save(value, file, *rest, **more)
         whole = io.BytesIO()
         save(value, whole)
@@ -205,11 +217,21 @@ def killed(mine, path, run, at_call):
             Path(file).write_bytes(half)
         raise Killed
 
-    torch.save = dying
-    try:
-        mine.save_state(path, run.model, run.optimizers, STOP + 1)
-    except Killed:
-        return True
-    finally:
-        torch.save = save
-    return False
+    def dying(name, rename):
+        def renaming(*paths, **more):
+            if is_last(name):
+                raise Killed
+            return rename(*paths, **more)
+
+        return renaming
+
+    with (
+        patch.object(torch, "save", dying_save),
+        patch.object(os, "replace", dying("os.replace", os.replace)),
+        patch.object(os, "rename", dying("os.rename", os.rename)),
+    ):
+        try:
+            mine.save_state(path, run.model, run.optimizers, STOP + 1)
+        except Killed:
+            return True, calls
+    return False, calls

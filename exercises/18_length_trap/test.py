@@ -54,6 +54,15 @@ def test_equal_lengths_are_guessed(mine):
     assert mine.balanced(equal) == equal, "pairs of equal lengths teach no length: all stay"
 
 
+def test_lengths_are_in_characters(mine):
+    """月亮 has two characters, and six bytes in UTF-8."""
+    pairs = [("p0", "moon", "月亮"), ("p1", "aa", "a"), ("p2", "aaa", "a"), ("p3", "a", "aaaaa")]
+    found = mine.length_accuracy(pairs)
+    assert found == 0.75, f"chosen has more characters in 3 of 4: 0.75, yours is {found}"
+    found = [prompt for prompt, _, _ in mine.balanced(pairs)]
+    assert found == ["p1", "p3"], f"in characters p1 and p3 stay, yours are {found}"
+
+
 def test_a_balanced_set_is_balanced(mine):
     for pairs in (trapped(), the_other_way_round(trapped()), demo()):
         found = mine.length_accuracy(mine.balanced(pairs))

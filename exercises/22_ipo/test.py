@@ -49,7 +49,9 @@ def test_the_example_of_the_text(mine):
         for name, slope, expected in zip(
             ("chosen", "rejected"), slopes, (by_chosen, -by_chosen), strict=True
         ):
-            assert abs(slope - expected) < 1e-4, f"margin {margin}, by {name}: {expected}, {slope}"
+            assert abs(slope - expected) < 1e-4, (
+                f"margin {margin}: the derivative by {name} is {expected}, not {slope}"
+            )
 
 
 def test_the_loss_is_that_of_the_library(mine):

@@ -23,7 +23,7 @@ def test_the_example_of_the_text():
 
 
 def test_until_the_decay_it_is_wsd():
-    for steps, warmup, decay in ((100, 10, 0.3), (57, 5, 0.2), (40, 0, 0.5)):
+    for steps, warmup, decay in ((100, 10, 0.3), (58, 5, 0.2), (40, 0, 0.5)):
         ours = rates(steps, warmup, decay)
         plain = rates(steps, warmup, decay, "wsd")
         first = steps - round(steps * decay)
