@@ -69,11 +69,11 @@ for layer, rows in enumerate(zip(evenness, largest, strict=True), start=1):
 plot(grid, "(the picture needs matplotlib, and a notebook)", size=(9, 9))
 
 # %% [markdown]
-# 一个头在一个位置上看什么。改 `layer`、`head`、`place`，找一个你说得清它在做什么的头；
-# 找不到也是结果。
+# 一个头在一个位置上看什么。改 `layer`、`head`、`place`（都从 0 数起：0 就是上面的 layer 1），
+# 找一个你说得清它在做什么的头；找不到也是结果。
 #
-# *What one head looks at from one place. Is there a head whose work you can name? Often there is
-# not.*
+# *What one head looks at from one place. `layer` and `head` count from 0, which is layer 1 above.
+# Is there a head whose work you can name? Often there is not.*
 
 # %%
 layer, head, place = 0, 0, begin + 2
@@ -181,14 +181,15 @@ for token in columns["model"].topk(8).indices.tolist():
 # 两种问法，答案不一样。**读**：只看到第几层为止，就能读出正确的下一个 token？**拆**：
 # 把一层的注意力或 MLP 换成 0，损失涨多少？前者说信息何时*读得出*，后者说模型*用没用*这一部分。
 # 最后一层之后读得最准，拆掉它却伤得最轻；第一层之后还读不全，拆掉它伤得最重。
-# （后面的层从没见过 0，这样拆会夸大损失；换成平均输出更公平，见“试一试”。）
+# （后面的层从没见过 0，这样拆也许会夸大损失。换成平均输出更公平：差多少，见“试一试”。）
 # 所以“知识存在某一层”这句话，先要问是怎么量的。
 #
 # *Two questions with two answers. Read: after how many layers can the right token be read off?
 # Remove: what does the loss become when one part gives zeros? Behind the last layer one reads
 # best, and it is missed least; behind the first one reads far from all, and it is missed most. So
-# ask how it was measured before you believe that knowledge lies in a layer. (No layer has ever met
-# zeros as input, which exaggerates: the mean output in place of 0 is a fairer test.)*
+# ask how it was measured before you believe that knowledge lies in a layer. (No later layer has
+# ever met zeros, which may exaggerate. The mean output in place of 0 is a fairer test: "To try"
+# shows how much it changes.)*
 
 # %%
 data = small.packed_conversations()
@@ -227,11 +228,11 @@ for number, block in enumerate(model.model.layers, start=1):
 # ## 试一试 · To try
 #
 # 1. 第 6 节的 `zeros` 换成“返回这一部分输出的平均值”（`output.mean((0, 1), keepdim=True)`），
-#    次序变了吗？
+#    损失变小了吗？次序变了吗？
 # 2. 第 2 节换成 `small.model("pretrain")`：没有学过对话的模型，读得出回答的哪些 token？
 # 3. 一次拆掉一个头：在 `block.self_attn.dense` 的输入上把那个头的 16 维置零
 #    （`register_forward_pre_hook`）。有没有拆掉反而更好的头？
 #
-# *1. The mean of the outputs in place of zeros: does the order change? 2. The lens on
-# small.model("pretrain"). 3. Remove one head: zero its 16 dimensions in the input of
-# block.self_attn.dense, with a forward pre-hook. Is there a head that is better away?*
+# *1. The mean of the outputs in place of zeros: are the losses lower, and does the order change?
+# 2. The lens on small.model("pretrain"). 3. Remove one head: zero its 16 dimensions in the input of
+# block.self_attn.dense, with a forward pre-hook. Is there a head without which the loss is lower?*

@@ -254,7 +254,10 @@ else:
 # `nanophi.dpo_loss` gives. Two programs that were written apart and agree are better evidence than
 # a test that its author wrote.
 #
-# 同一对数据，同一个策略和参考模型，TRL 的 DPO 损失同这里的一致。没有安装：`pip install trl`。
+# The line in braces is TRL's own report.
+#
+# 同一对数据，同一个策略和参考模型，TRL 的 DPO 损失同这里的一致。花括号里的那一行是 TRL 自己的报告。
+# 没有安装：`pip install trl`。
 
 # %%
 question, good, bad = small.pairs()[0]

@@ -47,7 +47,7 @@ raw = "<p>月亮為什麼有時圓,有時彎?</p>"
 report = Report()
 text = clean(raw, final=False, report=report)  # a question gets no full stop
 for rule, (before, after) in report.sample.items():
-    print(f"{rule:12} {before.strip()}  ->  {after.strip()}")
+    print(f"{rule:12} {before!r}  ->  {after!r}")  # \n is a line break
 print(text == small.QUESTION, text)
 
 # %% [markdown]
@@ -57,7 +57,7 @@ print(text == small.QUESTION, text)
 # 下面是它最先学会的几次合并，以及合并时这一对出现了多少次。一个汉字是三个字节，
 # 所以最先出现的都是“半个字”：标点和常用字开头的字节。
 #
-# *试一试：把 `first` 改成 1500。这时学会的大多是什么？为什么有的还是半个字？*
+# *试一试：把 `first` 改成 700。这时学会的大多是什么？为什么有的还是半个字，甚至一个半字？*
 
 # %%
 first = 0
@@ -255,7 +255,7 @@ print(f"开始时的损失 ln 2 = {math.log(2):.3f}")
 # 第一行是回答第一个 token 的概率，第二行是用这个温度采样的回答：一旦抽到一个没背过的开头，
 # 后面就全错了。装了 `ipywidgets` 就有滑块，没有就逐个打印。
 #
-# *试一试：把温度改成 1.5 会怎样？种子不变，0.7 和 1.0 在哪个 token 上分开？*
+# *试一试：先猜温度 1.5 的回答，再看。种子不变，0.7 和 1.0 在哪个 token 上分开？*
 
 # %%
 with torch.no_grad():
