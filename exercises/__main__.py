@@ -48,7 +48,8 @@ def show(exercise: Exercise, reference: bool) -> bool:
     if exercise.changes_library:
         tested = "nanophi"
         if reference:
-            print(f"   the answer: git apply {exercise.folder / 'change.patch'}")
+            patch = exercise.folder / "change.patch"
+            print(f"   the answer: {patch}; where nanophi is unchanged, git apply takes it")
     elif reference:
         tested = "reference"
     else:

@@ -189,7 +189,7 @@ def test_a_kill_while_it_saves_leaves_the_older_state(mine):
             goes_on_as_unbroken(run, done)
         assert "torch.save" in calls, "save_state did not call torch.save: this test cannot stop it"
         assert {"os.replace", "os.rename"} & set(calls), (
-            "save_state did not call os.replace: a file that is written in place is half for a while"
+            "save_state did not call os.replace: a file written in place is half for a while"
         )
 
 
