@@ -6,6 +6,7 @@ import torch
 
 import nanophi
 from examples.loop import train
+from nanophi.model import speed
 
 TINY = {
     "vocab_size": 64,
@@ -145,6 +146,21 @@ def test_the_network_has_a_name_of_its_own():
         assert torch.equal(loaded(ids), made(ids)), "saved and loaded, it computes something else"
     assert told["architectures"] == [made.architecture], f"config.json says {told['architectures']}"
     assert told["model_type"] != "phi", "config.json still says model_type phi"
+
+
+def test_speed_changes_nothing():
+    """speed.py wraps the blocks, and finds cache and plan at the end of their arguments."""
+    batch = nanophi.Packed(DOCUMENTS, context=64, batch_rows=2, seed=0).batch_at(0)
+    gradients = []
+    for is_fast in (False, True):
+        made = alibi().requires_grad_().train()
+        if is_fast:
+            speed.speed_up(made, recompute=True)
+        loss, count, _ = nanophi.next_token_loss(made, batch)
+        (loss / count).backward()
+        gradients.append([p.grad for p in made.parameters()])
+    for plain, fast in zip(*gradients, strict=True):
+        close(fast, plain, "a gradient after speed_up, with --recompute")
 
 
 def test_it_learns():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nanophi.model.attention import AttentionPlan
 from nanophi.model.backends import preferred_kernels
 from nanophi.model.phi import MLP, Phi
 
@@ -316,6 +317,7 @@ class FastBlock(nn.Module):
 
     def __call__(self, *inputs: Any) -> Tensor:
         *_, cache, plan = inputs
+        assert isinstance(plan, AttentionPlan), "cache and plan are the last arguments of a block"
         if cache is not None or plan.weights is not None:
             # Not compiled: decoding would compile anew for each length of the cache.
             return self._call_impl(*inputs)
