@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import pretrain
+import train_tokenizer
 from nanophi.model import attention, backends, speed
+from nanophi.text import shards
 from nanophi.train import losses, precision
 from nanophi.train.distributed import World
 from nanophi.train.loop import train
@@ -26,7 +28,7 @@ from nanophi.train.optim import build_optimizers
 from nanophi.train.packing import Packed
 from nanophi.train.preferences import Pairs
 from nanophi.train.step import training_step
-from tests.conftest import tiny_model
+from tests.conftest import RAW, tiny_model, write
 from tests.train.test_loop import config, random_documents, random_pairs
 
 ASKED = os.environ.get("NANOPHI_TEST_DEVICE")
@@ -215,11 +217,15 @@ def test_a_run_stops_and_goes_on(tmp_path):
     assert whole[-1] < whole[0]
 
 
-def test_pretraining_with_the_defaults(house, tmp_path):
-    """The command, on the tokens of the demo's house: it compiles, and finds its micro-batch."""
+def test_pretraining_with_the_defaults(tmp_path):
+    """The command, from raw text: it compiles, and finds its micro-batch."""
+    raw = write(tmp_path / "raw.jsonl", [{"text": text} for text in RAW])
+    tokenizer, tokens = str(tmp_path / "tokenizer"), str(tmp_path / "tokens")
+    train_tokenizer.main(train_tokenizer.Config(input=[raw], out=tokenizer, vocab_size=500))
+    shards.main(shards.Config(input=[raw], tokenizer=tokenizer, out=tokens))
     cfg = pretrain.Config(
-        data=str(house / "tokens"),
-        tokenizer=str(house / "tokenizer"),
+        data=tokens,
+        tokenizer=tokenizer,
         out=str(tmp_path / "out"),
         preset="demo",
         layers=2,

@@ -164,13 +164,15 @@ def preferred_kernels(device: torch.device, masked: bool) -> contextlib.Abstract
     """The order in which torch's attention tries its kernels.
 
     On compute capability 9 (Hopper), cuDNN's is about twice as fast as the one that torch would
-    take first. With a mask, or before cuDNN 9.15.1, it has been wrong there (pytorch issues 196678,
-    169849).
+    take first, but only for training. For each new shape it makes a plan first, which takes tens of
+    milliseconds (pytorch issue 155958): the rows of training have one shape, prompts have many. And
+    with a mask, or before cuDNN 9.15.1, it has been wrong there (pytorch issues 196678, 169849).
     """
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    correct = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if capability >= 9 and (masked or (torch.backends.cudnn.version() or 0) <= 91500):
-        return sdpa_kernel(correct)
+    without_cudnn = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    is_right = not masked and (torch.backends.cudnn.version() or 0) > 91500
+    if capability >= 9 and not (is_right and torch.is_grad_enabled()):
+        return sdpa_kernel(without_cudnn)
     if capability == 9:
-        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *correct], set_priority=True)
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *without_cudnn], set_priority=True)
     return contextlib.nullcontext()

@@ -54,11 +54,16 @@ def speed_up(model: Phi, recompute: bool = False, compile: bool = False) -> None
         assert isinstance(block, FastBlock)
         block.recompute = recompute
         if compile:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=ADD_IN_ONE_PASS)
         else:
             block._compiled_call_impl = None  # nn.Module.compile sets it; torch has no way back
     if isinstance(model.lm_head, FastLinear):
         model.lm_head.softmax_loss = fused_softmax_loss if compile else None
+
+
+# For the compiler. The gradient of the norm's output comes from q_proj, k_proj, v_proj and fc1. The
+# compiler writes a sum of four to memory and reads it again, unless it may read more at once.
+ADD_IN_ONE_PASS: dict[str, Any] = {"realize_reads_threshold": 8}
 
 
 def _mix_into(module: Any, mixin: type) -> None:
@@ -182,17 +187,19 @@ def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @cache
 def _compiled_softmax_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(softmax_loss)
+    # A row of logits is summed in one piece. In several pieces, as for few rows, it is read again.
+    return torch.compile(softmax_loss, options={"split_reductions": False})
 
 
 def fused_softmax_loss(
     logits: Tensor, targets: Tensor, needs_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`softmax_loss`, compiled once for any number of tokens."""
+    """`softmax_loss`, compiled once for each size of the vocabulary and any number of tokens."""
     if not needs_gradient:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, targets, reduction="sum")
         return loss, logits.new_empty(0), logits.new_empty(0)
+    torch._dynamo.mark_static(logits, 1)
     torch._dynamo.maybe_mark_dynamic(logits, 0)
     torch._dynamo.maybe_mark_dynamic(targets, 0)
     return _compiled_softmax_loss()(logits, targets)

@@ -166,8 +166,8 @@ def training_bytes(
     # Held from forward to backward, for each token and layer: some 10 D numbers and what the MLP
     # keeps. With --recompute only the layer's input, and one layer at a time in full.
     of_a_layer = (10 * width + size.mlp) * (2 if half else 4)
-    if attention == "manual":
-        of_a_layer += cfg.num_attention_heads * context * 4  # the attention weights
+    if attention == "manual":  # the attention weights: in fp32, and in half precision beside it
+        of_a_layer += cfg.num_attention_heads * context * (6 if half else 4)
     kept = layers * of_a_layer
     if recompute:
         kept = layers * width * 4 + of_a_layer

@@ -147,12 +147,21 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch):
         (10, 91900, True, False),
     ],
 )
-def test_cudnn_is_taken_where_it_is_right(capability, cudnn, masked, taken, monkeypatch):
+def test_cudnn_trains_where_it_is_right(capability, cudnn, masked, taken, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     with preferred_kernels(torch.device("cuda"), masked):
         assert torch.backends.cuda.cudnn_sdp_enabled() == taken
         assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize("capability", [9, 10])
+def test_cudnn_reads_no_prompts(capability, monkeypatch):
+    """It would make a new plan for each length."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    with torch.no_grad(), preferred_kernels(torch.device("cuda"), masked=False):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"varlen", "causal"}))

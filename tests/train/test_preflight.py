@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanophi.cli import UserError
+from nanophi.model.attention import manual
 from nanophi.model.config import PhiConfig
 from nanophi.train import preflight
 from nanophi.train.loop import train
@@ -62,6 +63,29 @@ def test_memory_is_estimated_and_too_much_refused_with_what_would_fit(monkeypatc
         check_memory(cfg, "muon", 1, 512, False, False, "cpu")
     monkeypatch.setattr(preflight, "available_bytes", lambda device: None)
     assert check_memory(cfg, "muon", 64, 512, False, False, "cpu") > 8e9
+
+
+@pytest.mark.parametrize(("dtype", "half"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_readable_attention_is_estimated_by_what_it_keeps(dtype, half):
+    """It kept a half more than was estimated: in half precision the weights are there twice."""
+    heads, time = 3, 40
+    q, k, v = (torch.randn(1, heads, time, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    kept = {}
+
+    def keep(x):
+        if x.numel() == heads * time * time:
+            kept[x.data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = manual(q, k, v, torch.ones(time, time, dtype=torch.bool).tril())
+    assert out.requires_grad
+    cfg = PhiConfig.preset("demo", num_attention_heads=heads, hidden_size=48, num_hidden_layers=1)
+    estimates = [
+        training_bytes(cfg, "muon", 1, time, half, False, attention=name)
+        for name in ("manual", "sdpa")
+    ]
+    assert estimates[0] - estimates[1] == sum(kept.values())
 
 
 def test_a_rank_holds_its_part_of_a_sharded_model_and_the_head():
