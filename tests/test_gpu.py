@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import queue
 import warnings
 from functools import partial
 
@@ -18,6 +19,10 @@ import torch
 
 import pretrain
 import train_tokenizer
+from nanophi.infer.decoder import Decoder
+from nanophi.infer.engine import Engine, Request
+from nanophi.infer.generate import generate
+from nanophi.infer.static import FewKernels
 from nanophi.model import attention, backends, speed
 from nanophi.text import shards
 from nanophi.train import losses, precision
@@ -72,6 +77,12 @@ def distance(found, wanted):
     """How far gradients are from others, as a share of their norm."""
     difference = sum((found[name] - wanted[name]).square().sum() for name in wanted)
     return math.sqrt(difference / sum(x.square().sum() for x in wanted.values()))
+
+
+class CharacterOfEachId:
+    """All that an engine asks of a tokenizer."""
+
+    id_to_bytes = dict.fromkeys(range(1000), b".")
 
 
 @pytest.fixture(params=[WIDE, OF_60], ids=["heads of 16", "heads of 60"])
@@ -239,6 +250,23 @@ def test_pretraining_with_the_defaults(tmp_path):
     made = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
     assert made["compile"] is ON_CUDA
     assert made["micro_batch"] >= 1
+
+
+def test_an_engine_answers_as_the_model_alone():
+    """Three rows of unequal lengths in two places of the cache."""
+    model = tiny_model(spread=0.3, **WIDE).to(DEVICE).eval()
+    prompts = [[7, 50, 200, 33], [9], [5, 6] * 10]
+    answers = [queue.SimpleQueue() for _ in prompts]
+    with Engine(model, CharacterOfEachId(), rows=2) as engine:
+        assert isinstance(engine.network, FewKernels if ON_CUDA else Decoder)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            engine.submit(Request(prompt, answer.put, 20))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            pieces = [answer.get(timeout=60)]
+            while pieces[-1].finish is None:
+                pieces.append(answer.get(timeout=60))
+            said = [piece.token.id for piece in pieces if piece.token is not None]
+            assert said == generate(model, prompt, 20)
 
 
 def test_the_kernel_of_flash_attention():

@@ -99,8 +99,9 @@ class FewKernels(Decoder):
         self, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, causal: bool
     ) -> Tensor:
         """Attention as in the model, which knows what the kernels of a GPU want."""
-        # Without a mask this is a prompt, which is causal, also one of a single token.
         with preferred_kernels(q.device, masked=visible is not None):
+            if visible is None and not causal:  # one token a row, which sees all that is there
+                return super().attend(q, keys, values, visible, causal)
             return attend(q, keys, values, AttentionPlan("sdpa", visible))
 
 
@@ -256,7 +257,8 @@ def suits(model: Phi, how: Sampling) -> bool:
 def network_for(model: Phi) -> Network:
     """What computes the steps of an answer. Where memory is short, the model itself."""
     way = way_of(model)
-    assert way is not None, "ask `suits` first"
+    if way is None:
+        return model
     try:
         return way(model)
     except torch.OutOfMemoryError:

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanophi.cli import UserError
+from nanophi.infer import engine as engine_file
 from nanophi.infer.decoder import Decoder
-from nanophi.infer.engine import Engine, Full, Piece, Request
+from nanophi.infer.engine import Engine, Full, Piece, Request, fastest_network
 from nanophi.infer.generate import generate, stream
 from nanophi.infer.speaker import Speaker
+from nanophi.infer.static import FewKernels
 from nanophi.model.checkpoint import save
 from tests.conftest import tiny_model
 
@@ -50,8 +52,10 @@ def prompts_of(count, seed=0):
     return [torch.randint(7, 400, (n,), generator=dice).tolist() for n in lengths]
 
 
-def test_many_requests_are_answered_as_alone(model, tok):
+@pytest.mark.parametrize("network", [fastest_network, FewKernels], ids=["CPU", "GPU"])
+def test_many_requests_are_answered_as_alone(network, model, tok, monkeypatch):
     """More than there are rows, of all lengths, some with settings of their own."""
+    monkeypatch.setattr(engine_file, "fastest_network", network)
     prompts = prompts_of(20)
     hows = [
         {},
