@@ -79,7 +79,7 @@ def distance(found, wanted):
     return math.sqrt(difference / sum(x.square().sum() for x in wanted.values()))
 
 
-class CharacterOfEachId:
+class AnyTokenizer:
     """All that an engine asks of a tokenizer."""
 
     id_to_bytes = dict.fromkeys(range(1000), b".")
@@ -257,7 +257,7 @@ def test_an_engine_answers_as_the_model_alone():
     model = tiny_model(spread=0.3, **WIDE).to(DEVICE).eval()
     prompts = [[7, 50, 200, 33], [9], [5, 6] * 10]
     answers = [queue.SimpleQueue() for _ in prompts]
-    with Engine(model, CharacterOfEachId(), rows=2) as engine:
+    with Engine(model, AnyTokenizer(), rows=2) as engine:
         assert isinstance(engine.network, FewKernels if ON_CUDA else Decoder)
         for prompt, answer in zip(prompts, answers, strict=True):
             engine.submit(Request(prompt, answer.put, 20))
