@@ -29,10 +29,10 @@ from torch import Tensor
 
 from nanophi.cli import UserError
 from nanophi.infer.decoder import decoder_of
-from nanophi.infer.generate import Network, check_prompts
+from nanophi.infer.generate import check_prompts
 from nanophi.infer.sampling import Ids, Sampling, choose
 from nanophi.infer.speaker import Speaker
-from nanophi.infer.static import network_for, suits
+from nanophi.infer.static import StaticRows, network_for, suits
 from nanophi.model.phi import KVCache, Phi
 from nanophi.tokenizer.tokenizer import Tokenizer
 
@@ -141,9 +141,11 @@ class Engine:
         self.model = model
         self.tok = tok
         self.eos = {model.cfg.eos_token_id}
-        self.network = fastest_network(model)
+        is_recorded = can_be_recorded(model)
+        self.network = network_for(model) if is_recorded else decoder_of(model)
         self.room = room or model.cfg.max_position_embeddings
         self.cache = KVCache(model.cfg, rows, self.room, model.lm_head.weight)
+        self.static = StaticRows(self.network, self.cache) if is_recorded else None
         self.kept = [Kept() for _ in range(rows)]
         self.active: list[Request] = []  # row i holds active[i]; the rows behind are free
         self.states: list[Tensor] = []  # (D,), the state of the last token of each active row
@@ -328,13 +330,16 @@ class Engine:
         for row in reversed(range(len(tokens))):
             self._say(row, tokens[row])
         if self.active:
-            rows = len(self.active)
-            ids = torch.tensor([request.ids[-1] for request in self.active])
-            ids = ids.to(self.model.device)[:, None]
-            cache = self.cache.part(0, rows)
-            self.states = list(self.network.hidden(ids, cache=cache)[:, -1])
+            self.states = list(self._read([request.ids[-1] for request in self.active]))
             for row, request in enumerate(self.active):
                 self.kept[row].ids.append(request.ids[-1])
+
+    def _read(self, ids: list[int]) -> Tensor:
+        """The states (rows, D) after one more token of each active row."""
+        if self.static is not None:
+            return self.static.read(ids)
+        tokens = torch.tensor(ids).to(self.model.device)[:, None]
+        return self.network.hidden(tokens, cache=self.cache.part(0, len(ids)))[:, -1]
 
     def _choose(self, logits: Tensor) -> list[Token]:
         """The next token of each row, by the row's own settings and random numbers."""
@@ -401,11 +406,9 @@ class Engine:
             tell(request, Piece("", finish="error", error=message))
 
 
-def fastest_network(model: Phi) -> Network:
-    """What computes the steps: the model itself, or what gives the same sooner."""
-    if model.device.type == "cuda" and suits(model, Sampling()):
-        return network_for(model)
-    return decoder_of(model)
+def can_be_recorded(model: Phi) -> bool:
+    """Whether steps are played back on a GPU, as static.py does it."""
+    return model.device.type == "cuda" and suits(model, Sampling())
 
 
 def tell(request: Request, piece: Piece) -> None:

@@ -19,6 +19,8 @@ knows, not even on how long the answer is:
     an answer ends at its [EOS]                  the tokens are read WINDOW at a time, and those
                                                  behind the [EOS] are thrown away
 
+The engine of --serve plays steps too (`StaticRows`), and reads each token at once.
+
 To record is to run the step once, and needs no compiler. torch.compile could fuse more kernels, but
 it would have to work for many seconds before the first answer.
 """
@@ -187,6 +189,48 @@ def static_steps(
         if window == FIRST and left:
             step = recorded(static.step, model.device)
             window = WINDOW
+
+
+class StaticRows:
+    """The steps of an engine, recorded: one more token for every row of its cache.
+
+    A row that is not in use gets one too. It writes behind what it holds, where nobody reads.
+
+    ids:    (B, 1), the last token of each row
+    states: (B, D), what is played back leaves the new ones here
+    """
+
+    def __init__(self, network: Network, filled: KVCache):
+        """filled: the cache of the engine. Both have the same memory"""
+        self.network = network
+        self.filled = filled
+        self.cache = StaticCache(filled)
+        rows = len(filled.lengths)
+        device = filled.store.device
+        # Ids and lengths travel together, from a place that the GPU fetches them from by itself.
+        self.told = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.heard = self.told.to(device)
+        self.ids = self.heard[0][:, None]
+        self.cache.lengths = self.heard[1]
+        self.states = filled.store.new_zeros(rows, network.cfg.hidden_size)
+        self.play: Callable[[], None] = self.step
+        self.steps = 0
+
+    def step(self) -> None:
+        self.states.copy_(self.network.hidden(self.ids, cache=self.cache)[:, -1])
+
+    def read(self, ids: list[int]) -> Tensor:
+        """The states (rows, D) of the first rows after these ids. The next call changes them."""
+        rows = len(ids)
+        self.told[0, :rows] = torch.tensor(ids)
+        self.told[1] = self.filled.lengths
+        self.heard.copy_(self.told, non_blocking=True)
+        if self.steps == FIRST:
+            self.play = recorded(self.step, self.heard.device)
+        self.play()
+        self.steps += 1
+        self.filled.lengths[:rows] += 1
+        return self.states[:rows]
 
 
 def handed_out(said: list[Tensor], left: dict[int, int], eos: set[int]) -> Iterator[dict[int, int]]:

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from nanophi.cli import UserError
 from nanophi.infer import engine as engine_file
+from nanophi.infer import static
 from nanophi.infer.decoder import Decoder
-from nanophi.infer.engine import Engine, Full, Piece, Request, fastest_network
+from nanophi.infer.engine import Engine, Full, Piece, Request
 from nanophi.infer.generate import generate, stream
 from nanophi.infer.speaker import Speaker
-from nanophi.infer.static import FewKernels
 from nanophi.model.checkpoint import save
 from tests.conftest import tiny_model
+from tests.infer.test_static import record
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,17 @@ def prompts_of(count, seed=0):
     return [torch.randint(7, 400, (n,), generator=dice).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("network", [fastest_network, FewKernels], ids=["CPU", "GPU"])
-def test_many_requests_are_answered_as_alone(network, model, tok, monkeypatch):
+@pytest.fixture(scope="module", params=[False, True], ids=["CPU", "GPU"])
+def either_way(request):
+    """An engine as on a CPU, and as on a GPU, whose recording a stand-in plays back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_file, "can_be_recorded", lambda model: request.param)
+        patch.setattr(static, "recorded", record)
+        yield
+
+
+def test_many_requests_are_answered_as_alone(either_way, model, tok):
     """More than there are rows, of all lengths, some with settings of their own."""
-    monkeypatch.setattr(engine_file, "fastest_network", network)
     prompts = prompts_of(20)
     hows = [
         {},
@@ -117,7 +125,7 @@ def test_the_next_turn_reads_only_what_is_new(model, tok, monkeypatch):
         max_size=12,
     )
 )
-def test_prefixes_rows_and_cancelled_requests_never_mix(model, tok, work):
+def test_prefixes_rows_and_cancelled_requests_never_mix(either_way, model, tok, work):
     """Requests that share beginnings, in any order, some of which are cancelled on the way."""
     stems = prompts_of(4, seed=9)
     with Engine(model, tok, rows=3) as engine:
@@ -136,7 +144,7 @@ def test_prefixes_rows_and_cancelled_requests_never_mix(model, tok, work):
         assert one.finish in ("stop", "length", "cancelled")
 
 
-def test_a_request_in_the_queue_is_cancelled_and_a_late_one_ended(model, tok):
+def test_a_request_in_the_queue_is_cancelled_and_a_late_one_ended(either_way, model, tok):
     with Engine(model, tok, rows=1) as engine:
         first = Asked(engine, [7, 8], max_new_tokens=80)
         second = Asked(engine, [7, 9], max_new_tokens=80)
@@ -160,7 +168,7 @@ def test_more_than_may_wait_are_refused(model, tok):
         Asked(engine, [7, 8])
 
 
-def test_closing_ends_what_goes_on(model, tok):
+def test_closing_ends_what_goes_on(either_way, model, tok):
     engine = Engine(model, tok, rows=1)
     asked = [Asked(engine, [7, i], max_new_tokens=80) for i in (8, 9, 10)]
     engine.thread.start()
@@ -202,7 +210,7 @@ def test_a_failing_request_does_not_end_the_others(model, tok, monkeypatch):
         assert Asked(engine, [7, 9], max_new_tokens=5).wait().ids == generate(model, [7, 9], 5)
 
 
-def test_logprobs_are_those_of_the_model(model, tok):
+def test_logprobs_are_those_of_the_model(either_way, model, tok):
     with Engine(model, tok, rows=2) as engine:
         other = Asked(engine, [7, 9, 11], max_new_tokens=9)
         one = Asked(engine, [7, 8], max_new_tokens=4, logprobs=3).wait()
