@@ -17,6 +17,7 @@ below CUDA_HOME (/usr/local/cuda). cuDNN is left out, as its library asks the dr
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
@@ -42,18 +44,25 @@ def build(folder: Path) -> Path:
     others.write_text("".join(lines))
     library = folder / "libcuda.so.1"
     headers = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-    command = [
-        "g++",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-w",
-        f"-I{headers}",
-        f"-Wl,-soname,{library.name}",
-    ]
-    subprocess.run([*command, str(source), str(others), "-o", str(library), "-ldl"], check=True)
+    options = f"-O1 -shared -fPIC -w -I{headers} -Wl,-soname,{library.name}".split()
+    files = [str(source), str(others), "-o", str(library)]
+    subprocess.run(["g++", *options, *files, "-ldl"], check=True)
     (folder / "libcuda.so").symlink_to(library)  # what Triton links
     return library
+
+
+def missing() -> str | None:
+    """What there has to be first; None where nothing is missing."""
+    import torch
+
+    headers = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include/cuda_runtime_api.h"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    if torch.cuda.is_available():
+        return "there is a GPU: run the command itself"
+    if not shutil.which("g++"):
+        return "g++ is missing"
+    return None if headers.exists() else f"{headers} is missing: set CUDA_HOME"
 
 
 def asked() -> set[str]:
@@ -220,12 +229,12 @@ def count_decoding(preset: str) -> None:
     from nanophi.infer.generate import generate
     from nanophi.model.config import PhiConfig
     from nanophi.model.phi import Phi
-    from tests.test_gpu import AnyTokenizer
 
     library().no_gpu_numbers(0)  # the id of each token
     with torch.device("cuda"):
         model = Phi(PhiConfig.preset(preset)).eval().bfloat16()
-    engine = Engine(model, AnyTokenizer(), rows=8).start()
+    letters = SimpleNamespace(id_to_bytes=dict.fromkeys(range(model.cfg.vocab_size), b"."))
+    engine = Engine(model, letters, rows=8).start()
 
     def by_engine(answers: int, tokens: int) -> None:
         said = [queue.SimpleQueue() for _ in range(answers)]
@@ -239,8 +248,8 @@ def count_decoding(preset: str) -> None:
         generate(model, [[7] * 32] * answers, tokens, eos_token_id=None)
 
     print_head("by", "answers", "launches", "graphs played", "waits", "ms of the CPU")
-    for ways in ((by_generate, 1), (by_generate, 64), (by_engine, 1), (by_engine, 8)):
-        answer, answers = ways
+    ways = ((by_generate, 1), (by_generate, 64), (by_engine, 1), (by_engine, 8))
+    for answer, answers in ways:
         answer(answers, 32)
         found = []
         for tokens in (64, 320):
@@ -262,10 +271,19 @@ def count_decoding(preset: str) -> None:
     engine.close()
 
 
+def main(words: list[str]) -> int:
+    if not words or (words[0] in ("--count", "--decode", "-m") and len(words) < 2):
+        print(__doc__)
+        return 2
+    reason = missing()
+    if reason is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    return run_again(words)
+
+
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        sys.exit(__doc__)
     if INSIDE in os.environ:
         inside(sys.argv[1:])
     else:
-        sys.exit(run_again(sys.argv[1:]))
+        sys.exit(main(sys.argv[1:]))

@@ -194,25 +194,28 @@ def static_steps(
 class StaticRows:
     """The steps of an engine, recorded: one more token for every row of its cache.
 
-    A row that is not in use gets one too. It writes behind what it holds, where nobody reads.
+    A row that is not in use gets one too. It writes behind what it holds, where nobody reads:
+
+        row 0, in use    感 冒 x _ _ _      x is its next token, and its state is returned
+        row 1, free      你 是 谁 ？ o _     o is overwritten by the next one who takes the row
 
     ids:    (B, 1), the last token of each row
     states: (B, D), what is played back leaves the new ones here
     """
 
-    def __init__(self, network: Network, filled: KVCache):
-        """filled: the cache of the engine. Both have the same memory"""
+    def __init__(self, network: Network, plain: KVCache):
+        """plain: the cache of the engine, with lengths on the CPU. Both have the same memory"""
         self.network = network
-        self.filled = filled
-        self.cache = StaticCache(filled)
-        rows = len(filled.lengths)
-        device = filled.store.device
+        self.plain = plain
+        self.cache = StaticCache(plain)
+        rows = len(plain.lengths)
+        device = plain.store.device
         # Ids and lengths travel together, from a place that the GPU fetches them from by itself.
         self.told = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.heard = self.told.to(device)
         self.ids = self.heard[0][:, None]
         self.cache.lengths = self.heard[1]
-        self.states = filled.store.new_zeros(rows, network.cfg.hidden_size)
+        self.states = plain.store.new_zeros(rows, network.cfg.hidden_size)
         self.play: Callable[[], None] = self.step
         self.steps = 0
 
@@ -223,13 +226,13 @@ class StaticRows:
         """The states (rows, D) of the first rows after these ids. The next call changes them."""
         rows = len(ids)
         self.told[0, :rows] = torch.tensor(ids)
-        self.told[1] = self.filled.lengths
+        self.told[1] = self.plain.lengths
         self.heard.copy_(self.told, non_blocking=True)
         if self.steps == FIRST:
             self.play = recorded(self.step, self.heard.device)
         self.play()
         self.steps += 1
-        self.filled.lengths[:rows] += 1
+        self.plain.lengths[:rows] += 1
         return self.states[:rows]
 
 
@@ -301,8 +304,7 @@ def suits(model: Phi, how: Sampling) -> bool:
 def network_for(model: Phi) -> Network:
     """What computes the steps of an answer. Where memory is short, the model itself."""
     way = way_of(model)
-    if way is None:
-        return model
+    assert way is not None, "ask `suits` first"
     try:
         return way(model)
     except torch.OutOfMemoryError:

@@ -164,9 +164,10 @@ def preferred_kernels(device: torch.device, masked: bool) -> contextlib.Abstract
     """The order in which torch's attention tries its kernels.
 
     On compute capability 9 (Hopper), cuDNN's is about twice as fast as the one that torch would
-    take first, but only for training. For each new shape it makes a plan first, which takes tens of
-    milliseconds (pytorch issue 155958): the rows of training have one shape, prompts have many. And
-    with a mask, or before cuDNN 9.15.1, it has been wrong there (pytorch issues 196678, 169849).
+    take first. It is taken for training, where gradients are on and all rows have one shape: for
+    each new shape it makes a plan, which takes tens of milliseconds, and prompts have many shapes
+    (pytorch pull request 155958). With a mask, or before cuDNN 9.15.1, it has been wrong there
+    (pytorch issues 196678, 169849).
     """
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     without_cudnn = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
